@@ -1,0 +1,59 @@
+"""Checks of an op's arguments: types and shapes only, never values, so that they trace and no
+device is waited for."""
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_axes(name: str, tensor: Tensor, axes: str) -> None:
+    """`tensor` is floating with as many dimensions as `axes`, as in "B, L, D"."""
+    check_floating(name, tensor)
+    if tensor.ndim != axes.count(",") + 1:
+        raise ValueError(f"{name} must have shape ({axes}), got {tuple(tensor.shape)}")
+
+
+def check_float(name: str, tensor: Tensor, device: torch.device, *shapes: tuple) -> None:
+    """`tensor` is floating, on `device`, and has one of `shapes`."""
+    check_floating(name, tensor)
+    check_shape(name, tensor, device, *shapes)
+
+
+def check_mask(name: str, tensor: Tensor, device: torch.device, *shapes: tuple) -> None:
+    """`tensor` is bool, on `device`, and has one of `shapes`."""
+    check_shape(name, tensor, device, *shapes)
+    if tensor.dtype != torch.bool:
+        raise TypeError(f"{name} must be bool (True: the key counts), got {tensor.dtype}")
+
+
+def check_shape(name: str, tensor: Tensor, device: torch.device, *shapes: tuple) -> None:
+    """`tensor` is on `device` and has one of `shapes`."""
+    _check_is_tensor(name, tensor)
+    if not any(tuple(tensor.shape) == shape for shape in shapes):
+        rule = " or ".join(str(tuple(shape)) for shape in shapes)
+        raise ValueError(f"{name} must have shape {rule}, got {tuple(tensor.shape)}")
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device}, got {tensor.device}")
+
+
+def check_same_dtype(**tensors: Tensor) -> None:
+    """All tensors share the dtype of the first."""
+    (first, reference), *others = tensors.items()
+    for name, tensor in others:
+        if tensor.dtype != reference.dtype:
+            raise TypeError(
+                f"{name} must have the dtype of {first}, {reference.dtype}, got {tensor.dtype}"
+            )
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    """`tensor` is a tensor of a dtype that the ops compute with."""
+    _check_is_tensor(name, tensor)
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+
+
+def _check_is_tensor(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")

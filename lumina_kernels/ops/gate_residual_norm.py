@@ -1,0 +1,64 @@
+"""Gated residual and the next modulated norm: the Flux family's twin of `sandwich_norm_chain`."""
+
+import torch
+from torch import Tensor
+
+from lumina_kernels.backend import resolve
+from lumina_kernels.ops._checks import check_axes, check_float
+from lumina_kernels.ops.norm_modulate import check_modulation, norm_modulate_ref, per_token
+
+
+def gate_residual_norm(
+    y: Tensor,
+    residual: Tensor,
+    gate: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    eps: float = 1e-6,
+    kind: str = "layer",
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return new = residual + gate * y, and
+    normed = (norm(new) * weight + bias) * (1 + scale) + shift; None leaves its term out.
+
+    The norm is that of `norm_modulate`. `normed` comes from the float32 row of `new` before that
+    row is rounded. It is the adaLN block of DiT (arXiv 2212.09748) as Flux, SD3 and Wan have it.
+
+    Args:
+        y: output of the attention or feed-forward layer, (B, L, D).
+        residual: input of that layer, (B, L, D).
+        gate: adaLN gate, used as it is, one row per sample, (B, D), or per token, (B, L, D).
+        weight, bias: affine parameters of the norm, (D,).
+        scale, shift: modulation of the norm, (B, D) or (B, L, D); strided views are fine.
+        eps: added to the mean square.
+        kind: "rms" or "layer".
+        backend: None takes the best one there is; see `lumina_kernels.backend`.
+
+    Returns:
+        (new, normed), each (B, L, D) in residual.dtype (y may have another). The arithmetic is
+        float32 (float64 for float64), each output rounded once.
+
+    Raises:
+        ValueError: a shape or device does not fit y, or kind or backend is not one there is.
+        TypeError: an argument is not a floating-point tensor.
+    """
+    check_axes("y", y, "B, L, D")
+    B, L, D = y.shape
+    check_float("residual", residual, y.device, (B, L, D))
+    check_float("gate", gate, y.device, (B, D), (B, L, D))
+    check_modulation(y, kind, weight=weight, bias=bias, scale=scale, shift=shift)
+    resolve(backend, (), y.device)
+    return gate_residual_norm_ref(y, residual, gate, weight, bias, scale, shift, eps, kind)
+
+
+def gate_residual_norm_ref(
+    y, residual, gate, weight=None, bias=None, scale=None, shift=None, eps=1e-6, kind="layer"
+):
+    """The definition."""
+    acc = torch.promote_types(torch.promote_types(y.dtype, residual.dtype), torch.float32)
+    new = residual.to(acc) + per_token(gate).to(acc) * y.to(acc)
+    normed = norm_modulate_ref(new, weight, bias, scale, shift, eps, kind)
+    return new.to(residual.dtype), normed.to(residual.dtype)

@@ -1,0 +1,138 @@
+"""Grouped-query attention with key masks and a gated second softmax over the text."""
+
+import torch
+from torch import Tensor
+
+from lumina_kernels.backend import resolve
+from lumina_kernels.ops._checks import (
+    check_axes,
+    check_float,
+    check_floating,
+    check_mask,
+    check_same_dtype,
+)
+
+
+def gqa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+    text_k: Tensor | None = None,
+    text_v: Tensor | None = None,
+    text_mask: Tensor | None = None,
+    text_gate: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Return softmax(scale q kᵀ + bias) v + tanh(text_gate) * softmax(q text_kᵀ / sqrt(K)) text_v.
+
+    Query head h reads key/value head h // (H / G) (grouped queries, arXiv 2305.13245). The second
+    term is Lumina-Next's text branch (arXiv 2406.18583): the same queries, a softmax of its own,
+    always scaled by 1/sqrt(K), one gate per head. Without text_k it is left out. A row with no
+    valid key, by mask or by a bias of -inf, adds 0 and has zero gradients.
+
+    Args:
+        q: queries, (B, L, H, K).
+        k, v: keys and values, (B, L_kv, G, K), same dtype; G divides H.
+        key_mask: True for keys that count, (B, L_kv) bool, any pattern. What is masked must still
+            be finite.
+        scale: of q kᵀ; None is 1/sqrt(K).
+        text_k, text_v: keys and values of the text, (B, T, G, K), same dtype.
+        text_mask: True for text tokens that count, (B, T) bool.
+        text_gate: gate before the tanh, (H,).
+        bias: added to the scaled scores, broadcastable to (B, H, L, L_kv). A float mask is a bias.
+        backend: None takes the best one there is; see `lumina_kernels.backend`.
+
+    Returns:
+        (B, L, H, K) in q.dtype. The arithmetic is float32 (float64 for float64), also under
+        autocast, rounded once.
+
+    Raises:
+        ValueError: a shape or device does not fit q, text_k, text_v and text_gate do not come
+            together, or there is no such backend.
+        TypeError: a mask is not bool, or a dtype differs from that of q.
+    """
+    _check(q, k, v, key_mask, bias)
+    _check_text(q, k, text_k, text_v, text_mask, text_gate)
+    resolve(backend, (), q.device)
+    return gqa_attention_ref(q, k, v, key_mask, scale, text_k, text_v, text_mask, text_gate, bias)
+
+
+def gqa_attention_ref(
+    q,
+    k,
+    v,
+    key_mask=None,
+    scale=None,
+    text_k=None,
+    text_v=None,
+    text_mask=None,
+    text_gate=None,
+    bias=None,
+):
+    """The definition. It holds the scores, O(H L L_kv) numbers per sample."""
+    default = q.shape[-1] ** -0.5
+    out = _attend(q, k, v, default if scale is None else scale, key_mask, bias)
+    if text_k is not None:
+        text = _attend(q, text_k, text_v, default, text_mask, None)
+        out = out + torch.tanh(text_gate.to(out.dtype)).unsqueeze(-1) * text
+    return out.to(q.dtype)
+
+
+def _attend(q, k, v, scale, key_mask, bias):
+    """softmax(scale q kᵀ + bias) v over the valid keys, not yet rounded."""
+    acc = torch.promote_types(q.dtype, torch.float32)
+    group = q.shape[2] // k.shape[2]
+    k, v = (x.to(acc).repeat_interleave(group, 2) for x in (k, v))  # (B, L_kv, H, K)
+    # Autocast would multiply in 16 bits. It does not know the device "meta".
+    with torch.autocast("cpu" if q.is_meta else q.device.type, enabled=False):
+        scores = torch.einsum("blhk,bmhk->bhlm", q.to(acc), k) * scale
+        if bias is not None:
+            scores = scores + bias.to(acc)
+        if key_mask is not None:
+            scores = scores.masked_fill(~key_mask[:, None, None], -torch.inf)
+        # A softmax over -inf alone is NaN, in the backward too: such rows take part as zeros.
+        empty = (scores == -torch.inf).all(-1, keepdim=True)  # (B, H, L, 1)
+        weights = scores.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)
+        return torch.einsum("bhlm,bmhk->blhk", weights, v)
+
+
+def _check(q, k, v, key_mask, bias) -> None:
+    check_axes("q", q, "B, L, H, K")
+    check_axes("k", k, "B, L_kv, G, K")
+    (B, L, H, K), (L_kv, G) = q.shape, k.shape[1:3]
+    check_float("k", k, q.device, (B, L_kv, G, K))
+    if G == 0 or H % G:
+        raise ValueError(f"k must have a number of heads that divides the {H} of q, got {G}")
+    check_float("v", v, q.device, (B, L_kv, G, K))
+    check_same_dtype(q=q, k=k, v=v)
+    if key_mask is not None:
+        check_mask("key_mask", key_mask, q.device, (B, L_kv))
+    if bias is not None:
+        check_floating("bias", bias)
+        check_float("bias", bias, q.device, tuple(bias.shape))
+        full = (B, H, L, L_kv)
+        pairs = zip(reversed(bias.shape), reversed(full), strict=False)
+        if bias.ndim > 4 or not all(size == 1 or size == whole for size, whole in pairs):
+            raise ValueError(f"bias must broadcast to {full}, got {tuple(bias.shape)}")
+
+
+def _check_text(q, k, text_k, text_v, text_mask, text_gate) -> None:
+    text = {"text_k": text_k, "text_v": text_v, "text_gate": text_gate}
+    missing = [name for name, tensor in text.items() if tensor is None]
+    if len(missing) == 3 and text_mask is None:
+        return
+    if missing:
+        raise ValueError(f"text_k, text_v and text_gate come together, {missing[0]} is None")
+    check_axes("text_k", text_k, "B, T, G, K")
+    B, _, H, K = q.shape
+    shape = (B, text_k.shape[1], k.shape[2], K)
+    check_float("text_k", text_k, q.device, shape)
+    check_float("text_v", text_v, q.device, shape)
+    check_same_dtype(q=q, text_k=text_k, text_v=text_v)
+    check_float("text_gate", text_gate, q.device, (H,))
+    if text_mask is not None:
+        check_mask("text_mask", text_mask, q.device, shape[:2])

@@ -1,0 +1,62 @@
+"""Classifier-free guidance and the update of the ODE, in one pass."""
+
+import torch
+from torch import Tensor
+
+from lumina_kernels.backend import resolve
+from lumina_kernels.ops._checks import check_float, check_floating
+
+
+def guided_step(
+    x: Tensor,
+    v: Tensor,
+    weight: float | Tensor,
+    dt: float | Tensor,
+    channels: int | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Return x + dt * u, with u = v_uncond + weight * (v_cond - v_uncond).
+
+    Classifier-free guidance (arXiv 2207.12598, whose w is weight - 1) and one Euler step of
+    dx/dt = u. weight = 1 is no guidance.
+
+    Args:
+        x: state, (B, C, ...).
+        v: velocities of the batch run twice, conditional first, (2B, C, ...).
+        weight: guidance weight, a float or a 0-d tensor.
+        dt: step in time, a float or a 0-d tensor; negative integrates backwards.
+        channels: guide the first `channels` channels only and take the others from v_cond: 3 is
+            what the released Lumina-Next does to its 4 latent channels. None guides all.
+        backend: None takes the best one there is; see `lumina_kernels.backend`.
+
+    Returns:
+        shaped as x, in x.dtype (v may have another). The arithmetic is float32 (float64 where x or
+        v is), rounded once.
+
+    Raises:
+        ValueError: a shape or device does not fit x, channels is not within 0..C, or there is no
+            such backend.
+        TypeError: x or v is not a floating-point tensor.
+    """
+    check_floating("x", x)
+    if x.ndim < 2:
+        raise ValueError(f"x must have shape (B, C, ...), got {tuple(x.shape)}")
+    check_float("v", v, x.device, (2 * x.shape[0], *x.shape[1:]))
+    for name, number in (("weight", weight), ("dt", dt)):
+        if isinstance(number, Tensor) and number.ndim != 0:
+            raise ValueError(f"{name} must be a number or a 0-d tensor, got {tuple(number.shape)}")
+    if channels is not None and not 0 <= channels <= x.shape[1]:
+        raise ValueError(f"channels must be within 0..{x.shape[1]}, got {channels}")
+    resolve(backend, (), x.device)
+    return guided_step_ref(x, v, weight, dt, channels)
+
+
+def guided_step_ref(x, v, weight, dt, channels=None):
+    """The definition."""
+    acc = torch.promote_types(torch.promote_types(x.dtype, v.dtype), torch.float32)
+    cond, uncond = v[: x.shape[0]].to(acc), v[x.shape[0] :].to(acc)
+    u = uncond + weight * (cond - uncond)
+    if channels is not None:
+        u = torch.cat((u[:, :channels], cond[:, channels:]), 1)
+    return (x.to(acc) + dt * u).to(x.dtype)

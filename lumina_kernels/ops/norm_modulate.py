@@ -1,0 +1,84 @@
+"""Modulated normalisation, the head of every sub-layer of a diffusion transformer."""
+
+import torch
+from torch import Tensor
+
+from lumina_kernels.backend import resolve
+from lumina_kernels.ops._checks import check_axes, check_float
+
+KINDS = ("rms", "layer")
+
+
+def norm_modulate(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    eps: float = 1e-5,
+    kind: str = "rms",
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Return (norm(x) * weight + bias) * (1 + scale) + shift; None leaves its term out.
+
+    norm(x) = x * rsqrt(mean(x²) + eps) for "rms"; "layer" takes the row's mean off x first. With
+    weight and scale it is the pre-norm of Lumina-Next (arXiv 2406.18583), with scale and shift the
+    adaLN of DiT (arXiv 2212.09748).
+
+    Args:
+        x: rows to normalise, (B, L, D).
+        weight, bias: affine parameters of the norm, (D,).
+        scale, shift: modulation, one row per sample, (B, D), or per token, (B, L, D). Strided
+            views, as `chunk` gives them, are fine.
+        eps: added to the mean square.
+        kind: "rms" or "layer".
+        backend: None takes the best one there is; see `lumina_kernels.backend`.
+
+    Returns:
+        (B, L, D) in x.dtype. The arithmetic is float32 (float64 for float64), rounded once.
+
+    Raises:
+        ValueError: a shape or device does not fit x, or kind or backend is not one there is.
+        TypeError: an argument is not a floating-point tensor.
+    """
+    check_axes("x", x, "B, L, D")
+    check_modulation(x, kind, weight=weight, bias=bias, scale=scale, shift=shift)
+    resolve(backend, (), x.device)
+    return norm_modulate_ref(x, weight, bias, scale, shift, eps, kind)
+
+
+def norm_modulate_ref(x, weight=None, bias=None, scale=None, shift=None, eps=1e-5, kind="rms"):
+    """The definition."""
+    acc = torch.promote_types(x.dtype, torch.float32)
+    y = x.to(acc)
+    if kind == "layer":
+        y = y - y.mean(-1, keepdim=True)
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+    if weight is not None:
+        y = y * weight.to(acc)
+    if bias is not None:
+        y = y + bias.to(acc)
+    if scale is not None:
+        y = y * (1 + per_token(scale).to(acc))
+    if shift is not None:
+        y = y + per_token(shift).to(acc)
+    return y.to(x.dtype)
+
+
+def per_token(vector: Tensor) -> Tensor:
+    """Rows per sample (B, D) as (B, 1, D), which broadcasts over tokens; (B, L, D) as it is."""
+    return vector.unsqueeze(1) if vector.ndim == 2 else vector
+
+
+def check_modulation(x: Tensor, kind: str, *, weight, bias, scale, shift) -> None:
+    """The arguments of a modulated norm over rows shaped as x, (B, L, D)."""
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    B, L, D = x.shape
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            check_float(name, tensor, x.device, (D,))
+    for name, tensor in (("scale", scale), ("shift", shift)):
+        if tensor is not None:
+            check_float(name, tensor, x.device, (B, D), (B, L, D))

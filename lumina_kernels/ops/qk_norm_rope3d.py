@@ -1,0 +1,94 @@
+"""Normalisation of queries and keys, and their rotation, without rounding in between."""
+
+import torch
+from torch import Tensor
+
+from lumina_kernels.backend import resolve
+from lumina_kernels.ops._checks import check_float
+from lumina_kernels.ops.norm_modulate import norm_modulate_ref
+from lumina_kernels.ops.rope3d import check_rope3d, rope3d_ref
+
+NORMS = ("layer_across_heads", "rms_per_head", "rms_across_heads")
+
+
+def qk_norm_rope3d(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    q_bias: Tensor | None,
+    k_weight: Tensor | None,
+    k_bias: Tensor | None,
+    positions: Tensor,
+    inv_freq: Tensor,
+    axis: Tensor,
+    eps: float = 1e-5,
+    norm: str = "layer_across_heads",
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return rope3d(norm(q) * q_weight + q_bias, norm(k) * k_weight + k_bias).
+
+    "layer_across_heads" is a LayerNorm over all heads of a token (Lumina-Next, arXiv 2406.18583),
+    "rms_per_head" an RMSNorm over each head (Lumina-Image 2.0, Flux), "rms_across_heads" an
+    RMSNorm over all heads (Wan). The rotation is that of `rope3d`.
+
+    Args:
+        q: queries, (B, L, H, K), K even.
+        k: keys, (B, L, G, K), same dtype.
+        q_weight: (K,) for "rms_per_head", (H * K,) for the others; None leaves the factor out.
+        q_bias: shaped as q_weight for "layer_across_heads"; None leaves it out, and the RMS norms
+            have none.
+        k_weight, k_bias: the same for k, (K,) or (G * K,).
+        positions: columns (t, h, w), (L, 3) or (B, L, 3), integer or float, in tokens.
+        inv_freq: radians per position, (K/2,) or (B, K/2).
+        axis: column of `positions` that pair j reads, (K/2,), int32 or int64 in {0, 1, 2}.
+        eps: added to the mean square.
+        norm: "layer_across_heads", "rms_per_head" or "rms_across_heads".
+        backend: None takes the best one there is; see `lumina_kernels.backend`.
+
+    Returns:
+        q and k, normalised and rotated, shapes and dtype kept. The arithmetic is float32 (float64
+        for float64), rounded once.
+
+    Raises:
+        ValueError: a shape or device does not fit q, a bias comes with an RMS norm, or norm or
+            backend is not one there is.
+        TypeError: a dtype is not as above.
+        RuntimeError, or the device's own failure: an entry of axis is not 0, 1 or 2.
+    """
+    check_rope3d(q, k, positions, inv_freq, axis)
+    _check_norm(q, k, q_weight, q_bias, k_weight, k_bias, norm)
+    resolve(backend, (), q.device)
+    return qk_norm_rope3d_ref(
+        q, k, q_weight, q_bias, k_weight, k_bias, positions, inv_freq, axis, eps, norm
+    )
+
+
+def qk_norm_rope3d_ref(
+    q, k, q_weight, q_bias, k_weight, k_bias, positions, inv_freq, axis, eps=1e-5, norm=NORMS[0]
+):
+    """The definition."""
+    acc = torch.promote_types(q.dtype, torch.float32)
+    kind = "layer" if norm == "layer_across_heads" else "rms"
+
+    def normalise(x, weight, bias):
+        row = x if norm == "rms_per_head" else x.flatten(-2)  # (B, L, heads * K)
+        return norm_modulate_ref(row.to(acc), weight, bias, eps=eps, kind=kind).view(x.shape)
+
+    rows = normalise(q, q_weight, q_bias), normalise(k, k_weight, k_bias)
+    q_out, k_out = rope3d_ref(*rows, positions, inv_freq, axis)
+    return q_out.to(q.dtype), k_out.to(k.dtype)
+
+
+def _check_norm(q, k, q_weight, q_bias, k_weight, k_bias, norm) -> None:
+    if norm not in NORMS:
+        raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
+    for name, x, weight, bias in (("q", q, q_weight, q_bias), ("k", k, k_weight, k_bias)):
+        heads, K = x.shape[2:]
+        width = K if norm == "rms_per_head" else heads * K
+        if weight is not None:
+            check_float(f"{name}_weight", weight, q.device, (width,))
+        if bias is not None and norm != "layer_across_heads":
+            raise ValueError(f"{name}_bias must be None for {norm!r}, which has no bias")
+        if bias is not None:
+            check_float(f"{name}_bias", bias, q.device, (width,))

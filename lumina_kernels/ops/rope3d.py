@@ -1,0 +1,82 @@
+"""Rotary position embedding over up to three axes, angles computed on the fly."""
+
+import torch
+from torch import Tensor
+
+from lumina_kernels.backend import resolve
+from lumina_kernels.ops._checks import check_axes, check_float, check_same_dtype, check_shape
+
+
+def rope3d(
+    q: Tensor,
+    k: Tensor,
+    positions: Tensor,
+    inv_freq: Tensor,
+    axis: Tensor,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Rotate pair j, the channels (2j, 2j + 1), by phi_j = positions[..., axis[j]] * inv_freq[j].
+
+    (a, b) becomes (a cos phi - b sin phi, a sin phi + b cos phi): RoPE (arXiv 2104.09864, Eq. 34)
+    with a coordinate of its own for every pair. `axis` says how the axes share the pairs: 1, 2, 1,
+    2, ... for Lumina-Next images, t, h, w in turn for its video, blocks for Lumina-Image 2.0, Flux
+    and Wan.
+
+    Args:
+        q: queries, (B, L, H, K), K even.
+        k: keys, (B, L, G, K), same dtype.
+        positions: columns (t, h, w), (L, 3) or (B, L, 3), integer or float, in tokens.
+        inv_freq: radians per position, (K/2,), or (B, K/2) where each sample has its own.
+        axis: column of `positions` that pair j reads, (K/2,), int32 or int64 in {0, 1, 2}.
+        backend: None takes the best one there is; see `lumina_kernels.backend`.
+
+    Returns:
+        q and k rotated, shapes and dtype kept. Angles and rotation are float32 (float64 for
+        float64), rounded once.
+
+    Raises:
+        ValueError: a shape or device does not fit q, or there is no such backend.
+        TypeError: a dtype is not as above.
+        RuntimeError, or the device's own failure: an entry of axis is not 0, 1 or 2.
+    """
+    check_rope3d(q, k, positions, inv_freq, axis)
+    resolve(backend, (), q.device)
+    return rope3d_ref(q, k, positions, inv_freq, axis)
+
+
+def rope3d_ref(q, k, positions, inv_freq, axis):
+    """The definition."""
+    acc = torch.promote_types(q.dtype, torch.float32)
+    angle = positions.index_select(-1, axis).to(acc) * inv_freq.to(acc).unsqueeze(-2)
+    cos, sin = angle.cos().unsqueeze(-2), angle.sin().unsqueeze(-2)  # ([B,] L, 1, K/2)
+
+    def rotate(x):
+        a, b = x.to(acc).unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(x.dtype)
+
+    return rotate(q), rotate(k)
+
+
+def check_rope3d(q: Tensor, k: Tensor, positions: Tensor, inv_freq: Tensor, axis: Tensor) -> None:
+    """The arguments of a rotation of q, (B, L, H, K), and k, (B, L, G, K)."""
+    check_heads(q, k)
+    B, L, _, K = q.shape
+    check_shape("positions", positions, q.device, (L, 3), (B, L, 3))
+    if positions.dtype == torch.bool or positions.is_complex():
+        raise TypeError(f"positions must be integer or floating, got {positions.dtype}")
+    check_float("inv_freq", inv_freq, q.device, (K // 2,), (B, K // 2))
+    check_shape("axis", axis, q.device, (K // 2,))
+    if axis.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"axis must be int32 or int64, got {axis.dtype}")
+
+
+def check_heads(q: Tensor, k: Tensor) -> None:
+    """q is (B, L, H, K) and k (B, L, G, K) with the same dtype and an even K."""
+    check_axes("q", q, "B, L, H, K")
+    check_axes("k", k, "B, L, G, K")
+    B, L, _, K = q.shape
+    check_float("k", k, q.device, (B, L, k.shape[2], K))
+    check_same_dtype(q=q, k=k)
+    if K % 2:
+        raise ValueError(f"q must have an even head_dim to rotate pairs, got {K}")

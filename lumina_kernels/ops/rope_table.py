@@ -1,0 +1,63 @@
+"""Rotary position embedding from cos and sin tables, for models that bring their own."""
+
+import torch
+from torch import Tensor
+
+from lumina_kernels.backend import resolve
+from lumina_kernels.ops._checks import check_float
+from lumina_kernels.ops.rope3d import check_heads
+
+PAIRINGS = ("interleaved", "half")
+
+
+def rope_table(
+    q: Tensor,
+    k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    pairing: str = "interleaved",
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Return x * cos + rot(x) * sin for x = q and x = k.
+
+    rot maps a pair (a, b) to (-b, a). Pairs are the channels (2j, 2j + 1) for "interleaved" (Flux,
+    Wan, Lumina) and (j, j + K/2) for "half" (Cosmos, Llama). The tables are full width because
+    some models give the two channels of a pair different entries. RoPE: arXiv 2104.09864, Eq. 34.
+
+    Args:
+        q: queries, (B, L, H, K), K even.
+        k: keys, (B, L, G, K), same dtype; None where only queries turn.
+        cos, sin: tables, (L, K) or (B, L, K), shared by the heads.
+        pairing: "interleaved" or "half".
+        backend: None takes the best one there is; see `lumina_kernels.backend`.
+
+    Returns:
+        q and k rotated (None for None), shapes and dtype kept. The arithmetic is float32 (float64
+        for float64), rounded once.
+
+    Raises:
+        ValueError: a shape or device does not fit q, or pairing or backend is not one there is.
+        TypeError: an argument is not a floating-point tensor, or q and k differ in dtype.
+    """
+    check_heads(q, q if k is None else k)
+    B, L, _, K = q.shape
+    check_float("cos", cos, q.device, (L, K), (B, L, K))
+    check_float("sin", sin, q.device, (L, K), (B, L, K))
+    if pairing not in PAIRINGS:
+        raise ValueError(f"pairing must be one of {', '.join(PAIRINGS)}, got {pairing!r}")
+    resolve(backend, (), q.device)
+    return rope_table_ref(q, k, cos, sin, pairing)
+
+
+def rope_table_ref(q, k, cos, sin, pairing="interleaved"):
+    """The definition."""
+    acc = torch.promote_types(q.dtype, torch.float32)
+    cos, sin = cos.to(acc).unsqueeze(-2), sin.to(acc).unsqueeze(-2)  # ([B,] L, 1, K)
+    pairs, dim = ((-1, 2), -1) if pairing == "interleaved" else ((2, -1), -2)
+
+    def rotate(x):
+        a, b = x.to(acc).unflatten(-1, pairs).unbind(dim)
+        return (x.to(acc) * cos + torch.stack((-b, a), dim).flatten(-2) * sin).to(x.dtype)
+
+    return rotate(q), None if k is None else rotate(k)

@@ -1,0 +1,60 @@
+"""Gated residual sandwich norm, the tail of every Next-DiT sub-layer."""
+
+import torch
+from torch import Tensor
+
+from lumina_kernels.backend import resolve
+from lumina_kernels.ops._checks import check_axes, check_float
+from lumina_kernels.ops.norm_modulate import norm_modulate_ref, per_token
+
+
+def sandwich_norm(
+    y: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    gate: Tensor,
+    eps: float = 1e-5,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Return residual + tanh(gate) * rms_norm(y) * weight.
+
+    rms_norm(y) = y * rsqrt(mean(y²) + eps). The block tail of Lumina-Next (arXiv 2406.18583).
+
+    Args:
+        y: output of the attention or feed-forward layer, (B, L, D).
+        residual: input of that layer, (B, L, D).
+        weight: RMSNorm scale, (D,).
+        gate: adaLN gate before the tanh, one row per sample, (B, D), or per token, (B, L, D).
+            Strided views, as `chunk` gives them, are fine.
+        eps: added to the mean square.
+        backend: None takes the best one there is; see `lumina_kernels.backend`.
+
+    Returns:
+        (B, L, D) in residual.dtype (y may have another). The arithmetic is float32 (float64 for
+        float64), rounded once.
+
+    Raises:
+        ValueError: a shape or device does not fit y, or there is no such backend.
+        TypeError: an argument is not a floating-point tensor.
+    """
+    check_sandwich(y, residual, weight, gate)
+    resolve(backend, (), y.device)
+    return sandwich_norm_ref(y, residual, weight, gate, eps)
+
+
+def sandwich_norm_ref(y, residual, weight, gate, eps=1e-5):
+    """The definition."""
+    acc = torch.promote_types(torch.promote_types(y.dtype, residual.dtype), torch.float32)
+    normed = norm_modulate_ref(y.to(acc), weight, eps=eps)
+    out = residual.to(acc) + torch.tanh(per_token(gate).to(acc)) * normed
+    return out.to(residual.dtype)
+
+
+def check_sandwich(y: Tensor, residual: Tensor, weight: Tensor, gate: Tensor) -> None:
+    """The arguments of a sandwich norm over rows shaped as y, (B, L, D)."""
+    check_axes("y", y, "B, L, D")
+    B, L, D = y.shape
+    check_float("residual", residual, y.device, (B, L, D))
+    check_float("weight", weight, y.device, (D,))
+    check_float("gate", gate, y.device, (B, D), (B, L, D))

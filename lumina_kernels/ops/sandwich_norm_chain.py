@@ -1,0 +1,63 @@
+"""The tail of one Next-DiT sub-layer and the head of the next, from the same row."""
+
+import torch
+from torch import Tensor
+
+from lumina_kernels.backend import resolve
+from lumina_kernels.ops._checks import check_float
+from lumina_kernels.ops.norm_modulate import norm_modulate_ref
+from lumina_kernels.ops.sandwich_norm import check_sandwich, sandwich_norm_ref
+
+
+def sandwich_norm_chain(
+    y: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    gate: Tensor,
+    next_weight: Tensor | None,
+    next_scale: Tensor | None,
+    eps: float = 1e-5,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return new = residual + tanh(gate) * rms_norm(y) * weight, and the next sub-layer's input
+    normed = rms_norm(new) * next_weight * (1 + next_scale); None leaves its factor out.
+
+    `normed` comes from the float32 row of `new` before that row is rounded, so in 16 bits it is
+    nearer to the exact value than `norm_modulate(new, ...)`. Both are formulas of Lumina-Next's
+    block (arXiv 2406.18583).
+
+    Args:
+        y: output of the attention or feed-forward layer, (B, L, D).
+        residual: input of that layer, (B, L, D).
+        weight: scale of the post-norm, (D,).
+        gate: adaLN gate before the tanh, (B, D) or (B, L, D); strided views are fine.
+        next_weight: scale of the next pre-norm, (D,), or None.
+        next_scale: adaLN scale of the next sub-layer, (B, D) or (B, L, D), or None.
+        eps: added to both mean squares.
+        backend: None takes the best one there is; see `lumina_kernels.backend`.
+
+    Returns:
+        (new, normed), each (B, L, D) in residual.dtype (y may have another). The arithmetic is
+        float32 (float64 for float64), each output rounded once.
+
+    Raises:
+        ValueError: a shape or device does not fit y, or there is no such backend.
+        TypeError: an argument is not a floating-point tensor.
+    """
+    check_sandwich(y, residual, weight, gate)
+    B, L, D = y.shape
+    if next_weight is not None:
+        check_float("next_weight", next_weight, y.device, (D,))
+    if next_scale is not None:
+        check_float("next_scale", next_scale, y.device, (B, D), (B, L, D))
+    resolve(backend, (), y.device)
+    return sandwich_norm_chain_ref(y, residual, weight, gate, next_weight, next_scale, eps)
+
+
+def sandwich_norm_chain_ref(y, residual, weight, gate, next_weight, next_scale, eps=1e-5):
+    """The definition."""
+    acc = torch.promote_types(torch.promote_types(y.dtype, residual.dtype), torch.float32)
+    new = sandwich_norm_ref(y.to(acc), residual.to(acc), weight, gate, eps)
+    normed = norm_modulate_ref(new, next_weight, scale=next_scale, eps=eps)
+    return new.to(residual.dtype), normed.to(residual.dtype)

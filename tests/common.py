@@ -1,0 +1,119 @@
+"""What the tests of all ops share: the accuracy rule, gradients, the compile check."""
+
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def randn(*shape):
+    return torch.randn(shape, dtype=torch.float64, device=DEVICE)
+
+
+def assert_as_accurate(name, out, low, high):
+    """`out` errs at most twice as much as eager PyTorch in the same dtype (`low`), both against
+    float64 (`high`), plus a few float32 roundings. Checked for the maximum and for the RMS."""
+    assert out.shape == low.shape == high.shape, (name, out.shape, low.shape, high.shape)
+    if high.numel() == 0:
+        return
+    out, low, high = out.double(), low.double(), high.double()
+    for measure, norm in (("max", _max), ("rms", _rms)):
+        error = norm(out - high)
+        budget = 2 * norm(low - high) + 8 * torch.finfo(torch.float32).eps * norm(high)
+        assert error <= budget, f"{name}: {measure} error {error:.3g}, allowed {budget:.3g}"
+
+
+def run(fn, inputs):
+    """Outputs of fn(**inputs) and, for fixed cotangents, the gradients of its floating inputs."""
+    leaves = {
+        name: value.detach().requires_grad_() if _is_float(value) else value
+        for name, value in inputs.items()
+    }
+    outs = fn(**leaves)
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    results = {f"out {i}": out.detach() for i, out in enumerate(outs) if out is not None}
+    differentiable = [out for out in outs if out is not None and out.requires_grad]
+    # Whole eighths are the same number in every dtype.
+    douts = [torch.arange(out.numel()).mul(7).remainder(17).sub(8).div(8) for out in differentiable]
+    douts = [dout.view(out.shape).to(out) for dout, out in zip(douts, differentiable, strict=True)]
+    floats = {name: leaf for name, leaf in leaves.items() if _is_float(leaf)}
+    grads = torch.autograd.grad(
+        differentiable, list(floats.values()), douts, materialize_grads=True
+    )
+    return results | {f"d{name}": grad for name, grad in zip(floats, grads, strict=True)}
+
+
+def assert_same_in_float64(fn, independent, inputs):
+    """Two formulations agree in float64, in outputs and in gradients."""
+    expected = run(independent, inputs)
+    for name, value in run(fn, inputs).items():
+        torch.testing.assert_close(
+            value, expected[name], rtol=1e-10, atol=1e-11, msg=lambda text, name=name: name + text
+        )
+
+
+def assert_accurate(fn, eager, inputs, dtype):
+    """`fn` keeps the accuracy rule in `dtype` on the float64 `inputs`, gradients included."""
+    rounded = {n: v.to(dtype) if _is_float(v) else v for n, v in inputs.items()}
+    widened = {n: v.double() if _is_float(v) else v for n, v in rounded.items()}
+    out, low, high = run(fn, rounded), run(eager, rounded), run(eager, widened)
+    for name in high:
+        assert_as_accurate(name, out[name], low[name], high[name])
+        assert out[name].dtype == low[name].dtype, (name, out[name].dtype)
+
+
+def assert_rounded_once(out, exact):
+    """`out` is the nearest number of its dtype to `exact`, but for the odd near-tie that the
+    float32 arithmetic before the rounding decides the other way."""
+    assert (out == exact.to(out.dtype)).float().mean() > 0.99
+
+
+def assert_equal_results(results, expected):
+    assert results.keys() == expected.keys()
+    for name, value in results.items():
+        assert torch.equal(value, expected[name]), name
+
+
+def assert_strided_is_same(fn, inputs):
+    """Views with gaps between the rows give what contiguous tensors give, in every bit."""
+    strided = {n: _with_gaps(v) if _is_float(v) else v for n, v in inputs.items()}
+    assert_equal_results(run(fn, strided), run(fn, inputs))
+
+
+def assert_compiles(fn, *examples):
+    """One dynamic graph without breaks serves all `examples`, with the eager bits and gradients."""
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(fn, fullgraph=True, dynamic=True, backend=keep)
+    for inputs in examples:
+        assert_equal_results(run(compiled, inputs), run(fn, inputs))
+    assert len(graphs) == 1, f"{len(graphs)} graphs for {len(examples)} examples"
+
+
+def raises(error, match, fn, inputs, **changed):
+    """fn(**inputs), with some inputs replaced, raises `error` and says `match`."""
+    with pytest.raises(error, match=match):
+        fn(**{**inputs, **changed})
+
+
+def _is_float(value):
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _with_gaps(tensor):
+    wide = torch.cat((tensor, torch.full_like(tensor, torch.nan)), -1)
+    return wide[..., : tensor.shape[-1]]
+
+
+def _max(tensor):
+    return tensor.abs().max().item()
+
+
+def _rms(tensor):
+    return tensor.square().mean().sqrt().item()

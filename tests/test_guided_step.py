@@ -1,0 +1,123 @@
+import pytest
+import torch
+from common import (
+    DEVICE,
+    DTYPES,
+    assert_accurate,
+    assert_compiles,
+    assert_same_in_float64,
+    assert_strided_is_same,
+    raises,
+    randn,
+    run,
+)
+
+from lumina_kernels import guided_step
+
+
+def make_inputs(B=2, C=4, size=(3, 5), weight=4.0, dt=0.05, channels=3):
+    x, v = randn(B, C, *size), randn(2 * B, C, *size)
+    return {"x": x, "v": v, "weight": weight, "dt": dt, "channels": channels}
+
+
+def eager(x, v, weight, dt, channels=None):
+    """One sample and one channel at a time, with the roundings of every operation."""
+    B, C = x.shape[:2]
+    out = torch.empty_like(x)
+    for b in range(B):
+        for c in range(C):
+            velocity = v[b, c]
+            if channels is None or c < channels:
+                velocity = weight * v[b, c] + (1 - weight) * v[B + b, c]
+            out[b, c] = x[b, c] + dt * velocity
+    return out
+
+
+def test_gradcheck():
+    x, v = randn(1, 2, 3).requires_grad_(), randn(2, 2, 3).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, v: guided_step(x, v, 4.0, 0.1, 1), (x, v))
+
+
+@pytest.mark.parametrize("channels", (None, 0, 3, 4))
+@pytest.mark.parametrize("size", ((), (7,), (3, 5), (2, 3, 5)))
+def test_matches_loops(size, channels):
+    inputs = make_inputs(size=size, channels=channels, dt=-0.3)
+    assert_same_in_float64(guided_step, eager, inputs)
+
+
+def test_known_numbers():
+    x = torch.tensor([[1.0, 1.0]])
+    v = torch.tensor([[3.0, 3.0], [1.0, 1.0]])  # conditional 3, unconditional 1
+    assert torch.equal(guided_step(x, v, 4.0, 0.5), torch.tensor([[5.5, 5.5]]))  # u = 1 + 4 * 2
+    assert torch.equal(guided_step(x, v, 4.0, 0.5, channels=1), torch.tensor([[5.5, 2.5]]))
+    assert torch.equal(guided_step(x, v, 1.0, 0.5), torch.tensor([[2.5, 2.5]]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_accuracy(dtype):
+    assert_accurate(guided_step, eager, make_inputs(size=(8, 9)), dtype)
+
+
+def test_numbers_may_be_tensors():
+    inputs = make_inputs()
+    expected = guided_step(**inputs)
+    numbers = {
+        n: torch.tensor(inputs[n], dtype=torch.float64, device=DEVICE) for n in ("weight", "dt")
+    }
+    assert torch.equal(guided_step(**inputs | numbers), expected)
+    x, v = inputs["x"].bfloat16(), inputs["v"].bfloat16()
+    assert guided_step(x, v, **numbers).dtype == torch.bfloat16
+
+
+def test_float32_state_of_a_bfloat16_model():
+    inputs = make_inputs()
+    x, v = inputs["x"].float(), inputs["v"].bfloat16()
+    out = guided_step(x, v, 4.0, 0.1)
+    assert out.dtype == torch.float32
+    assert torch.equal(out, guided_step(x, v.float(), 4.0, 0.1))
+
+
+def test_strided():
+    assert_strided_is_same(guided_step, make_inputs())
+    x, v = randn(2, 4, 6), randn(4, 8, 6)[:, :4]  # learn_sigma: the second half is thrown away
+    assert torch.equal(guided_step(x, v, 4.0, 0.1), guided_step(x, v.contiguous(), 4.0, 0.1))
+
+
+def test_empty_batch():
+    assert run(guided_step, make_inputs(B=0))["out 0"].shape == (0, 4, 3, 5)
+
+
+@pytest.mark.parametrize("channels", (None, 3))
+def test_compile(channels):
+    steps = ((3, 4, (8, 5), 4.0, 0.1), (5, 4, (7, 6), 4.0, 0.2), (7, 9, (10, 11), 3.0, 0.3))
+    assert_compiles(guided_step, *(make_inputs(*step, channels=channels) for step in steps))
+
+
+def test_errors():
+    good = make_inputs()
+    raises(TypeError, "x must be a tensor, got list", guided_step, good, x=[1.0])
+    raises(
+        TypeError,
+        "x must be float16.*got torch.int64",
+        guided_step,
+        good,
+        x=torch.ones(2, 4, 3, 5).long(),
+    )
+    raises(
+        ValueError, r"x must have shape \(B, C, ...\), got \(4,\)", guided_step, good, x=randn(4)
+    )
+    raises(
+        ValueError,
+        r"v must have shape \(4, 4, 3, 5\), got \(2, ",
+        guided_step,
+        good,
+        v=randn(2, 4, 3, 5),
+    )
+    raises(ValueError, "v must have shape", guided_step, good, v=randn(4, 8, 3, 5))
+    raises(
+        ValueError, "weight must be a number or a 0-d tensor", guided_step, good, weight=randn(2)
+    )
+    raises(ValueError, "dt must be a number or a 0-d tensor", guided_step, good, dt=randn(1))
+    raises(ValueError, "channels must be within 0..4, got 5", guided_step, good, channels=5)
+    raises(ValueError, "channels must be within 0..4, got -1", guided_step, good, channels=-1)
+    raises(ValueError, "'cuda' is not there yet", guided_step, good, backend="cuda")
