@@ -1,0 +1,392 @@
+"""Command line: `python -m lumina sample | demo | train | info | evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+import lumina
+from lumina import RopeScaling
+from lumina.checkpoint_files import read_safetensors, replace
+from lumina.data import load_emoji, to_uint8
+from lumina.evaluate import evaluate
+from lumina.schedules import parse_schedule
+from lumina.solvers import SOLVERS, solve
+from lumina.train import TrainConfig, train
+
+# What the compact model draws best with; measured with `evaluate`.
+DEFAULTS = {"steps": 10, "solver": "midpoint", "schedule": "rational:1", "guidance": 2.0}
+
+DEMO = [
+    ("en", "a red apple"),
+    ("en", "smiling face with sunglasses"),
+    ("de", "ein Oktopus"),
+    ("de", "Feuerwehrauto"),
+    ("fr", "une pizza"),
+    ("fr", "cœur rouge"),
+    ("es", "un tigre"),
+    ("it", "ombrello"),
+    ("ja", "雪だるま"),
+    ("zh", "仙人掌"),
+    ("ru", "ракета"),
+    ("tr", "muz"),
+]
+
+
+class _Parser(argparse.ArgumentParser):
+    """Complains in one line."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; 0 on success, 2 with a line that says why where the arguments are at fault."""
+    parser = _build_parser()
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, TypeError, OSError) as error:
+        print(
+            f"{parser.prog} {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr
+        )
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = _Parser(prog="python -m lumina", description="A compact Next-DiT and its sampler.")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+
+    def command(name: str, run, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, formatter_class=formatter)
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("sample", run_sample, "draw a picture for each prompt")
+    sub.add_argument("prompts", nargs="+", metavar="PROMPT", help="in any of the 14 languages")
+    sub.add_argument(
+        "--out", type=Path, default="out.png", help="PNG file; several pictures in a row"
+    )
+    sub.add_argument("--image", type=Path, help="start from this picture (image-to-image)")
+    sub.add_argument(
+        "--strength", type=float, help="share of the time axis run from --image, in (0, 1]"
+    )
+    _add_model(sub)
+    _add_sampling(sub)
+
+    sub = command(
+        "demo", run_demo, "draw the pictures of the README, checked against the reference"
+    )
+    sub.add_argument("--out", type=Path, default="samples/grid.png", help="PNG file")
+    sub.add_argument("--seed", type=int, default=0, help="of the noise")
+
+    sub = command("train", run_train, "train a model, or continue an interrupted run")
+    sub.add_argument(
+        "run_folder", type=Path, metavar="RUN", help="folder of state, weights, loss curve"
+    )
+    sub.add_argument(
+        "--data", type=Path, help="folder of emoji.png and emoji.json, instead of the shipped"
+    )
+    sub.add_argument("--device", default="cpu", help="cpu or cuda")
+    sub.add_argument("--save-every", type=int, default=200, help="steps between two saves")
+    for field in dataclasses.fields(TrainConfig):
+        option = f"--{field.name.replace('_', '-')}"
+        kind = {"int": int, "float": float, "str": str}.get(field.type)
+        text = TRAIN_HELP[field.name]
+        if field.type == "bool":
+            action = argparse.BooleanOptionalAction
+            sub.add_argument(option, action=action, default=field.default, help=text)
+        else:
+            sub.add_argument(option, type=kind, default=field.default, help=text)
+
+    sub = command("info", run_info, "config, parameters and FLOPs of a checkpoint")
+    sub.add_argument(
+        "checkpoint", type=Path, nargs="?", default=lumina.COMPACT, help="what to look at"
+    )
+    sub.add_argument("--size", type=_size, default=None, help="WxH in latent pixels, for the FLOPs")
+    sub.add_argument("--text", type=int, default=32, help="text tokens, for the FLOPs")
+
+    sub = command(
+        "evaluate", run_evaluate, "how many pictures' nearest neighbour is the prompted emoji"
+    )
+    sub.add_argument("--count", type=int, help="English captions to draw; default: all")
+    sub.add_argument(
+        "--others", type=int, default=64, help="captions of every other language, 0: none"
+    )
+    sub.add_argument(
+        "--large", type=int, default=128, help="captions drawn at twice the side, 0: none"
+    )
+    _add_model(sub)
+    _add_sampling(sub)
+    return parser
+
+
+TRAIN_HELP = {
+    "preset": "sizes of the model",
+    "steps": "optimiser steps in all",
+    "batch": "pictures in a step",
+    "lr": "peak learning rate",
+    "warmup": "steps in which the rate rises from 0",
+    "decay": "of the rate: cosine (to 0) or constant",
+    "t_sampling": "times: uniform or lognorm",
+    "caption_dropout": "share of empty captions",
+    "naming": "weight of the caption encoder's own loss",
+    "naming_batch": "captions in that loss",
+    "english": "share of English captions",
+    "ema": "decay of the average of the weights",
+    "clip": "bound of the gradient's L2 norm",
+    "weight_decay": "of AdamW",
+    "seed": "of everything random",
+    "autocast": "bfloat16 matrix products",
+}
+
+
+def _add_model(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--checkpoint",
+        type=Path,
+        default=lumina.COMPACT,
+        help="a file that `train` or lumina.save wrote",
+    )
+    sub.add_argument("--backend", default="auto", help="of the ops: auto, torch, triton, cuda, cpu")
+    sub.add_argument("--device", default="cpu", help="cpu or cuda")
+
+
+def _add_sampling(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--steps", type=int, default=DEFAULTS["steps"], help="intervals of the time grid"
+    )
+    sub.add_argument("--solver", default=DEFAULTS["solver"], choices=SOLVERS, help="of the ODE")
+    sub.add_argument(
+        "--schedule",
+        default=DEFAULTS["schedule"],
+        help="uniform, rational:SHIFT, sigmoid[:MU,ALPHA,BETA]",
+    )
+    sub.add_argument(
+        "--guidance", type=float, default=DEFAULTS["guidance"], help="weight; 1 is off"
+    )
+    sub.add_argument(
+        "--guidance-until", type=float, default=1.0, help="guide while t < this, in [0, 1]"
+    )
+    sub.add_argument(
+        "--guidance-renorm", type=float, help="bound of the guided norm over the plain one"
+    )
+    sub.add_argument(
+        "--size", type=_size, default=(32, 32), help="WxH in pixels, multiples of the patch"
+    )
+    sub.add_argument(
+        "--rope",
+        default="time_aware",
+        choices=["none", "linear", "ntk", "frequency_aware", "time_aware", "watershed"],
+        help="how RoPE stretches beyond the trained size",
+    )
+    sub.add_argument("--seed", type=int, default=0, help="of the noise; picture i takes seed + i")
+
+
+def _size(text: str) -> tuple[int, int]:
+    """ "64x32" (width x height) as (H, W)."""
+    try:
+        width, height = (int(n) for n in text.lower().split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be WIDTHxHEIGHT, got {text!r}") from None
+    return height, width
+
+
+def _load(args):
+    backend = None if args.backend == "auto" else args.backend
+    model = lumina.load(args.checkpoint, backend=backend, device=args.device)
+    return model, lumina.load_caption_encoder(args.checkpoint, device=args.device)
+
+
+def _settings(args) -> dict:
+    parse_schedule(args.schedule)
+    return {
+        "steps": args.steps,
+        "solver": args.solver,
+        "schedule": args.schedule,
+        "guidance": args.guidance,
+        "guidance_until": args.guidance_until,
+        "guidance_renorm": args.guidance_renorm,
+        "rope_scaling": _rope(args.rope, args.checkpoint),
+    }
+
+
+def _rope(kind: str, checkpoint: Path) -> RopeScaling | None:
+    if kind == "none":
+        return None
+    return RopeScaling(kind, base_size=_base_size(checkpoint))
+
+
+def _base_size(checkpoint: Path) -> int:
+    """Tokens per side that the model was trained at; the released models' 1024 pixels are 64."""
+    metadata = read_safetensors(checkpoint)[1] if checkpoint.is_file() else {}
+    return int(metadata.get("base_size", 64))
+
+
+def _generators(seed: int, count: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed + i) for i in range(count)]
+
+
+def run_sample(args) -> None:
+    settings, extra = _settings(args), {}
+    model, encoder = _load(args)
+    if args.image is not None:
+        with Image.open(args.image) as picture:
+            picture = picture.convert("RGB").resize(args.size[::-1], Image.Resampling.LANCZOS)
+        pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+        image = pixels.reshape(*args.size, 3).permute(2, 0, 1).float() / 127.5 - 1
+        extra["image"] = image.expand(len(args.prompts), -1, -1, -1)
+    if args.strength is not None:
+        extra["strength"] = args.strength
+    start = time.perf_counter()
+    result = lumina.sample(
+        model, *encoder(args.prompts), *encoder([""]), size=args.size, **settings, **extra,
+        generator=_generators(args.seed, len(args.prompts)), progress=sys.stderr.isatty(),
+    )  # fmt: skip
+    seconds = time.perf_counter() - start
+    _write_png(result.latents, args.out, columns=len(args.prompts), text="\n".join(args.prompts))
+    print(f"{args.out}: {len(args.prompts)} pictures, {seconds:.1f} s, NFE {result.nfe}")
+
+
+def run_demo(args) -> None:
+    """Draw `DEMO` and compare with the same pictures drawn by `lumina.reference.NextDiT`."""
+    model = lumina.load(lumina.COMPACT)
+    encoder = lumina.load_caption_encoder(lumina.COMPACT)
+    prompts = [prompt for _, prompt in DEMO]
+    features, negative = encoder(prompts), encoder([""])
+    generators = _generators(args.seed, len(DEMO))
+    noise = torch.stack([torch.randn(3, 32, 32, generator=g) for g in generators])
+    start = time.perf_counter()
+    result = lumina.sample(model, *features, *negative, size=(32, 32), latents=noise, **DEFAULTS)
+    seconds = time.perf_counter() - start
+    difference = (result.latents - _reference_sample(model, features, negative, noise)).abs().max()
+    _write_png(result.latents, args.out, columns=6, scale=4, text="\n".join(prompts))
+    for number, (language, prompt) in enumerate(DEMO):
+        print(f"row {number // 6 + 1}, column {number % 6 + 1}  {language}  {prompt}")
+    print(
+        f"{args.out}: {len(DEMO)} pictures, {seconds:.1f} s, NFE {result.nfe}, "
+        f"largest difference from the reference {difference:.1e} (pixels are -1..1)"
+    )
+
+
+@torch.inference_mode()
+def _reference_sample(model, features, negative, noise: Tensor) -> Tensor:
+    from lumina.reference import NextDiT
+
+    reference = NextDiT(model.config).eval()
+    reference.load_state_dict(model.state_dict())
+
+    def velocity(t: float, x: Tensor) -> Tensor:
+        time = torch.full((len(x),), t)
+        conditional = reference(x, time, *features)
+        empty = [z.expand(len(x), *z.shape[1:]) for z in negative]
+        plain = reference(x, time, *empty)
+        return plain + DEFAULTS["guidance"] * (conditional - plain)
+
+    grid = parse_schedule(DEFAULTS["schedule"])(DEFAULTS["steps"])
+    return solve(velocity, noise, grid, DEFAULTS["solver"])[0]
+
+
+def run_train(args) -> None:
+    fields = {f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig)}
+    data = load_emoji(args.data)
+    trainer = train(
+        TrainConfig(**fields),
+        args.run_folder,
+        data=data,
+        device=args.device,
+        save_every=args.save_every,
+    )
+    recent = trainer.losses[-100:]
+    loss = sum(recent) / max(1, len(recent))
+    print(f"{args.run_folder}: {trainer.done} of {args.steps} steps, loss {loss:.4f}", end="")
+    print("" if trainer.done == args.steps else "; the same command continues")
+
+
+def run_info(args) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = lumina.load(args.checkpoint, dtype=None)
+    config, dtype = model.config, model.pad_token.dtype
+    print(json.dumps(dataclasses.asdict(config), indent=2))
+    count = sum(p.numel() for p in model.parameters())
+    print(f"head_dim {config.head_dim}, FFN width {config.ffn_dim}, stored as {dtype}")
+    print(f"parameters {count:,}")
+    if config.axes == ("w",):
+        raise ValueError("the FLOPs are counted for images; this model has axes ('w',)")
+    side = _base_size(args.checkpoint) * config.patch_size
+    height, width = args.size or (side, side)
+    model = model.to("meta")
+    x = torch.empty(1, config.in_channels, height, width, dtype=dtype, device="meta")
+    text = torch.empty(1, args.text, config.cap_feat_dim, dtype=dtype, device="meta")
+    mask = torch.ones(1, args.text, dtype=torch.bool, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model(x, torch.empty(1, device="meta"), text, mask)
+    print(
+        f"forward of one {width}x{height} latent with {args.text} text tokens: "
+        f"{counter.get_total_flops() / 1e9:.3f} GFLOP"
+    )
+
+
+def run_evaluate(args) -> None:
+    settings = _settings(args)
+    model, encoder = _load(args)
+    data = load_emoji()
+    settings.update(seed=args.seed, progress=sys.stderr.isatty())
+
+    def report(name: str, count: int | None, **changed) -> None:
+        # Spread over the whole set: neighbours in it look alike.
+        count = min(count or len(data), len(data))
+        indices = [i * len(data) // count for i in range(count)]
+        right = evaluate(model, encoder, data, indices=indices, **{**settings, **changed})
+        share = right.float().mean().item()
+        print(f"{name}: {share:.1%} ({int(right.sum())} of {count})", flush=True)
+
+    size = args.size
+    print(
+        f"{args.solver}, {args.steps} steps, schedule {args.schedule}, guidance {args.guidance}, "
+        f"seed {args.seed}; nearest neighbour among {len(data)} emoji is the prompted one for"
+    )
+    report("en", args.count, size=size)
+    if args.others:
+        for language in data.captions:
+            if language != "en":
+                report(language, args.others, language=language, size=size)
+    if args.large:
+        twice = (2 * size[0], 2 * size[1])
+        for rope in ("none", "time_aware"):
+            scaling = _rope(rope, args.checkpoint)
+            name = f"en at {twice[1]}x{twice[0]}, averaged down, RoPE scaling {rope}"
+            report(name, args.large, size=twice, rope_scaling=scaling, batch=16)
+
+
+def _write_png(pictures: Tensor, path: Path, columns: int, text: str, scale: int = 1) -> None:
+    """Write (N, 3, H, W) in [-1, 1] as one PNG, row by row, with `text` as its Description."""
+    N, C, H, W = pictures.shape
+    rows = -(-N // columns)
+    sheet = torch.full((rows * columns, C, H, W), 255, dtype=torch.uint8)
+    sheet[:N] = to_uint8(pictures).cpu()
+    sheet = (
+        sheet.reshape(rows, columns, C, H, W)
+        .permute(0, 3, 1, 4, 2)
+        .reshape(rows * H, columns * W, C)
+    )
+    image = Image.fromarray(sheet.numpy())
+    image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+    info = PngInfo()
+    info.add_itxt("Description", text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace(path, lambda file: image.save(file, format="PNG", pnginfo=info))

@@ -1,0 +1,343 @@
+"""Flow-matching training of a Next-DiT and its caption encoder: `python -m lumina train`."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lumina.checkpoint import save
+from lumina.checkpoint_files import replace
+from lumina.config import PRESETS, NextDiTConfig
+from lumina.data import EmojiSet, load_emoji, to_float
+from lumina.model import NextDiT
+from lumina.text import CaptionEncoder, to_bytes
+
+# People write "a red apple" where the data says "red apple".
+ARTICLES = {
+    "en": ("a", "an", "the", "one"),
+    "de": ("ein", "eine", "der", "die", "das"),
+    "fr": ("un", "une", "le", "la"),
+    "es": ("un", "una", "el", "la"),
+    "it": ("un", "una", "il", "la"),
+    "pt": ("um", "uma", "o", "a"),
+    "tr": ("bir",),
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a run; with the seed they determine it.
+
+    Args:
+        preset: of the model, see `lumina.config.PRESETS`.
+        steps: optimiser steps in all.
+        batch: images a step.
+        lr: peak learning rate of AdamW.
+        warmup: steps over which it rises from 0.
+        decay: "cosine" to 0 at the last step, or "constant".
+        t_sampling: "uniform" in [0, 1], or "lognorm", the logistic function of a normal variable.
+        caption_dropout: share of captions replaced by the empty one, for classifier-free guidance.
+        naming: weight of a second loss, on the caption encoder alone: the cross-entropy of telling
+            which picture a caption is of, by a linear layer that is thrown away afterwards. It
+            brings the languages together.
+        naming_batch: captions a step in that loss.
+        english: share of English captions; the other languages share the rest evenly.
+        ema: decay of the moving average of the weights, which is what a run delivers.
+        clip: bound of the gradient's L2 norm.
+        weight_decay: of AdamW.
+        seed: of everything random.
+        autocast: bfloat16 matrix products.
+    """
+
+    preset: str = "compact"
+    steps: int = 12000
+    batch: int = 64
+    lr: float = 1e-3
+    warmup: int = 200
+    decay: str = "cosine"
+    t_sampling: str = "uniform"
+    caption_dropout: float = 0.1
+    naming: float = 0.1
+    naming_batch: int = 192
+    english: float = 0.3
+    ema: float = 0.999
+    clip: float = 2.0
+    weight_decay: float = 0.0
+    seed: int = 0
+    autocast: bool = True
+
+    def __post_init__(self):
+        for name, allowed in (
+            ("preset", tuple(PRESETS)),
+            ("decay", ("cosine", "constant")),
+            ("t_sampling", ("uniform", "lognorm")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        for name in ("steps", "batch", "naming_batch", "lr", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("caption_dropout", "english", "ema"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+
+
+class Trainer:
+    """The whole state of a run: what `save` writes, `load` brings back, and `step` advances.
+
+    A step's images, captions, times and noise come from (seed, number of the step) alone, so a run
+    that was killed and resumed goes through the same steps as one that was not.
+    """
+
+    def __init__(self, config: TrainConfig, data: EmojiSet, device: str = "cpu"):
+        torch.manual_seed(config.seed)
+        self.config, self.device = config, torch.device(device)
+        self.images, self.captions = to_float(data.images).to(device), data.captions
+        sizes = PRESETS[config.preset]
+        self.model = _modules(sizes, len(data)).to(device)
+        self.params = list(self.model.parameters())
+        self.ema = [p.detach().clone() for p in self.params]
+        self.optimizer = torch.optim.AdamW(
+            self.params,
+            lr=config.lr,
+            betas=(0.9, 0.99),
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self.done = 0
+        self.losses: list[float] = []
+
+    def step(self) -> float:
+        """Take one optimiser step; return its loss."""
+        config = self.config
+        rng = random.Random(f"{config.seed} {self.done}")
+        with torch.autocast(self.device.type, torch.bfloat16) if config.autocast else nullcontext():
+            loss = flow_matching_loss(self.model, *self.batch(rng))
+            naming = naming_loss(self.model, *self.naming_batch(rng))
+        (loss + config.naming * naming).backward()
+        nn.utils.clip_grad_norm_(self.params, config.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(config, self.done)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        # Closely at first, or it would remember the initialisation for 1 / (1 - ema) steps.
+        decay = min(config.ema, (1 + self.done) / (10 + self.done))
+        torch._foreach_lerp_(self.ema, [p.detach() for p in self.params], 1 - decay)
+        self.done += 1
+        self.losses.append(loss.item())
+        return self.losses[-1]
+
+    def batch(self, rng: random.Random) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Images (B, C, H, W), caption symbols (B, N), times (B,) and noise of one step."""
+        config = self.config
+        index = [rng.randrange(len(self.images)) for _ in range(config.batch)]
+        empty = [rng.random() < config.caption_dropout for _ in index]
+        captions = [
+            "" if nothing else draw_caption(self.captions, i, config.english, rng)
+            for i, nothing in zip(index, empty, strict=True)
+        ]
+        generator = torch.Generator().manual_seed(rng.getrandbits(62))
+        if config.t_sampling == "lognorm":
+            t = torch.randn(config.batch, generator=generator).sigmoid()
+        else:
+            t = torch.rand(config.batch, generator=generator)
+        noise = torch.randn(config.batch, *self.images.shape[1:], generator=generator)
+        return self.images[index], to_bytes(captions), t.to(self.device), noise.to(self.device)
+
+    def naming_batch(self, rng: random.Random) -> tuple[Tensor, Tensor]:
+        """Caption symbols (B, N), of all languages alike, and the pictures they are of (B,)."""
+        index = [rng.randrange(len(self.images)) for _ in range(self.config.naming_batch)]
+        captions = [draw_caption(self.captions, i, 1 / len(self.captions), rng) for i in index]
+        return to_bytes(captions), torch.tensor(index, device=self.device)
+
+    def save(self, path: Path) -> None:
+        state = {
+            "config": asdict(self.config),
+            "model": self.model.state_dict(),
+            "ema": self.ema,
+            "optimizer": self.optimizer.state_dict(),
+            "losses": self.losses,
+        }
+        replace(path, lambda file: torch.save(state, file))
+
+    def load(self, path: Path) -> None:
+        """Continue the run saved at `path`.
+
+        Raises:
+            ValueError: it was started with other settings.
+        """
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        old, new = state["config"], asdict(self.config)
+        changed = [f"{k} {old.get(k)} -> {v}" for k, v in new.items() if old.get(k) != v]
+        if changed:
+            raise ValueError(f"{path} was started with other settings: {', '.join(changed)}")
+        self.model.load_state_dict(state["model"])
+        torch._foreach_copy_(self.ema, state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.losses = state["losses"]
+        self.done = len(self.losses)
+
+    def export(self, path: Path) -> None:
+        """Write the averaged weights, in float16, for `lumina.load` and `load_caption_encoder`."""
+        sizes = PRESETS[self.config.preset]
+        averaged = _modules(sizes, len(self.images))
+        with torch.no_grad():
+            for target, value in zip(averaged.parameters(), self.ema, strict=True):
+                target.copy_(value)
+        metadata = {
+            "training": json.dumps({**asdict(self.config), "done": self.done}),
+            "base_size": str(
+                self.images.shape[-1] // sizes.patch_size
+            ),  # tokens per side, for RoPE
+        }
+        encoder = averaged["caption_encoder"].half()
+        save(averaged["network"].half(), path, caption_encoder=encoder, metadata=metadata)
+
+
+def _modules(sizes: NextDiTConfig, pictures: int) -> nn.ModuleDict:
+    return nn.ModuleDict(
+        {
+            "network": NextDiT(sizes),
+            "caption_encoder": CaptionEncoder(sizes.cap_feat_dim),
+            "naming": nn.Linear(sizes.cap_feat_dim, pictures),
+        }
+    )
+
+
+def flow_matching_loss(
+    model: nn.ModuleDict, x1: Tensor, symbols: Tensor, t: Tensor, noise: Tensor
+) -> Tensor:
+    """Mean of |v(x_t, t, caption) - (x1 - noise)|^2 with x_t = t x1 + (1 - t) noise."""
+    features, mask = model["caption_encoder"](symbols)
+    time = t[:, None, None, None]
+    v = model["network"](time * x1 + (1 - time) * noise, t, features, mask)
+    return (v.float() - (x1 - noise)).square().mean()
+
+
+def naming_loss(model: nn.ModuleDict, symbols: Tensor, index: Tensor) -> Tensor:
+    """Cross-entropy of picking picture `index` by the mean of its caption's features."""
+    features, mask = model["caption_encoder"](symbols)
+    mean = (features * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    logits = model["naming"](F.layer_norm(mean, mean.shape[-1:]))
+    return F.cross_entropy(logits.float(), index)
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Rate of step number `step`, counted from 0."""
+    rise = min(1.0, (step + 1) / max(1, config.warmup))
+    if config.decay == "constant":
+        return config.lr * rise
+    progress = max(0, step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.lr * rise * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def draw_caption(captions: dict[str, list[str]], i: int, english: float, rng: random.Random) -> str:
+    """A caption of picture `i` in a random language, sometimes with an article before it."""
+    language = "en"
+    if rng.random() >= english:
+        language = rng.choice([name for name in captions if name != "en"] or ["en"])
+    caption = captions[language][i] or captions["en"][i]
+    if language in ARTICLES and rng.random() < 0.25:
+        caption = f"{rng.choice(ARTICLES[language])} {caption}"
+    return caption
+
+
+def train(
+    config: TrainConfig,
+    run: str | Path,
+    *,
+    data: EmojiSet | None = None,
+    device: str = "cpu",
+    save_every: int = 200,
+    progress: bool = True,
+) -> Trainer:
+    """Train, or continue a run that was interrupted, until `config.steps`.
+
+    Args:
+        config: settings; an interrupted run continues only with the same.
+        run: folder for `state.pt` (all that is needed to continue), `model.safetensors` (averaged
+            weights) and `loss.png`, replaced every `save_every` steps and where Ctrl-C or SIGTERM
+            ends the run.
+        data: pictures and captions; None takes the emoji that ship with the package.
+        device: "cpu" or "cuda".
+        save_every: steps between two saves; after a kill these are repeated, with the same result.
+        progress: show a progress bar.
+
+    Returns:
+        The trainer, at `config.steps` or where the run was stopped.
+    """
+    run = Path(run)
+    run.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(config, data if data is not None else load_emoji(), device)
+    if (run / "state.pt").exists():
+        trainer.load(run / "state.pt")
+    with (
+        _stop_signals() as stop,
+        tqdm(total=config.steps, initial=trainer.done, unit="step", disable=not progress) as bar,
+    ):
+        while trainer.done < config.steps and not stop:
+            loss = trainer.step()
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            if trainer.done % save_every == 0:
+                _write(trainer, run)
+    _write(trainer, run)
+    return trainer
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """A list that the first Ctrl-C or SIGTERM fills, for a stop between two steps."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # only that may set handlers
+        yield received
+        return
+
+    def note(number: int, _frame) -> None:
+        received.append(number)
+        signal.signal(number, old[number])
+
+    old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _write(trainer: Trainer, run: Path) -> None:
+    trainer.save(run / "state.pt")
+    trainer.export(run / "model.safetensors")
+    _plot(trainer.losses, run / "loss.png")
+
+
+def _plot(losses: list[float], path: Path) -> None:
+    try:
+        import matplotlib
+    except ImportError:  # in the extra "train"; the losses themselves are in state.pt
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    window = max(1, len(losses) // 200)
+    count = len(losses) // window
+    means = torch.tensor(losses[: count * window]).reshape(count, window).mean(1)
+    figure, axes = plt.subplots(figsize=(6, 4))
+    axes.semilogy([(i + 1) * window for i in range(count)], means.tolist())
+    axes.set(xlabel="step", ylabel=f"flow-matching loss, mean of {window} steps")
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    replace(path, lambda file: figure.savefig(file, format="png", dpi=100))
+    plt.close(figure)
