@@ -28,17 +28,17 @@ DEFAULTS = {"steps": 10, "solver": "midpoint", "schedule": "rational:1", "guidan
 
 DEMO = [
     ("en", "a red apple"),
-    ("en", "smiling face with sunglasses"),
-    ("de", "ein Oktopus"),
-    ("de", "Feuerwehrauto"),
-    ("fr", "une pizza"),
-    ("fr", "cœur rouge"),
-    ("es", "un tigre"),
-    ("it", "ombrello"),
-    ("ja", "雪だるま"),
-    ("zh", "仙人掌"),
-    ("ru", "ракета"),
-    ("tr", "muz"),
+    ("en", "an octopus"),
+    ("de", "ein Kaktus"),
+    ("fr", "une fusée"),
+    ("es", "un plátano"),
+    ("it", "cuore rosso"),
+    ("ja", "消防車"),
+    ("zh", "老虎头"),
+    ("ru", "пицца"),
+    ("ko", "펭귄"),
+    ("tr", "futbol topu"),
+    ("pt", "girassol"),
 ]
 
 

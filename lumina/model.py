@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lumina.config import NextDiTConfig
-from lumina.rope import RopeScaling, positions, rope_axes, rope_frequencies
+from lumina.patches import Tokens, to_images, to_tokens
+from lumina.rope import RopeScaling, rope_axes, rope_frequencies
 from lumina_kernels import (
     gqa_attention,
     norm_modulate,
@@ -41,16 +42,6 @@ class Caption:
     mask: Tensor  # (B, T) bool
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """A batch of images as padded sequences of patches."""
-
-    patches: Tensor  # (B, L, C * volume)
-    grids: list[tuple[int, int, int]]  # patches along (t, h, w), one of all or one of each image
-    positions: Tensor  # (L, 3) or (B, L, 3)
-    mask: Tensor | None  # (B, L) bool, False on padding; None: no padding
-
-
 class NextDiT(nn.Module):
     """The velocity network of Lumina-Next.
 
@@ -69,6 +60,7 @@ class NextDiT(nn.Module):
         self.cap_embedder = nn.Sequential(
             nn.LayerNorm(config.cap_feat_dim), nn.Linear(config.cap_feat_dim, A)
         )
+        # Of the checkpoint. Padding is masked in attention and cut off at the end, so it is unused.
         self.pad_token = nn.Parameter(torch.empty(D))
         self.layers = nn.ModuleList(
             TransformerBlock(config, backend) for _ in range(config.n_layers)
@@ -166,10 +158,8 @@ class NextDiT(nn.Module):
                 f"t must have shape ({B},) and there must be {B} captions for {B} images, "
                 f"got {tuple(t.shape)} and {len(caption.mask)}"
             )
-        tokens = self._tokens(x)
+        tokens = to_tokens(x, self.config)
         h = self.x_embedder(tokens.patches)  # (B, L, D)
-        if tokens.mask is not None:
-            h = torch.where(tokens.mask[..., None], h, self.pad_token.to(h.dtype))
 
         c = F.silu(self.t_embedder(t) + caption.pooled)  # (B, A)
         modulation = self.modulation(c).unflatten(1, (-1, self.config.dim)).unbind(1)
@@ -198,63 +188,7 @@ class NextDiT(nn.Module):
                 h = sandwich_norm(
                     out, h, layer.ffn_norm2.weight, gates[2 * i + 1], eps, backend=backend
                 )
-        return self._images(self.final_layer(h, modulation[-1]), tokens, x)
-
-    def _tokens(self, x: Tensor | list[Tensor]) -> Tokens:
-        """Cut images into patches of (C, pH, pW), in row-major order of (t, h, w)."""
-        if isinstance(x, Tensor):
-            patches, grid = self._patchify(x)
-            return Tokens(patches, [grid], positions(*grid, device=x.device), None)
-        if not x:
-            raise ValueError("x must hold at least one image, got an empty list")
-        sequences, grids = zip(*(self._patchify(image[None]) for image in x), strict=True)
-        lengths = [s.shape[1] for s in sequences]
-        pad = [max(lengths) - length for length in lengths]
-        patches = torch.cat([F.pad(s, (0, 0, 0, p)) for s, p in zip(sequences, pad, strict=True)])
-        where = [
-            F.pad(positions(*grid, device=patches.device), (0, 0, 0, p))
-            for grid, p in zip(grids, pad, strict=True)
-        ]
-        mask = None
-        if any(pad):
-            length = torch.tensor(lengths, device=patches.device)
-            mask = torch.arange(max(lengths), device=patches.device) < length[:, None]
-        return Tokens(patches, list(grids), torch.stack(where), mask)
-
-    def _patchify(self, x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
-        axes, C, p = self.config.axes, self.config.in_channels, self.config.patch
-        ndim = {("w",): (3,), ("h", "w"): (4,), ("t", "h", "w"): (4, 5)}[axes]
-        if x.ndim not in ndim or x.shape[1] != C:
-            names = {3: "(B, C, L)", 4: "(B, C, H, W)", 5: "(B, C, T, H, W)"}
-            raise ValueError(
-                f"x must be {' or '.join(names[n] for n in ndim)} with C = {C} for axes {axes}, "
-                f"got shape {tuple(x.shape)}"
-            )
-        B, T = x.shape[0], x.shape[2] if x.ndim == 5 else 1
-        height, width = (1 if x.ndim == 3 else x.shape[-2]), x.shape[-1]
-        grid = (T, height // p[1], width // p[2])
-        if min(grid) < 1 or height % p[1] or width % p[2]:
-            raise ValueError(
-                f"the sides of x must be positive multiples of the patch {p}, got {tuple(x.shape)}"
-            )
-        x = x.reshape(B, C, T, grid[1], p[1], grid[2], p[2]).permute(0, 2, 3, 5, 1, 4, 6)
-        return x.reshape(B, grid[0] * grid[1] * grid[2], C * p[1] * p[2]), grid
-
-    def _images(
-        self, out: Tensor, tokens: Tokens, x: Tensor | list[Tensor]
-    ) -> Tensor | list[Tensor]:
-        """Undo `_tokens` for the output, with patches of (pH, pW, C); drop learn_sigma's half."""
-        if isinstance(x, Tensor):
-            return self._unpatchify(out, tokens.grids[0], x)
-        each = zip(out, tokens.grids, x, strict=True)
-        return [self._unpatchify(o[None], grid, xi[None])[0] for o, grid, xi in each]
-
-    def _unpatchify(self, out: Tensor, grid: tuple[int, int, int], like: Tensor) -> Tensor:
-        T, h, w = grid
-        _, ph, pw = self.config.patch
-        out = out[:, : T * h * w].reshape(-1, T, h, w, ph, pw, self.config.out_channels)
-        out = out[..., : self.config.in_channels].permute(0, 6, 1, 2, 4, 3, 5)
-        return out.reshape(like.shape).to(like.dtype)  # from (B, C, T, h, pH, w, pW)
+        return to_images(self.final_layer(h, modulation[-1]), tokens, x, self.config)
 
     def _rope(
         self, tokens: Tokens, t: Tensor, scaling: RopeScaling | None

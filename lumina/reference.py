@@ -140,18 +140,18 @@ def rotations(config, grid: tuple[int, int, int], scaling, t: Tensor) -> Tensor:
         if s is None:
             side = math.sqrt(grid[1] * grid[2]) if "h" in config.axes else grid[2]
             s = max(1.0, side / scaling.base_size)
-        linear, ntk, t = freqs / s, (theta * s) ** -exponent, t.double()[:, None]
+        linear, ntk = freqs / s, (theta * s) ** -exponent
         if scaling.kind == "linear":
             freqs = linear
         elif scaling.kind == "ntk":
             freqs = ntk
         elif scaling.kind == "watershed":
-            freqs = torch.where(t < scaling.watershed, linear, ntk)
+            freqs = torch.where((t < scaling.watershed)[:, None], linear, ntk)
         elif scaling.kind == "frequency_aware":
             d_target = K * math.log(scaling.base_size / (2 * math.pi), theta)
             freqs = torch.maximum((theta * s ** (K / d_target)) ** -exponent, linear)
         elif scaling.kind == "time_aware":
-            d_t = (K - 1) * t + 1
+            d_t = (K - 1) * t.double()[:, None] + 1
             freqs = torch.maximum((theta * s ** (K / d_t)) ** -exponent, linear)
         else:
             raise ValueError(f"unknown RoPE scaling {scaling.kind!r}")

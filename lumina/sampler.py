@@ -24,7 +24,8 @@ class Sample:
     """Result of `sample`.
 
     Args:
-        latents: (B, C, *size) float32, or a list of (C, *size_i) where sizes were a list.
+        latents: (B, C, *size), or a list of (C, *size_i) where sizes were a list; float32, float64
+            from a float64 model.
         nfe: evaluations of the velocity; with guidance each is one call of the network on 2B
             images.
     """

@@ -2,6 +2,7 @@
 bits by the accuracy rule; lists of images, axes, padding; torch.compile."""
 
 import functools
+import math
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from networks import AUDIO, IMAGE, VIDEO, cast, inputs, pair, randn
 
 from lumina import RopeScaling
+from lumina.model import _key_scale
 
 
 def run(model, arguments, **settings):
@@ -79,6 +81,7 @@ CASES = {
     "time_aware": ({}, IMAGE, dict(rope_scaling=RopeScaling("time_aware", 4.0))),
     "time_aware by size": ({}, IMAGE, dict(rope_scaling=RopeScaling("time_aware", **BY_SIZE))),
     "linear video": (VIDEO, (3, 2, 4, 4), dict(rope_scaling=RopeScaling("linear", 1.5))),
+    "video by size": (VIDEO, (3, 3, 2, 6), dict(rope_scaling=RopeScaling("ntk", **BY_SIZE))),
     "audio by size": (AUDIO, (5, 7), dict(rope_scaling=RopeScaling("ntk", base_size=3))),
     "ragged": ({}, RAGGED, dict(base_seqlen=3, rope_scaling=RopeScaling("time_aware", **BY_SIZE))),
     "ragged audio": (AUDIO, ((5, 7), (5, 2), (5, 4)), dict(base_seqlen=50)),
@@ -145,6 +148,14 @@ def test_a_list_is_its_images_alone(name):
                 assert (out - alone).abs().max() <= bound * alone.abs().max()
 
 
+def test_proportional_attention_is_not_rounded_to_16_bits():
+    """The factor of each image of a list; off by 1/512, every score would be."""
+    factor = _key_scale([(1, 2, 3), (1, 1, 2)], 50, torch.zeros(2, dtype=torch.bfloat16))
+    expected = [math.sqrt(math.log(n) / math.log(50)) for n in (6, 2)]
+    assert factor.shape == (2, 1, 1, 1)
+    assert factor.flatten().tolist() == pytest.approx(expected, rel=1e-6)
+
+
 def test_a_list_of_one_size_is_the_batch():
     (ours, _), (x, *rest) = pair(), inputs(*IMAGE)
     scaling = RopeScaling("time_aware", base_size=2)
@@ -156,11 +167,11 @@ def test_a_list_of_one_size_is_the_batch():
 
 
 def test_padding_has_no_influence():
-    """The pad token may be anything finite; what the captions hold beyond their mask anything."""
+    """Whatever the pad token is, and whatever the captions hold beyond their mask."""
     (ours, _), (x, t, feats, mask) = pair(), inputs(*RAGGED)
     with torch.no_grad():
         expected = ours(x, t, feats, mask)
-        for value in (0.0, -1.0, 1e30):
+        for value in (0.0, 1e30, torch.nan):
             ours.pad_token.fill_(value)
             for out, same in zip(ours(x, t, feats, mask), expected, strict=True):
                 torch.testing.assert_close(out, same, rtol=1e-13, atol=1e-13)
