@@ -97,7 +97,7 @@ class NextDiTConfig:
 PRESETS = {
     # The model that ships with the package: 32x32 RGB pictures, the real head_dim, 2:1 GQA.
     "compact": NextDiTConfig(
-        patch_size=4,
+        patch_size=8,
         in_channels=3,
         dim=288,
         n_layers=6,

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 MAX_BYTES = 127  # with the start symbol 128, so at most 32 features
+REGISTERS = 8
 START, PAD = 256, 257
 NGRAMS = (3, 6)  # one and two characters of the scripts that take three bytes each
 BUCKETS = 4096
@@ -43,6 +44,11 @@ class CaptionEncoder(nn.Module):
     convolutions make one feature of four bytes, and a pre-norm transformer layer lets the features
     see each other. A caption's features do not depend on its batch.
 
+    Learned features, the same for every caption but for what the transformer layer adds, come
+    before (registers, arXiv 2309.16588). A Next-DiT has no absolute position but in its text
+    branch, where rotated queries meet keys that are not rotated; these keys are always there to
+    read it from, also in the empty caption.
+
     Args:
         dim: width of the features, `cap_feat_dim` of the model.
         width: width of the byte embeddings.
@@ -55,6 +61,7 @@ class CaptionEncoder(nn.Module):
         self.byte = nn.Embedding(258, width)
         self.ngrams = nn.ModuleList(nn.Embedding(BUCKETS, width) for _ in NGRAMS)
         self.position = nn.Parameter(torch.empty((MAX_BYTES + 1) // 4, dim))
+        self.registers = nn.Parameter(torch.empty(REGISTERS, dim))
         self.conv1 = nn.Conv1d(width, dim, 4, stride=2, padding=1)
         self.conv2 = nn.Conv1d(dim, dim, 4, stride=2, padding=1)
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
@@ -64,13 +71,14 @@ class CaptionEncoder(nn.Module):
         for table in (self.byte, *self.ngrams):
             nn.init.normal_(table.weight, std=0.5)
         nn.init.normal_(self.position, std=0.02)
+        nn.init.normal_(self.registers, std=0.5)
 
     def forward(self, captions: list[str] | Tensor) -> tuple[Tensor, Tensor]:
         """Encode texts, or what `to_bytes` made of them.
 
         Returns:
-            features (B, T, dim) in the dtype of the parameters; mask (B, T) bool, True where there
-            is text. T is a quarter of the symbols.
+            features (B, T, dim) in the dtype of the parameters; mask (B, T) bool, True for the
+            registers and where there is text. T is `REGISTERS` and a quarter of the symbols.
         """
         symbols = captions if isinstance(captions, Tensor) else to_bytes(captions)
         symbols = symbols.to(self.position.device)
@@ -84,6 +92,8 @@ class CaptionEncoder(nn.Module):
         x = F.silu(self.conv1(x)) * valid[:, None]
         valid = valid.unflatten(1, (-1, 2)).any(-1)
         x = self.conv2(x).transpose(1, 2) + self.position[: valid.shape[1]]  # (B, T, dim)
+        x = torch.cat([self.registers.expand(len(x), -1, -1), x], dim=1)
+        valid = F.pad(valid, (REGISTERS, 0), value=True)
         q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         h = F.scaled_dot_product_attention(q, k, v, attn_mask=valid[:, None, None])
         x = x + self.proj(h.transpose(1, 2).flatten(2))

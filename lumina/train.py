@@ -48,11 +48,16 @@ class TrainConfig:
         warmup: steps over which it rises from 0.
         decay: "cosine" to 0 at the last step, or "constant".
         t_sampling: "uniform" in [0, 1], or "lognorm", the logistic function of a normal variable.
+        t_mean: mean of that variable; below 0 there are more times near the noise, where the
+            caption alone decides.
         caption_dropout: share of captions replaced by the empty one, for classifier-free guidance.
         naming: weight of a second loss, on the caption encoder alone: the cross-entropy of telling
             which picture a caption is of, by a linear layer that is thrown away afterwards. It
             brings the languages together.
         naming_batch: captions a step in that loss.
+        text_gate: initial gate, before its tanh, of the text branch. Lumina-Next starts at 0; but
+            all that a token knows of its absolute position comes through this branch, and from 0
+            the gates open slowly.
         english: share of English captions; the other languages share the rest evenly.
         ema: decay of the moving average of the weights, which is what a run delivers.
         clip: bound of the gradient's L2 norm.
@@ -62,15 +67,17 @@ class TrainConfig:
     """
 
     preset: str = "compact"
-    steps: int = 12000
-    batch: int = 64
-    lr: float = 1e-3
+    steps: int = 7400
+    batch: int = 128
+    lr: float = 1.5e-3
     warmup: int = 200
     decay: str = "cosine"
-    t_sampling: str = "uniform"
+    t_sampling: str = "lognorm"
+    t_mean: float = -0.8
     caption_dropout: float = 0.1
     naming: float = 0.1
-    naming_batch: int = 192
+    naming_batch: int = 64
+    text_gate: float = 1.0
     english: float = 0.3
     ema: float = 0.999
     clip: float = 2.0
@@ -107,6 +114,8 @@ class Trainer:
         self.images, self.captions = to_float(data.images).to(device), data.captions
         sizes = PRESETS[config.preset]
         self.model = _modules(sizes, len(data)).to(device)
+        for layer in self.model["network"].layers:
+            nn.init.constant_(layer.attention.gate, config.text_gate)
         self.params = list(self.model.parameters())
         self.ema = [p.detach().clone() for p in self.params]
         self.optimizer = torch.optim.AdamW(
@@ -150,7 +159,7 @@ class Trainer:
         ]
         generator = torch.Generator().manual_seed(rng.getrandbits(62))
         if config.t_sampling == "lognorm":
-            t = torch.randn(config.batch, generator=generator).sigmoid()
+            t = (config.t_mean + torch.randn(config.batch, generator=generator)).sigmoid()
         else:
             t = torch.rand(config.batch, generator=generator)
         noise = torch.randn(config.batch, *self.images.shape[1:], generator=generator)

@@ -1,5 +1,6 @@
 """The caption encoder: what text becomes, and that a caption's features are its own alone."""
 
+import math
 import unicodedata
 
 import pytest
@@ -9,7 +10,16 @@ from hypothesis import strategies as st
 
 from lumina import text
 from lumina.data import load_emoji
-from lumina.text import BUCKETS, MAX_BYTES, NGRAMS, PAD, START, CaptionEncoder, to_bytes
+from lumina.text import (
+    BUCKETS,
+    MAX_BYTES,
+    NGRAMS,
+    PAD,
+    REGISTERS,
+    START,
+    CaptionEncoder,
+    to_bytes,
+)
 
 CAPTIONS = [
     "a red apple",
@@ -41,7 +51,7 @@ def test_symbols():
     assert to_bytes([""]).tolist() == [[START, PAD, PAD, PAD]]
     none = to_bytes([])
     assert none.shape == (0, 4) and none.dtype == torch.int64
-    assert encoder()([])[0].shape == (0, 1, 24)
+    assert encoder()([])[0].shape == (0, REGISTERS + 1, 24)
 
 
 @pytest.mark.parametrize(
@@ -74,14 +84,15 @@ def test_cut_also_inside_a_character(offset):
     row = symbols(long)
     assert row == [START, *long.encode()[:MAX_BYTES]]
     features, mask = encoder()([long])
-    assert mask.all() and features.shape == (1, (MAX_BYTES + 1) // 4, 24)
+    assert mask.all() and features.shape == (1, REGISTERS + (MAX_BYTES + 1) // 4, 24)
     same, _ = encoder()([long + "more"])
     assert torch.equal(features, same)
 
 
-def test_the_empty_caption_has_one_feature():
+def test_the_empty_caption_has_one_feature_after_the_registers():
     features, mask = encoder()(["", "abc", "abcd"])
-    assert mask.tolist() == [[True, False], [True, False], [True, True]]
+    assert mask[:, :REGISTERS].all()
+    assert mask[:, REGISTERS:].tolist() == [[True, False], [True, False], [True, True]]
     assert features.isfinite().all()
 
 
@@ -89,7 +100,9 @@ def test_features_do_not_depend_on_the_batch():
     model = encoder()
     with torch.no_grad():
         together, mask = model(CAPTIONS)
-        assert mask.sum(1).tolist() == [-(-len(symbols(c)) // 4) for c in CAPTIONS]
+        assert mask.sum(1).tolist() == [
+            REGISTERS + math.ceil(len(symbols(c)) / 4) for c in CAPTIONS
+        ]
         for i, caption in enumerate(CAPTIONS):
             alone, valid = model([caption])
             assert valid.all()
@@ -106,7 +119,8 @@ def test_padding_has_no_influence(caption, padding, data):
     with torch.no_grad():
         expected, mask = model([caption])
         features, valid = model(longer)
-    assert mask.all() and int(valid.sum()) == mask.numel() == -(-len(symbols(caption)) // 4)
+    length = REGISTERS + math.ceil(len(symbols(caption)) / 4)
+    assert mask.all() and int(valid.sum()) == mask.numel() == length
     assert expected.isfinite().all()
     torch.testing.assert_close(features[:, : mask.shape[1]], expected, rtol=1e-12, atol=1e-12)
 
