@@ -10,36 +10,17 @@ import time
 from pathlib import Path
 
 import torch
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-from torch import Tensor
 
 import lumina
 from lumina import RopeScaling
-from lumina.checkpoint_files import read_safetensors, replace
-from lumina.data import load_emoji, to_uint8
+from lumina.checkpoint_files import read_safetensors
+from lumina.data import load_emoji
+from lumina.demo import draw_demo
 from lumina.evaluate import evaluate
+from lumina.pictures import read_picture, write_png
 from lumina.schedules import parse_schedule
-from lumina.solvers import SOLVERS, solve
+from lumina.solvers import SOLVERS
 from lumina.train import TrainConfig, train
-
-# What the compact model draws best with; measured with `evaluate`.
-DEFAULTS = {"steps": 10, "solver": "midpoint", "schedule": "rational:1", "guidance": 2.0}
-
-DEMO = [
-    ("en", "a red apple"),
-    ("en", "an octopus"),
-    ("de", "ein Kaktus"),
-    ("fr", "une fusée"),
-    ("es", "un plátano"),
-    ("it", "cuore rosso"),
-    ("ja", "消防車"),
-    ("zh", "老虎头"),
-    ("ru", "пицца"),
-    ("ko", "펭귄"),
-    ("tr", "futbol topu"),
-    ("pt", "girassol"),
-]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -168,17 +149,24 @@ def _add_model(sub: argparse.ArgumentParser) -> None:
 
 
 def _add_sampling(sub: argparse.ArgumentParser) -> None:
+    best = lumina.COMPACT_SETTINGS
     sub.add_argument(
-        "--steps", type=int, default=DEFAULTS["steps"], help="intervals of the time grid"
+        "--steps",
+        type=int,
+        default=best["steps"],
+        help="intervals of the time grid",
     )
-    sub.add_argument("--solver", default=DEFAULTS["solver"], choices=SOLVERS, help="of the ODE")
+    sub.add_argument("--solver", default=best["solver"], choices=SOLVERS, help="of the ODE")
     sub.add_argument(
         "--schedule",
-        default=DEFAULTS["schedule"],
+        default=best["schedule"],
         help="uniform, rational:SHIFT, sigmoid[:MU,ALPHA,BETA]",
     )
     sub.add_argument(
-        "--guidance", type=float, default=DEFAULTS["guidance"], help="weight; 1 is off"
+        "--guidance",
+        type=float,
+        default=best["guidance"],
+        help="weight; 1 is off",
     )
     sub.add_argument(
         "--guidance-until", type=float, default=1.0, help="guide while t < this, in [0, 1]"
@@ -209,8 +197,15 @@ def _size(text: str) -> tuple[int, int]:
 
 def _load(args):
     backend = None if args.backend == "auto" else args.backend
+    encoder = lumina.load_caption_encoder(args.checkpoint, device=args.device)
     model = lumina.load(args.checkpoint, backend=backend, device=args.device)
-    return model, lumina.load_caption_encoder(args.checkpoint, device=args.device)
+    if model.config.in_channels != 3 or model.config.axes != ("h", "w"):
+        raise ValueError(
+            f"the command line draws RGB pixels; {args.checkpoint} makes "
+            f"{model.config.in_channels} channels over the axes {model.config.axes}: use "
+            "lumina.sample and its decoder"
+        )
+    return model, encoder
 
 
 def _settings(args) -> dict:
@@ -238,68 +233,27 @@ def _base_size(checkpoint: Path) -> int:
     return int(metadata.get("base_size", 64))
 
 
-def _generators(seed: int, count: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed + i) for i in range(count)]
-
-
 def run_sample(args) -> None:
     settings, extra = _settings(args), {}
     model, encoder = _load(args)
     if args.image is not None:
-        with Image.open(args.image) as picture:
-            picture = picture.convert("RGB").resize(args.size[::-1], Image.Resampling.LANCZOS)
-        pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-        image = pixels.reshape(*args.size, 3).permute(2, 0, 1).float() / 127.5 - 1
+        image = read_picture(args.image, args.size)
         extra["image"] = image.expand(len(args.prompts), -1, -1, -1)
     if args.strength is not None:
         extra["strength"] = args.strength
+    generators = [torch.Generator().manual_seed(args.seed + i) for i in range(len(args.prompts))]
     start = time.perf_counter()
     result = lumina.sample(
         model, *encoder(args.prompts), *encoder([""]), size=args.size, **settings, **extra,
-        generator=_generators(args.seed, len(args.prompts)), progress=sys.stderr.isatty(),
+        generator=generators, progress=sys.stderr.isatty(),
     )  # fmt: skip
     seconds = time.perf_counter() - start
-    _write_png(result.latents, args.out, columns=len(args.prompts), text="\n".join(args.prompts))
+    write_png(result.latents, args.out, columns=len(args.prompts), text="\n".join(args.prompts))
     print(f"{args.out}: {len(args.prompts)} pictures, {seconds:.1f} s, NFE {result.nfe}")
 
 
 def run_demo(args) -> None:
-    """Draw `DEMO` and compare with the same pictures drawn by `lumina.reference.NextDiT`."""
-    model = lumina.load(lumina.COMPACT)
-    encoder = lumina.load_caption_encoder(lumina.COMPACT)
-    prompts = [prompt for _, prompt in DEMO]
-    features, negative = encoder(prompts), encoder([""])
-    generators = _generators(args.seed, len(DEMO))
-    noise = torch.stack([torch.randn(3, 32, 32, generator=g) for g in generators])
-    start = time.perf_counter()
-    result = lumina.sample(model, *features, *negative, size=(32, 32), latents=noise, **DEFAULTS)
-    seconds = time.perf_counter() - start
-    difference = (result.latents - _reference_sample(model, features, negative, noise)).abs().max()
-    _write_png(result.latents, args.out, columns=6, scale=4, text="\n".join(prompts))
-    for number, (language, prompt) in enumerate(DEMO):
-        print(f"row {number // 6 + 1}, column {number % 6 + 1}  {language}  {prompt}")
-    print(
-        f"{args.out}: {len(DEMO)} pictures, {seconds:.1f} s, NFE {result.nfe}, "
-        f"largest difference from the reference {difference:.1e} (pixels are -1..1)"
-    )
-
-
-@torch.inference_mode()
-def _reference_sample(model, features, negative, noise: Tensor) -> Tensor:
-    from lumina.reference import NextDiT
-
-    reference = NextDiT(model.config).eval()
-    reference.load_state_dict(model.state_dict())
-
-    def velocity(t: float, x: Tensor) -> Tensor:
-        time = torch.full((len(x),), t)
-        conditional = reference(x, time, *features)
-        empty = [z.expand(len(x), *z.shape[1:]) for z in negative]
-        plain = reference(x, time, *empty)
-        return plain + DEFAULTS["guidance"] * (conditional - plain)
-
-    grid = parse_schedule(DEFAULTS["schedule"])(DEFAULTS["steps"])
-    return solve(velocity, noise, grid, DEFAULTS["solver"])[0]
+    draw_demo(args.out, args.seed)
 
 
 def run_train(args) -> None:
@@ -327,18 +281,17 @@ def run_info(args) -> None:
     count = sum(p.numel() for p in model.parameters())
     print(f"head_dim {config.head_dim}, FFN width {config.ffn_dim}, stored as {dtype}")
     print(f"parameters {count:,}")
-    if config.axes == ("w",):
-        raise ValueError("the FLOPs are counted for images; this model has axes ('w',)")
     side = _base_size(args.checkpoint) * config.patch_size
     height, width = args.size or (side, side)
     model = model.to("meta")
-    x = torch.empty(1, config.in_channels, height, width, dtype=dtype, device="meta")
+    shape = (width,) if config.axes == ("w",) else (height, width)
+    x = torch.empty(1, config.in_channels, *shape, dtype=dtype, device="meta")
     text = torch.empty(1, args.text, config.cap_feat_dim, dtype=dtype, device="meta")
     mask = torch.ones(1, args.text, dtype=torch.bool, device="meta")
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         model(x, torch.empty(1, device="meta"), text, mask)
     print(
-        f"forward of one {width}x{height} latent with {args.text} text tokens: "
+        f"forward of one {'x'.join(map(str, shape[::-1]))} latent with {args.text} text tokens: "
         f"{counter.get_total_flops() / 1e9:.3f} GFLOP"
     )
 
@@ -373,22 +326,3 @@ def run_evaluate(args) -> None:
             scaling = _rope(rope, args.checkpoint)
             name = f"en at {twice[1]}x{twice[0]}, averaged down, RoPE scaling {rope}"
             report(name, args.large, size=twice, rope_scaling=scaling, batch=16)
-
-
-def _write_png(pictures: Tensor, path: Path, columns: int, text: str, scale: int = 1) -> None:
-    """Write (N, 3, H, W) in [-1, 1] as one PNG, row by row, with `text` as its Description."""
-    N, C, H, W = pictures.shape
-    rows = -(-N // columns)
-    sheet = torch.full((rows * columns, C, H, W), 255, dtype=torch.uint8)
-    sheet[:N] = to_uint8(pictures).cpu()
-    sheet = (
-        sheet.reshape(rows, columns, C, H, W)
-        .permute(0, 3, 1, 4, 2)
-        .reshape(rows * H, columns * W, C)
-    )
-    image = Image.fromarray(sheet.numpy())
-    image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
-    info = PngInfo()
-    info.add_itxt("Description", text)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace(path, lambda file: image.save(file, format="PNG", pnginfo=info))

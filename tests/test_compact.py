@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import lumina
-from lumina.cli import DEFAULTS, main
+from lumina.cli import main
 from lumina.data import load_emoji, to_float
 from lumina.evaluate import evaluate, nearest
 
@@ -39,7 +39,9 @@ def test_demo_draws_what_was_asked_for(tmp_path, capsys):
 
 def test_draws_english_captions(loaded):
     data = load_emoji()
-    right = evaluate(*loaded, data, indices=range(5, len(data), 14), **{**DEFAULTS, "steps": 6})
+    right = evaluate(
+        *loaded, data, indices=range(5, len(data), 14), **{**lumina.COMPACT_SETTINGS, "steps": 6}
+    )
     assert right.float().mean() >= 0.8  # of 50; the README has the figure of all
 
 
