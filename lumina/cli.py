@@ -31,16 +31,15 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; 0 on success, 2 with a line that says why where the arguments are at fault."""
+    """Run a command. 0: success; 2: the arguments are at fault; 1: the work failed; with one line."""
     parser = _build_parser()
     args = parser.parse_args(argv)
     try:
         args.run(args)
-    except (ValueError, TypeError, OSError) as error:
-        print(
-            f"{parser.prog} {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr
-        )
-        return 2
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        message = " ".join(str(error).split())
+        print(f"{parser.prog} {args.command}: error: {message}", file=sys.stderr)
+        return 1 if isinstance(error, RuntimeError) else 2
     except KeyboardInterrupt:
         return 130
     return 0

@@ -67,7 +67,7 @@ class TrainConfig:
     """
 
     preset: str = "compact"
-    steps: int = 7400
+    steps: int = 6200
     batch: int = 128
     lr: float = 1.5e-3
     warmup: int = 200
@@ -129,12 +129,19 @@ class Trainer:
         self.losses: list[float] = []
 
     def step(self) -> float:
-        """Take one optimiser step; return its loss."""
+        """Take one optimiser step; return its flow-matching loss.
+
+        Raises:
+            RuntimeError: the loss is not finite. The weights are as before.
+        """
         config = self.config
         rng = random.Random(f"{config.seed} {self.done}")
         with torch.autocast(self.device.type, torch.bfloat16) if config.autocast else nullcontext():
             loss = flow_matching_loss(self.model, *self.batch(rng))
             naming = naming_loss(self.model, *self.naming_batch(rng))
+        value = loss.item()
+        if not math.isfinite(value):
+            raise RuntimeError(f"the loss of step {self.done} is {value}; a lower lr may help")
         (loss + config.naming * naming).backward()
         nn.utils.clip_grad_norm_(self.params, config.clip)
         for group in self.optimizer.param_groups:
@@ -145,8 +152,8 @@ class Trainer:
         decay = min(config.ema, (1 + self.done) / (10 + self.done))
         torch._foreach_lerp_(self.ema, [p.detach() for p in self.params], 1 - decay)
         self.done += 1
-        self.losses.append(loss.item())
-        return self.losses[-1]
+        self.losses.append(value)
+        return value
 
     def batch(self, rng: random.Random) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Images (B, C, H, W), caption symbols (B, N), times (B,) and noise of one step."""
@@ -207,9 +214,7 @@ class Trainer:
                 target.copy_(value)
         metadata = {
             "training": json.dumps({**asdict(self.config), "done": self.done}),
-            "base_size": str(
-                self.images.shape[-1] // sizes.patch_size
-            ),  # tokens per side, for RoPE
+            "base_size": str(self.images.shape[-1] // sizes.patch_size),  # tokens, for RoPE
         }
         encoder = averaged["caption_encoder"].half()
         save(averaged["network"].half(), path, caption_encoder=encoder, metadata=metadata)

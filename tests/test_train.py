@@ -122,6 +122,17 @@ def test_one_step_is_adamw_and_the_average_follows():
         torch.testing.assert_close(average, b + 0.9 * (p - b))  # decay (1 + 0) / (10 + 0)
 
 
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    trainer = Trainer(CONFIG, pictures())
+    trainer.step()
+    trainer.save(tmp_path / "state.pt")
+    trainer.images[:] = torch.inf
+    before = [p.detach().clone() for p in trainer.params]
+    with pytest.raises(RuntimeError, match="loss of step 1 is"):
+        trainer.step()
+    assert all(torch.equal(p, b) for p, b in zip(trainer.params, before, strict=True))
+
+
 def test_training_learns():
     config = replace(CONFIG, steps=50, batch=8, lr=3e-3, t_sampling="uniform")
     trainer = Trainer(config, pictures(2))
