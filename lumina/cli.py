@@ -31,7 +31,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command. 0: success; 2: the arguments are at fault; 1: the work failed; with one line."""
+    """Run a command. 0: done; 2: the arguments are at fault, 1: the work failed, in one line."""
     parser = _build_parser()
     args = parser.parse_args(argv)
     try:
