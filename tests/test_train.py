@@ -24,7 +24,7 @@ TINY = NextDiTConfig(
     patch_size=4, in_channels=3, dim=48, n_layers=2, n_heads=2, n_kv_heads=1, multiple_of=16,
     learn_sigma=False, cap_feat_dim=32,
 )  # fmt: skip
-CONFIG = TrainConfig(steps=8, batch=4, naming_batch=6, warmup=2, autocast=False)
+CONFIG = TrainConfig(steps=8, lr=1e-3, batch=4, naming_batch=6, warmup=2, autocast=False)
 
 
 @pytest.fixture(autouse=True)
