@@ -86,7 +86,7 @@ def orders(guidance: float) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--guidance", type=float, default=2.0, help="weight (default: %(default)s)")
+    parser.add_argument("--guidance", type=float, default=3.0, help="weight (default: %(default)s)")
     parser.add_argument("--orders", action="store_true", help="measure orders of convergence")
     args = parser.parse_args()
     (orders if args.orders else table)(args.guidance)

@@ -321,7 +321,7 @@ def run_evaluate(args) -> None:
                 report(language, args.others, language=language, size=size)
     if args.large:
         twice = (2 * size[0], 2 * size[1])
-        for rope in ("none", "time_aware"):
+        for rope in ("none", "linear", "time_aware"):
             scaling = _rope(rope, args.checkpoint)
             name = f"en at {twice[1]}x{twice[0]}, averaged down, RoPE scaling {rope}"
             report(name, args.large, size=twice, rope_scaling=scaling, batch=16)

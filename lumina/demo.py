@@ -18,7 +18,7 @@ DEMO = [
     ("en", "a red apple"),
     ("en", "an octopus"),
     ("de", "ein Kaktus"),
-    ("fr", "une fusée"),
+    ("fr", "éléphant"),
     ("es", "un plátano"),
     ("it", "cuore rosso"),
     ("ja", "消防車"),

@@ -35,9 +35,16 @@ def rational(steps: int, shift: float = 4.0) -> Tensor:
 def sigmoid(steps: int, mu: float = 0.6, alpha: float = 6.0, beta: float = 20.0) -> Tensor:
     """Piecewise sigmoid of Lumina-Next, (steps + 1,): short steps at both ends, long around mu.
 
+    The length of the step at the index u in (0, 1) is proportional to sigmoid(alpha (u - mu)) below
+    mu, and to 1 - sigmoid(beta (u - mu)) above.
+
+    The paper's formula is known with a sign slip. Of its two readings, these step lengths or the
+    sigmoid as the map u -> t, this one was nearer to the solution of 1000 steps in 11 of 15 cases
+    (the compact model; Euler, midpoint, ab2; 4 to 40 evaluations), and in all from 20 on.
+
     Args:
         steps: number of intervals.
-        mu: where, in the index u in (0, 1), the two pieces meet.
+        mu: where, in the index u, the two pieces meet.
         alpha: steepness below mu.
         beta: steepness above mu.
 
@@ -49,26 +56,10 @@ def sigmoid(steps: int, mu: float = 0.6, alpha: float = 6.0, beta: float = 20.0)
         raise ValueError(f"mu must lie inside (0, 1), got {mu}")
     if not (math.isfinite(alpha) and math.isfinite(beta) and alpha > 0 and beta > 0):
         raise ValueError(f"alpha and beta must be finite and positive, got {alpha} and {beta}")
-    grid = _sigmoid_map(steps, mu, alpha, beta)
-    return _increasing(grid, f"mu={mu}, alpha={alpha}, beta={beta}")
-
-
-# The paper's formula is known with a sign slip; these are its two readings. Keep one.
-
-
-def _sigmoid_map(steps: int, mu: float, alpha: float, beta: float) -> Tensor:
-    """sigmoid(alpha (u - mu)) below mu, sigmoid(beta (u - mu)) above, rescaled to 0..1."""
-    u = uniform(steps) - mu
-    s = torch.sigmoid(torch.where(u < 0, alpha, beta) * u)
-    return (s - s[0]) / (s[-1] - s[0])
-
-
-def _sigmoid_steps(steps: int, mu: float, alpha: float, beta: float) -> Tensor:
-    """Steps as long as sigmoid(alpha (u - mu)) below mu, 1 - sigmoid(beta (u - mu)) above."""
     u = (torch.arange(steps, dtype=torch.float64) + 0.5) / steps - mu
     length = torch.sigmoid(torch.where(u < 0, alpha, -beta) * u)
     grid = torch.cat([length.new_zeros(1), length.cumsum(0)])
-    return grid / grid[-1]
+    return _increasing(grid / grid[-1], f"mu={mu}, alpha={alpha}, beta={beta}")
 
 
 def start_at(grid: Tensor, strength: float) -> Tensor:

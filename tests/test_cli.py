@@ -98,7 +98,7 @@ def test_evaluate_prints_every_figure(checkpoint, capsys):
     options = "--count 5 --others 2 --large 2 --steps 1 --solver euler".split()
     assert main(["evaluate", "--checkpoint", str(checkpoint), *options]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + 14 + 2
+    assert len(lines) == 1 + 14 + 3
     assert lines[1].startswith("en: ") and lines[1].endswith(" of 5)")
     assert lines[-1].startswith("en at 64x64, averaged down, RoPE scaling time_aware: ")
 

@@ -13,7 +13,7 @@ from lumina.data import load_emoji, to_float
 from lumina.evaluate import evaluate, nearest
 
 # The emoji that the prompts of `python -m lumina demo` ask for, in their order.
-ASKED = "🍎 🐙 🌵 🚀 🍌 ❤️ 🚒 🐯 🍕 🐧 ⚽ 🌻".split()
+ASKED = "🍎 🐙 🌵 🐘 🍌 ❤️ 🚒 🐯 🍕 🐧 ⚽ 🌻".split()
 
 
 @pytest.fixture(scope="module")
