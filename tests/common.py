@@ -1,10 +1,16 @@
 """What the tests of all ops share: the accuracy rule, gradients, the compile check."""
 
+from functools import partial
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Triton's interpreter cuts float32 off to bfloat16 instead of rounding it: on a CPU float16 stands
+# in for it.
+KERNEL_DTYPES = DTYPES if DEVICE == "cuda" else DTYPES[:2]
 
 
 def randn(*shape):
@@ -73,6 +79,54 @@ def assert_equal_results(results, expected):
     assert results.keys() == expected.keys()
     for name, value in results.items():
         assert torch.equal(value, expected[name]), name
+
+
+def assert_kernel_contract(op, inputs, *others, backend="triton"):
+    """What every kernel keeps, whatever it computes: its registrations pass opcheck; a call returns
+    the same bits again, with gaps between rows, and compiled (for `others` too); it does not take
+    float64."""
+    fn = partial(op, backend=backend)
+    inputs, *others = (_to_float32(example) for example in (inputs, *others))
+    expected = run(fn, inputs)
+    assert_equal_results(run(fn, inputs), expected)
+    assert_strided_is_same(fn, inputs)
+    calls = _Calls()
+    with calls:
+        run(fn, inputs)
+    assert calls.made, "no kernel ran"
+    for func, args in calls.made:
+        torch.library.opcheck(func, args)
+    assert_compiles(fn, inputs, *others)
+    raises(TypeError, "takes no float64", fn, {n: _to(v, torch.float64) for n, v in inputs.items()})
+
+
+class _Calls(TorchDispatchMode):
+    """Records the calls of this package's ops. Forwards get leaves, so that opcheck tries their
+    gradients too."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "lumina_kernels":
+            grads = "_fwd" in func.name()
+            self.made.append((func, [_leaf(arg, grads) for arg in args]))
+        return func(*args, **(kwargs or {}))
+
+
+def _leaf(arg, requires_grad):
+    if not _is_float(arg):
+        return arg
+    return arg.detach().clone().requires_grad_(requires_grad)
+
+
+def _to(value, dtype):
+    return value.to(dtype) if _is_float(value) else value
+
+
+def _to_float32(inputs):
+    return {name: _to(value, torch.float32) for name, value in inputs.items()}
 
 
 def assert_strided_is_same(fn, inputs):

@@ -1,5 +1,11 @@
+import os
+
 import pytest
 import torch
+
+# Before any kernel is imported: without a GPU Triton's interpreter runs the kernels.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True)

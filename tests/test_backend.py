@@ -8,37 +8,69 @@ import torch
 from lumina_kernels import backend, swiglu
 from lumina_kernels.backend import resolve
 
-CPU = torch.device("cpu")
+HERE = torch.ones(1, 1, 1)
+GPU = type("OnGpu", (), {"device": torch.device("cuda"), "dtype": torch.float32})()  # no GPU needed
+DOUBLE_ON_GPU = type("OnGpu", (), {"device": torch.device("cuda"), "dtype": torch.float64})()
 
 
-def test_none_and_torch_are_torch():
-    assert resolve(None, (), CPU) == "torch"
-    assert resolve("torch", (), CPU) == "torch"
+def test_none_takes_the_best_that_takes_the_tensors(monkeypatch):
+    assert resolve(None, (), HERE) == "torch"
+    assert resolve(None, ("triton",), HERE) == "torch"  # the interpreter only on request
+    assert resolve(None, ("triton", "cpu"), HERE) == "cpu"
+    assert resolve(None, ("triton", "cuda"), GPU) == "triton"
+    assert resolve(None, ("cuda", "triton"), GPU, None, GPU) == "cuda"
+    assert resolve(None, ("cuda", "triton"), GPU, None, DOUBLE_ON_GPU) == "torch"
+    monkeypatch.setattr(backend, "MISSING", {"cuda": "not built"})
+    assert resolve(None, ("cuda", "triton"), GPU) == "triton"
+
+
+def test_torch_is_everywhere():
+    assert resolve("torch", (), HERE) == "torch"
+    assert resolve("torch", ("triton",), DOUBLE_ON_GPU) == "torch"
 
 
 @pytest.mark.parametrize("name", ("triton", "cuda", "cpu"))
 def test_a_backend_the_op_lacks(name):
-    with pytest.raises(
-        ValueError, match=f"backend '{name}' is not there yet .* on cpu, .*: torch$"
-    ):
-        resolve(name, (), CPU)
-    assert resolve(name, (name,), CPU) == name
+    with pytest.raises(ValueError, match=f"backend '{name}' is not there for this op.*: torch$"):
+        resolve(name, (), HERE)
+
+
+def test_a_backend_is_taken_or_refused(monkeypatch):
+    assert resolve("cpu", ("cpu",), HERE) == "cpu"
+    assert resolve("triton", ("triton",), GPU) == "triton"
+    with pytest.raises(ValueError, match="backend 'cuda' needs tensors on cuda, got cpu"):
+        resolve("cuda", ("cuda",), HERE)
+    with pytest.raises(ValueError, match="backend 'cpu' needs tensors on cpu, got cuda"):
+        resolve("cpu", ("cpu",), GPU)
+    with pytest.raises(TypeError, match="backend 'triton' .* takes no float64"):
+        resolve("triton", ("triton",), GPU, DOUBLE_ON_GPU)
+    monkeypatch.setattr(backend, "MISSING", {"triton": "triton is not installed"})
+    with pytest.raises(RuntimeError, match="'triton' is not available here: triton is not inst"):
+        resolve("triton", ("triton",), GPU)
+
+
+def test_triton_on_a_cpu_is_the_interpreter(monkeypatch):
+    monkeypatch.setattr(backend, "INTERPRETED", True)
+    assert resolve("triton", ("triton",), HERE) == "triton"
+    monkeypatch.setattr(backend, "INTERPRETED", False)
+    with pytest.raises(ValueError, match="needs tensors on cuda .or TRITON_INTERPRET=1.*, got cpu"):
+        resolve("triton", ("triton",), HERE)
 
 
 @pytest.mark.parametrize("name", ("numpy", "", "Torch", 1))
 def test_an_unknown_backend(name):
     with pytest.raises(ValueError, match="is unknown, it must be one of torch, triton, cuda, cpu"):
-        resolve(name, (), CPU)
+        resolve(name, (), HERE)
 
 
 def test_the_default_is_for_calls_that_name_none(monkeypatch):
-    monkeypatch.setattr(backend, "DEFAULT", "triton")
-    with pytest.raises(ValueError, match="LUMINA_KERNELS_BACKEND='triton' is not there yet"):
-        resolve(None, (), CPU)
-    assert resolve("torch", (), CPU) == "torch"
+    monkeypatch.setattr(backend, "DEFAULT", "cuda")
+    with pytest.raises(ValueError, match="LUMINA_KERNELS_BACKEND='cuda' is not there for this op"):
+        resolve(None, (), HERE)
+    assert resolve("torch", (), HERE) == "torch"
     monkeypatch.setattr(backend, "DEFAULT", "fastest")
     with pytest.raises(ValueError, match="LUMINA_KERNELS_BACKEND='fastest' is unknown"):
-        swiglu(torch.ones(1, 1, 1), torch.ones(1, 1, 1))
+        swiglu(HERE, HERE)
 
 
 def test_a_fresh_process_without_triton_reads_the_environment():
@@ -50,6 +82,10 @@ from lumina_kernels.backend import DEFAULT
 ones = torch.ones(1, 1, 1)
 print(DEFAULT, lumina_kernels.swiglu(ones, ones, backend="torch").shape)
 try:
+    lumina_kernels.swiglu(ones, ones, backend="triton")
+except RuntimeError as error:
+    print(error)
+try:
     lumina_kernels.swiglu(ones, ones)
 except ValueError as error:
     print(error)
@@ -60,5 +96,7 @@ except ValueError as error:
     )
     assert done.stdout.splitlines() == [
         "cpu torch.Size([1, 1, 1])",
-        "LUMINA_KERNELS_BACKEND='cpu' is not there yet for this op on cpu, it has: torch",
+        "backend 'triton' is not available here: triton is not installed "
+        '(pip install "lumina-kernels[triton]")',
+        "LUMINA_KERNELS_BACKEND='cpu' is not there for this op, it has: torch, triton",
     ]

@@ -1,9 +1,14 @@
+from functools import partial
+
 import pytest
 import torch
 from common import (
     DTYPES,
+    KERNEL_DTYPES,
     assert_accurate,
     assert_compiles,
+    assert_equal_results,
+    assert_kernel_contract,
     assert_rounded_once,
     assert_same_in_float64,
     assert_strided_is_same,
@@ -114,4 +119,49 @@ def test_errors():
     raises(ValueError, "scale must have shape", op, good, scale=randn(2, 1, 48))
     raises(TypeError, "shift must be float16", op, good, shift=torch.ones(2, 48).int())
     raises(ValueError, "kind must be one of rms, layer, got None", op, good, kind=None)
-    raises(ValueError, "'triton' is not there yet", op, good, backend="triton")
+    raises(ValueError, "'cuda' is not there for this op", op, good, backend="cuda")
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("kind", ("rms", "layer"))
+@pytest.mark.parametrize("per_token", (False, True))
+@pytest.mark.parametrize("B, L, D", ((2, 1, 8), (1, 5, 2), (1, 6, 576), (2, 33, 144)))
+def test_triton_is_accurate(B, L, D, per_token, kind, dtype):
+    inputs = make_inputs(B, L, D, per_token) | {"kind": kind}
+    assert_accurate(partial(gate_residual_norm, backend="triton"), eager, inputs, dtype)
+
+
+@pytest.mark.parametrize("kind", ("rms", "layer"))
+@pytest.mark.parametrize(
+    "left_out", (("weight",), ("scale",), ("weight", "bias", "scale", "shift"))
+)
+def test_triton_takes_none(left_out, kind):
+    inputs = make_inputs() | {"kind": kind} | dict.fromkeys(left_out)
+    assert_accurate(partial(gate_residual_norm, backend="triton"), eager, inputs, torch.float32)
+
+
+@pytest.mark.parametrize("scale_per_token", (False, True))
+def test_triton_takes_one_modulation_per_token_and_one_per_sample(scale_per_token):
+    inputs, per_token = make_inputs(), make_inputs(per_token=True)
+    name = "scale" if scale_per_token else "shift"
+    inputs |= {name: per_token[name]}
+    assert_accurate(partial(gate_residual_norm, backend="triton"), eager, inputs, torch.float32)
+
+
+def test_triton_keeps_the_contract():
+    assert_kernel_contract(gate_residual_norm, make_inputs(2, 5, 12), make_inputs(3, 7, 12))
+
+
+def test_triton_reads_modulations_in_place():
+    inputs = make_inputs(D=16)
+    views = randn(2, 48).chunk(3, 1)
+    inputs |= dict(zip(("gate", "scale", "shift"), views, strict=True))
+    fn = partial(gate_residual_norm, backend="triton")
+    assert_accurate(fn, eager, inputs, torch.float32)
+
+
+@pytest.mark.parametrize("B, L", ((0, 5), (2, 0)))
+def test_triton_takes_nothing(B, L):
+    inputs = {name: tensor.float() for name, tensor in make_inputs(B, L).items()}
+    results = run(partial(gate_residual_norm, backend="triton"), inputs)
+    assert_equal_results(results, run(gate_residual_norm, inputs))

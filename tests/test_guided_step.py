@@ -1,9 +1,12 @@
+
 import pytest
 import torch
 from common import (
     DEVICE,
     DTYPES,
+    KERNEL_DTYPES,
     assert_accurate,
+    assert_as_accurate,
     assert_compiles,
     assert_same_in_float64,
     assert_strided_is_same,
@@ -120,4 +123,58 @@ def test_errors():
     raises(ValueError, "dt must be a number or a 0-d tensor", guided_step, good, dt=randn(1))
     raises(ValueError, "channels must be within 0..4, got 5", guided_step, good, channels=5)
     raises(ValueError, "channels must be within 0..4, got -1", guided_step, good, channels=-1)
-    raises(ValueError, "'cuda' is not there yet", guided_step, good, backend="cuda")
+    raises(ValueError, "'cuda' is not there for this op", guided_step, good, backend="cuda")
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("channels", (None, 0, 3))
+@pytest.mark.parametrize("size", ((), (7,), (19, 29)))
+def test_triton_is_accurate(size, channels, dtype):
+    inputs = make_inputs(size=size, channels=channels, dt=-0.3)
+    x, v = inputs["x"].to(dtype), inputs["v"].to(dtype)
+    rest = {name: value for name, value in inputs.items() if name not in "xv"}
+    out = guided_step(x, v, **rest, backend="triton")
+    high = eager(x.double(), v.double(), **rest)
+    assert_as_accurate("out", out, eager(x, v, **rest), high)
+
+
+@pytest.mark.parametrize(
+    "weight, dt", ((4.0, 0.05), (torch.tensor(4.0), 0.05), (4.0, torch.tensor(0.05)))
+)
+def test_triton_takes_numbers_and_tensors(weight, dt):
+    x, v = randn(2, 4, 5).float(), randn(4, 4, 5).half()
+    here = [n.to(DEVICE) if isinstance(n, torch.Tensor) else n for n in (weight, dt)]
+    expected = guided_step(x, v, 4.0, 0.05, 3)
+    for numbers in ((weight, dt), here):  # a tensor may be on the CPU, too
+        torch.testing.assert_close(guided_step(x, v, *numbers, 3, backend="triton"), expected)
+
+
+def test_triton_with_gaps():
+    x, v = randn(2, 4, 10).float()[..., ::2], randn(4, 4, 10).float()[..., ::2]
+    torch.testing.assert_close(
+        guided_step(x, v, 4.0, 0.1, backend="triton"), guided_step(x, v, 4.0, 0.1)
+    )
+
+
+def test_triton_takes_nothing():
+    x, v = randn(0, 4, 5).float(), randn(0, 4, 5).float()
+    assert guided_step(x, v, 4.0, 0.1, backend="triton").shape == (0, 4, 5)
+
+
+def test_triton_passes_opcheck_and_has_no_gradient():
+    op = torch.ops.lumina_kernels.guided_step_fwd
+    x, v, weight = randn(2, 4, 5).float(), randn(4, 4, 5).float(), torch.tensor(4.0, device=DEVICE)
+    torch.library.opcheck(op, (x, v, None, 4.0, None, 0.1, 3, "triton"))
+    torch.library.opcheck(op, (x, v, weight, 0.0, weight, 0.0, 4, "triton"))
+    with pytest.raises(RuntimeError, match="autograd"):
+        guided_step(x.requires_grad_(), v, 4.0, 0.1, backend="triton").sum().backward()
+
+
+def test_triton_compiles():
+    def step(x, v, weight, dt):
+        return guided_step(x, v, weight, dt, 3, backend="triton")
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="eager")
+    for B, L, dt in ((2, 5, 0.1), (3, 7, 0.2), (3, 7, 0.05)):
+        x, v = randn(B, 4, L).float(), randn(2 * B, 4, L).float()
+        assert torch.equal(compiled(x, v, 4.0, dt), step(x, v, 4.0, dt))

@@ -1,9 +1,14 @@
+from functools import partial
+
 import pytest
 import torch
 from common import (
     DTYPES,
+    KERNEL_DTYPES,
     assert_accurate,
     assert_compiles,
+    assert_equal_results,
+    assert_kernel_contract,
     assert_rounded_once,
     assert_same_in_float64,
     assert_strided_is_same,
@@ -161,5 +166,51 @@ def test_errors():
     raises(
         ValueError, "kind must be one of rms, layer, got 'batch'", norm_modulate, good, kind="batch"
     )
-    raises(ValueError, "'triton' is not there yet", norm_modulate, good, backend="triton")
+    raises(ValueError, "'cuda' is not there for this op", norm_modulate, good, backend="cuda")
     raises(ValueError, "unknown", norm_modulate, good, backend="numpy")
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("kind", ("rms", "layer"))
+@pytest.mark.parametrize("per_token", (False, True))
+@pytest.mark.parametrize("B, L, D", ((2, 1, 8), (1, 5, 2), (1, 6, 576), (2, 33, 144)))
+def test_triton_is_accurate(B, L, D, per_token, kind, dtype):
+    inputs = make_inputs(B, L, D, per_token) | {"kind": kind}
+    assert_accurate(partial(norm_modulate, backend="triton"), eager, inputs, dtype)
+
+
+@pytest.mark.parametrize("kind", ("rms", "layer"))
+@pytest.mark.parametrize(
+    "left_out",
+    (("weight",), ("bias",), ("scale",), ("shift",), ("weight", "bias", "scale", "shift")),
+)
+def test_triton_takes_none(left_out, kind):
+    inputs = make_inputs() | {"kind": kind} | dict.fromkeys(left_out)
+    assert_accurate(partial(norm_modulate, backend="triton"), eager, inputs, torch.float32)
+
+
+@pytest.mark.parametrize("scale_per_token", (False, True))
+def test_triton_takes_one_modulation_per_token_and_one_per_sample(scale_per_token):
+    inputs, per_token = make_inputs(), make_inputs(per_token=True)
+    name = "scale" if scale_per_token else "shift"
+    inputs |= {name: per_token[name]}
+    assert_accurate(partial(norm_modulate, backend="triton"), eager, inputs, torch.float32)
+
+
+def test_triton_keeps_the_contract():
+    assert_kernel_contract(norm_modulate, make_inputs(2, 5, 12), make_inputs(3, 7, 12))
+
+
+def test_triton_reads_modulations_in_place():
+    inputs = make_inputs(D=16)
+    views = randn(2, 32).chunk(2, 1)
+    inputs |= dict(zip(("scale", "shift"), views, strict=True))
+    fn = partial(norm_modulate, backend="triton")
+    assert_accurate(fn, eager, inputs, torch.float32)
+
+
+@pytest.mark.parametrize("B, L", ((0, 5), (2, 0)))
+def test_triton_takes_nothing(B, L):
+    inputs = {name: tensor.float() for name, tensor in make_inputs(B, L).items()}
+    results = run(partial(norm_modulate, backend="triton"), inputs)
+    assert_equal_results(results, run(norm_modulate, inputs))

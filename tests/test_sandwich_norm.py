@@ -1,9 +1,14 @@
+from functools import partial
+
 import pytest
 import torch
 from common import (
     DTYPES,
+    KERNEL_DTYPES,
     assert_accurate,
     assert_compiles,
+    assert_equal_results,
+    assert_kernel_contract,
     assert_same_in_float64,
     assert_strided_is_same,
     raises,
@@ -110,4 +115,30 @@ def test_errors():
         gate=randn(48),
     )
     raises(TypeError, "gate must be float16.*bool", sandwich_norm, good, gate=randn(2, 48) > 0)
-    raises(ValueError, "'cuda' is not there yet", sandwich_norm, good, backend="cuda")
+    raises(ValueError, "'cuda' is not there for this op", sandwich_norm, good, backend="cuda")
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("per_token", (False, True))
+@pytest.mark.parametrize("B, L, D", ((2, 1, 8), (1, 5, 1), (1, 6, 576), (2, 33, 144)))
+def test_triton_is_accurate(B, L, D, per_token, dtype):
+    inputs = make_inputs(B, L, D, per_token)
+    assert_accurate(partial(sandwich_norm, backend="triton"), eager, inputs, dtype)
+
+
+def test_triton_keeps_the_contract():
+    assert_kernel_contract(sandwich_norm, make_inputs(2, 5, 12), make_inputs(3, 7, 12))
+
+
+def test_triton_reads_modulations_in_place():
+    inputs = make_inputs(D=16)
+    inputs["gate"] = randn(2, 64).chunk(4, 1)[1]
+    fn = partial(sandwich_norm, backend="triton")
+    assert_accurate(fn, eager, inputs, torch.float32)
+
+
+@pytest.mark.parametrize("B, L", ((0, 5), (2, 0)))
+def test_triton_takes_nothing(B, L):
+    inputs = {name: tensor.float() for name, tensor in make_inputs(B, L).items()}
+    results = run(partial(sandwich_norm, backend="triton"), inputs)
+    assert_equal_results(results, run(sandwich_norm, inputs))

@@ -1,9 +1,14 @@
+from functools import partial
+
 import pytest
 import torch
 from common import (
     DTYPES,
+    KERNEL_DTYPES,
     assert_accurate,
     assert_compiles,
+    assert_equal_results,
+    assert_kernel_contract,
     assert_rounded_once,
     assert_same_in_float64,
     assert_strided_is_same,
@@ -107,4 +112,49 @@ def test_errors():
     raises(ValueError, r"next_weight must have shape \(48,\)", chain, good, next_weight=randn(47))
     raises(ValueError, r"next_scale must have shape", chain, good, next_scale=randn(2, 5, 1))
     raises(TypeError, "next_scale must be float16", chain, good, next_scale=torch.ones(2, 48).int())
-    raises(ValueError, "'cpu' is not there yet", chain, good, backend="cpu")
+    raises(ValueError, "'cpu' is not there for this op", chain, good, backend="cpu")
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("per_token", (False, True))
+@pytest.mark.parametrize("B, L, D", ((2, 1, 8), (1, 5, 1), (1, 6, 576), (2, 33, 144)))
+def test_triton_is_accurate(B, L, D, per_token, dtype):
+    inputs = make_inputs(B, L, D, per_token)
+    assert_accurate(partial(sandwich_norm_chain, backend="triton"), eager, inputs, dtype)
+
+
+def test_triton_keeps_the_contract():
+    assert_kernel_contract(sandwich_norm_chain, make_inputs(2, 5, 12), make_inputs(3, 7, 12))
+
+
+def test_triton_reads_modulations_in_place():
+    inputs = make_inputs(D=16)
+    views = randn(2, 32).chunk(2, 1)
+    inputs |= dict(zip(("gate", "next_scale"), views, strict=True))
+    fn = partial(sandwich_norm_chain, backend="triton")
+    assert_accurate(fn, eager, inputs, torch.float32)
+
+
+@pytest.mark.parametrize("B, L", ((0, 5), (2, 0)))
+def test_triton_takes_nothing(B, L):
+    inputs = {name: tensor.float() for name, tensor in make_inputs(B, L).items()}
+    results = run(partial(sandwich_norm_chain, backend="triton"), inputs)
+    assert_equal_results(results, run(sandwich_norm_chain, inputs))
+
+
+@pytest.mark.parametrize(
+    "left_out", (("next_weight",), ("next_scale",), ("next_weight", "next_scale"))
+)
+def test_triton_takes_none(left_out):
+    inputs = make_inputs() | dict.fromkeys(left_out)
+    assert_accurate(partial(sandwich_norm_chain, backend="triton"), eager, inputs, torch.float32)
+
+
+def test_triton_mixes_dtypes():
+    inputs = {name: tensor.half() for name, tensor in make_inputs().items()}
+    inputs |= {"weight": inputs["weight"].float(), "residual": inputs["residual"].float()}
+    fn = partial(sandwich_norm_chain, backend="triton")
+    expected = run(sandwich_norm_chain, inputs)
+    for name, value in run(fn, inputs).items():
+        assert value.dtype == expected[name].dtype, name
+        torch.testing.assert_close(value, expected[name], msg=name)

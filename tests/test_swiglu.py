@@ -1,9 +1,14 @@
+from functools import partial
+
 import pytest
 import torch
 from common import (
     DTYPES,
+    KERNEL_DTYPES,
     assert_accurate,
     assert_compiles,
+    assert_equal_results,
+    assert_kernel_contract,
     assert_same_in_float64,
     assert_strided_is_same,
     raises,
@@ -66,4 +71,33 @@ def test_errors():
         TypeError, "b must have the dtype of a, torch.float64", swiglu, good, b=good["b"].float()
     )
     raises(TypeError, "a must be float16.*int64", swiglu, good, a=torch.ones(2, 5, 48).long())
-    raises(ValueError, "'cpu' is not there yet", swiglu, good, backend="cpu")
+    raises(ValueError, "'cpu' is not there for this op", swiglu, good, backend="cpu")
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("shape", ((), (7,), (2, 3, 5), (3, 1100), (2, 2, 1024)))
+def test_triton_is_accurate(shape, dtype):
+    inputs = {"a": 3 * randn(*shape), "b": randn(*shape)}
+    assert_accurate(partial(swiglu, backend="triton"), lambda a, b: F.silu(a) * b, inputs, dtype)
+
+
+def test_triton_keeps_the_contract():
+    assert_kernel_contract(swiglu, make_inputs(2, 5, 12), make_inputs(3, 7, 12))
+
+
+def test_triton_reads_halves_in_place():
+    a, b = randn(2, 5, 32).float().chunk(2, -1)
+    torch.testing.assert_close(swiglu(a, b, backend="triton"), swiglu(a, b))
+    a, b = a.transpose(0, 1), b.transpose(0, 1)  # rows that no single step reaches
+    torch.testing.assert_close(swiglu(a, b, backend="triton"), swiglu(a, b))
+
+
+def test_triton_with_large_gates():
+    a = torch.tensor([[[-1e4, -100.0, 0.0, 100.0, 6e4]]], dtype=torch.float16)
+    out = swiglu(a, torch.ones_like(a), backend="triton")
+    assert torch.equal(out, torch.tensor([[[0.0, 0.0, 0.0, 100.0, 6e4]]], dtype=torch.float16))
+
+
+def test_triton_takes_nothing():
+    inputs = {name: tensor.float() for name, tensor in make_inputs(B=0).items()}
+    assert_equal_results(run(partial(swiglu, backend="triton"), inputs), run(swiglu, inputs))

@@ -5,7 +5,10 @@ from torch import Tensor
 
 from lumina_kernels.backend import resolve
 from lumina_kernels.ops._checks import check_axes, check_float
+from lumina_kernels.ops._gradients import fake_like, from_outputs, to_outputs
 from lumina_kernels.ops.norm_modulate import check_modulation, norm_modulate_ref, per_token
+
+BACKENDS = ("triton",)
 
 
 def gate_residual_norm(
@@ -50,8 +53,11 @@ def gate_residual_norm(
     check_float("residual", residual, y.device, (B, L, D))
     check_float("gate", gate, y.device, (B, D), (B, L, D))
     check_modulation(y, kind, weight=weight, bias=bias, scale=scale, shift=shift)
-    resolve(backend, (), y.device)
-    return gate_residual_norm_ref(y, residual, gate, weight, bias, scale, shift, eps, kind)
+    tensors = (y, residual, gate, weight, bias, scale, shift)
+    backend = resolve(backend, BACKENDS, *tensors)
+    if backend == "torch":
+        return gate_residual_norm_ref(*tensors, eps, kind)
+    return gate_residual_norm_fwd(*tensors, eps, kind, backend)[:2]
 
 
 def gate_residual_norm_ref(
@@ -62,3 +68,74 @@ def gate_residual_norm_ref(
     new = residual.to(acc) + per_token(gate).to(acc) * y.to(acc)
     normed = norm_modulate_ref(new, weight, bias, scale, shift, eps, kind)
     return new.to(residual.dtype), normed.to(residual.dtype)
+
+
+# Registered at import, so that torch.compile knows shapes and gradients before any kernel exists.
+
+
+@torch.library.custom_op("lumina_kernels::gate_residual_norm_fwd", mutates_args=())
+def gate_residual_norm_fwd(
+    y: Tensor,
+    residual: Tensor,
+    gate: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+    kind: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """new, normed, and float32 statistics of new's rows: rstd and, of a LayerNorm, the mean."""
+    from lumina_kernels.triton import gate_residual_norm as kernels
+
+    return kernels.gate_residual_norm_fwd(y, residual, gate, weight, bias, scale, shift, eps, kind)
+
+
+@gate_residual_norm_fwd.register_fake
+def _(y, residual, gate, weight, bias, scale, shift, eps, kind, backend):
+    outs = (residual.new_empty(y.shape) for _ in range(2))
+    return *outs, y.new_empty((1 + (kind == "layer"), *y.shape[:2]), dtype=torch.float32)
+
+
+@torch.library.custom_op("lumina_kernels::gate_residual_norm_bwd", mutates_args=())
+def gate_residual_norm_bwd(
+    dnew: Tensor,
+    dnormed: Tensor,
+    y: Tensor,
+    residual: Tensor,
+    gate: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    statistics: Tensor,
+    backend: str,
+) -> list[Tensor]:
+    """The gradients of the seven tensors."""
+    from lumina_kernels.triton import gate_residual_norm as kernels
+
+    grads = kernels.gate_residual_norm_bwd(
+        dnew, dnormed, y, residual, gate, weight, bias, scale, shift, statistics
+    )
+    return to_outputs(grads, y)
+
+
+@gate_residual_norm_bwd.register_fake
+def _(dnew, dnormed, y, residual, gate, weight, bias, scale, shift, statistics, backend):
+    return fake_like(y, residual, gate, weight, bias, scale, shift)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, _, _, ctx.backend = inputs
+    ctx.mark_non_differentiable(output[2])
+    ctx.save_for_backward(*tensors, output[2])
+
+
+def _backward(ctx, dnew, dnormed, _):
+    *inputs, statistics = ctx.saved_tensors
+    grads = gate_residual_norm_bwd(dnew, dnormed, *inputs, statistics, ctx.backend)
+    return *from_outputs(grads, inputs), None, None, None
+
+
+gate_residual_norm_fwd.register_autograd(_backward, setup_context=_setup_context)

@@ -6,6 +6,8 @@ from torch import Tensor
 from lumina_kernels.backend import resolve
 from lumina_kernels.ops._checks import check_float, check_floating
 
+BACKENDS = ("triton",)
+
 
 def guided_step(
     x: Tensor,
@@ -34,6 +36,8 @@ def guided_step(
         shaped as x, in x.dtype (v may have another). The arithmetic is float32 (float64 where x or
         v is), rounded once.
 
+    The kernels have no gradient; backend="torch" has.
+
     Raises:
         ValueError: a shape or device does not fit x, channels is not within 0..C, or there is no
             such backend.
@@ -48,8 +52,12 @@ def guided_step(
             raise ValueError(f"{name} must be a number or a 0-d tensor, got {tuple(number.shape)}")
     if channels is not None and not 0 <= channels <= x.shape[1]:
         raise ValueError(f"channels must be within 0..{x.shape[1]}, got {channels}")
-    resolve(backend, (), x.device)
-    return guided_step_ref(x, v, weight, dt, channels)
+    backend = resolve(backend, BACKENDS, x, v)
+    if backend == "torch":
+        return guided_step_ref(x, v, weight, dt, channels)
+    numbers = (*_tensor_and_value(weight, x.device), *_tensor_and_value(dt, x.device))
+    channels = x.shape[1] if channels is None else channels
+    return guided_step_fwd(x, v, *numbers, channels, backend)
 
 
 def guided_step_ref(x, v, weight, dt, channels=None):
@@ -60,3 +68,35 @@ def guided_step_ref(x, v, weight, dt, channels=None):
     if channels is not None:
         u = torch.cat((u[:, :channels], cond[:, channels:]), 1)
     return (x.to(acc) + dt * u).to(x.dtype)
+
+
+def _tensor_and_value(number: float | Tensor, device: torch.device) -> tuple[Tensor | None, float]:
+    """A tensor on the device stays there, so that nobody waits for its value."""
+    if isinstance(number, Tensor) and number.device == device:
+        return number, 0.0
+    return None, float(number)
+
+
+# Registered at import, so that torch.compile knows the shape before any kernel exists.
+
+
+@torch.library.custom_op("lumina_kernels::guided_step_fwd", mutates_args=())
+def guided_step_fwd(
+    x: Tensor,
+    v: Tensor,
+    weight: Tensor | None,
+    weight_value: float,
+    dt: Tensor | None,
+    dt_value: float,
+    channels: int,
+    backend: str,
+) -> Tensor:
+    """The new state. A value counts where its tensor is None."""
+    from lumina_kernels.triton import guided_step as kernels
+
+    return kernels.guided_step_fwd(x, v, weight, weight_value, dt, dt_value, channels)
+
+
+@guided_step_fwd.register_fake
+def _(x, v, weight, weight_value, dt, dt_value, channels, backend):
+    return x.new_empty(x.shape)

@@ -5,7 +5,9 @@ from torch import Tensor
 
 from lumina_kernels.backend import resolve
 from lumina_kernels.ops._checks import check_axes, check_float
+from lumina_kernels.ops._gradients import fake_like, from_outputs, to_outputs
 
+BACKENDS = ("triton",)
 KINDS = ("rms", "layer")
 
 
@@ -44,8 +46,10 @@ def norm_modulate(
     """
     check_axes("x", x, "B, L, D")
     check_modulation(x, kind, weight=weight, bias=bias, scale=scale, shift=shift)
-    resolve(backend, (), x.device)
-    return norm_modulate_ref(x, weight, bias, scale, shift, eps, kind)
+    backend = resolve(backend, BACKENDS, x, weight, bias, scale, shift)
+    if backend == "torch":
+        return norm_modulate_ref(x, weight, bias, scale, shift, eps, kind)
+    return norm_modulate_fwd(x, weight, bias, scale, shift, eps, kind, backend)[0]
 
 
 def norm_modulate_ref(x, weight=None, bias=None, scale=None, shift=None, eps=1e-5, kind="rms"):
@@ -82,3 +86,67 @@ def check_modulation(x: Tensor, kind: str, *, weight, bias, scale, shift) -> Non
     for name, tensor in (("scale", scale), ("shift", shift)):
         if tensor is not None:
             check_float(name, tensor, x.device, (B, D), (B, L, D))
+
+
+# Registered at import, so that torch.compile knows shapes and gradients before any kernel exists.
+
+
+@torch.library.custom_op("lumina_kernels::norm_modulate_fwd", mutates_args=())
+def norm_modulate_fwd(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+    kind: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """The output, and float32 statistics of the rows: rstd and, of a LayerNorm, the mean."""
+    from lumina_kernels.triton import norm_modulate as kernels
+
+    return kernels.norm_modulate_fwd(x, weight, bias, scale, shift, eps, kind)
+
+
+@norm_modulate_fwd.register_fake
+def _(x, weight, bias, scale, shift, eps, kind, backend):
+    statistics = (1 + (kind == "layer"), *x.shape[:2])
+    return x.new_empty(x.shape), x.new_empty(statistics, dtype=torch.float32)
+
+
+@torch.library.custom_op("lumina_kernels::norm_modulate_bwd", mutates_args=())
+def norm_modulate_bwd(
+    dout: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    statistics: Tensor,
+    backend: str,
+) -> list[Tensor]:
+    """The gradients of x and of the four parameters."""
+    from lumina_kernels.triton import norm_modulate as kernels
+
+    grads = kernels.norm_modulate_bwd(dout, x, weight, bias, scale, shift, statistics)
+    return to_outputs(grads, x)
+
+
+@norm_modulate_bwd.register_fake
+def _(dout, x, weight, bias, scale, shift, statistics, backend):
+    return fake_like(x, weight, bias, scale, shift)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, _, _, ctx.backend = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _backward(ctx, dout, _):
+    *inputs, statistics = ctx.saved_tensors
+    grads = norm_modulate_bwd(dout, *inputs, statistics, ctx.backend)
+    return *from_outputs(grads, inputs), None, None, None
+
+
+norm_modulate_fwd.register_autograd(_backward, setup_context=_setup_context)

@@ -7,6 +7,8 @@ from lumina_kernels.backend import resolve
 from lumina_kernels.ops._checks import check_axes, check_float
 from lumina_kernels.ops.norm_modulate import norm_modulate_ref, per_token
 
+BACKENDS = ("triton",)
+
 
 def sandwich_norm(
     y: Tensor,
@@ -39,8 +41,10 @@ def sandwich_norm(
         TypeError: an argument is not a floating-point tensor.
     """
     check_sandwich(y, residual, weight, gate)
-    resolve(backend, (), y.device)
-    return sandwich_norm_ref(y, residual, weight, gate, eps)
+    backend = resolve(backend, BACKENDS, y, residual, weight, gate)
+    if backend == "torch":
+        return sandwich_norm_ref(y, residual, weight, gate, eps)
+    return sandwich_norm_fwd(y, residual, weight, gate, eps, backend)[0]
 
 
 def sandwich_norm_ref(y, residual, weight, gate, eps=1e-5):
@@ -58,3 +62,51 @@ def check_sandwich(y: Tensor, residual: Tensor, weight: Tensor, gate: Tensor) ->
     check_float("residual", residual, y.device, (B, L, D))
     check_float("weight", weight, y.device, (D,))
     check_float("gate", gate, y.device, (B, D), (B, L, D))
+
+
+# Registered at import, so that torch.compile knows shapes and gradients before any kernel exists.
+
+
+@torch.library.custom_op("lumina_kernels::sandwich_norm_fwd", mutates_args=())
+def sandwich_norm_fwd(
+    y: Tensor, residual: Tensor, weight: Tensor, gate: Tensor, eps: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    """The output, and rstd (B, L) float32, which the gradient needs."""
+    from lumina_kernels.triton import sandwich_norm as kernels
+
+    return kernels.sandwich_norm_fwd(y, residual, weight, gate, eps)
+
+
+@sandwich_norm_fwd.register_fake
+def _(y, residual, weight, gate, eps, backend):
+    return residual.new_empty(y.shape), y.new_empty(y.shape[:2], dtype=torch.float32)
+
+
+@torch.library.custom_op("lumina_kernels::sandwich_norm_bwd", mutates_args=())
+def sandwich_norm_bwd(
+    dout: Tensor, y: Tensor, weight: Tensor, gate: Tensor, rstd: Tensor, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dy, dweight and dgate; the gradient of the residual is dout itself."""
+    from lumina_kernels.triton import sandwich_norm as kernels
+
+    return kernels.sandwich_norm_bwd(dout, y, weight, gate, rstd)
+
+
+@sandwich_norm_bwd.register_fake
+def _(dout, y, weight, gate, rstd, backend):
+    return y.new_empty(y.shape), weight.new_empty(weight.shape), gate.new_empty(gate.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    y, _, weight, gate, _, ctx.backend = inputs
+    rstd = output[1]
+    ctx.mark_non_differentiable(rstd)
+    ctx.save_for_backward(y, weight, gate, rstd)
+
+
+def _backward(ctx, dout, _):
+    dy, dweight, dgate = sandwich_norm_bwd(dout, *ctx.saved_tensors, ctx.backend)
+    return dy, dout, dweight, dgate, None, None
+
+
+sandwich_norm_fwd.register_autograd(_backward, setup_context=_setup_context)

@@ -5,8 +5,11 @@ from torch import Tensor
 
 from lumina_kernels.backend import resolve
 from lumina_kernels.ops._checks import check_float
+from lumina_kernels.ops._gradients import fake_like, from_outputs, to_outputs
 from lumina_kernels.ops.norm_modulate import norm_modulate_ref
 from lumina_kernels.ops.sandwich_norm import check_sandwich, sandwich_norm_ref
+
+BACKENDS = ("triton",)
 
 
 def sandwich_norm_chain(
@@ -51,8 +54,11 @@ def sandwich_norm_chain(
         check_float("next_weight", next_weight, y.device, (D,))
     if next_scale is not None:
         check_float("next_scale", next_scale, y.device, (B, D), (B, L, D))
-    resolve(backend, (), y.device)
-    return sandwich_norm_chain_ref(y, residual, weight, gate, next_weight, next_scale, eps)
+    tensors = (y, residual, weight, gate, next_weight, next_scale)
+    backend = resolve(backend, BACKENDS, *tensors)
+    if backend == "torch":
+        return sandwich_norm_chain_ref(*tensors, eps)
+    return sandwich_norm_chain_fwd(*tensors, eps, backend)[:2]
 
 
 def sandwich_norm_chain_ref(y, residual, weight, gate, next_weight, next_scale, eps=1e-5):
@@ -61,3 +67,71 @@ def sandwich_norm_chain_ref(y, residual, weight, gate, next_weight, next_scale, 
     new = sandwich_norm_ref(y.to(acc), residual.to(acc), weight, gate, eps)
     normed = norm_modulate_ref(new, next_weight, scale=next_scale, eps=eps)
     return new.to(residual.dtype), normed.to(residual.dtype)
+
+
+# Registered at import, so that torch.compile knows shapes and gradients before any kernel exists.
+
+
+@torch.library.custom_op("lumina_kernels::sandwich_norm_chain_fwd", mutates_args=())
+def sandwich_norm_chain_fwd(
+    y: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    gate: Tensor,
+    next_weight: Tensor | None,
+    next_scale: Tensor | None,
+    eps: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """new and normed, and rstd of either norm, (B, L) float32, which the gradients need."""
+    from lumina_kernels.triton import sandwich_norm_chain as kernels
+
+    return kernels.sandwich_norm_chain_fwd(y, residual, weight, gate, next_weight, next_scale, eps)
+
+
+@sandwich_norm_chain_fwd.register_fake
+def _(y, residual, weight, gate, next_weight, next_scale, eps, backend):
+    outs = (residual.new_empty(y.shape) for _ in range(2))
+    return *outs, *(y.new_empty(y.shape[:2], dtype=torch.float32) for _ in range(2))
+
+
+@torch.library.custom_op("lumina_kernels::sandwich_norm_chain_bwd", mutates_args=())
+def sandwich_norm_chain_bwd(
+    dnew: Tensor,
+    dnormed: Tensor,
+    y: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    gate: Tensor,
+    next_weight: Tensor | None,
+    next_scale: Tensor | None,
+    rstd: Tensor,
+    next_rstd: Tensor,
+    backend: str,
+) -> list[Tensor]:
+    """The gradients of all six tensors."""
+    from lumina_kernels.triton import sandwich_norm_chain as kernels
+
+    grads = kernels.sandwich_norm_chain_bwd(
+        dnew, dnormed, y, residual, weight, gate, next_weight, next_scale, rstd, next_rstd
+    )
+    return to_outputs(grads, y)
+
+
+@sandwich_norm_chain_bwd.register_fake
+def _(dnew, dnormed, y, residual, weight, gate, next_weight, next_scale, rstd, next_rstd, backend):
+    return fake_like(y, residual, weight, gate, next_weight, next_scale)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, _, ctx.backend = inputs
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.save_for_backward(*tensors, *output[2:])
+
+
+def _backward(ctx, dnew, dnormed, *_):
+    grads = sandwich_norm_chain_bwd(dnew, dnormed, *ctx.saved_tensors, ctx.backend)
+    return *from_outputs(grads, ctx.saved_tensors[:6]), None, None
+
+
+sandwich_norm_chain_fwd.register_autograd(_backward, setup_context=_setup_context)

@@ -7,6 +7,8 @@ from torch.nn import functional as F
 from lumina_kernels.backend import resolve
 from lumina_kernels.ops._checks import check_float, check_floating, check_same_dtype
 
+BACKENDS = ("triton",)
+
 
 def swiglu(a: Tensor, b: Tensor, *, backend: str | None = None) -> Tensor:
     """Return silu(a) * b, with silu(a) = a / (1 + exp(-a)).
@@ -29,11 +31,52 @@ def swiglu(a: Tensor, b: Tensor, *, backend: str | None = None) -> Tensor:
     check_floating("a", a)
     check_float("b", b, a.device, tuple(a.shape))
     check_same_dtype(a=a, b=b)
-    resolve(backend, (), a.device)
-    return swiglu_ref(a, b)
+    backend = resolve(backend, BACKENDS, a, b)
+    return swiglu_ref(a, b) if backend == "torch" else swiglu_fwd(a, b, backend)
 
 
 def swiglu_ref(a, b):
     """The definition."""
     acc = torch.promote_types(a.dtype, torch.float32)
     return (F.silu(a.to(acc)) * b.to(acc)).to(a.dtype)
+
+
+# Registered at import, so that torch.compile knows shapes and gradients before any kernel exists.
+
+
+@torch.library.custom_op("lumina_kernels::swiglu_fwd", mutates_args=())
+def swiglu_fwd(a: Tensor, b: Tensor, backend: str) -> Tensor:
+    """The output, contiguous."""
+    from lumina_kernels.triton import swiglu as kernels
+
+    return kernels.swiglu_fwd(a, b)
+
+
+@swiglu_fwd.register_fake
+def _(a, b, backend):
+    return a.new_empty(a.shape)
+
+
+@torch.library.custom_op("lumina_kernels::swiglu_bwd", mutates_args=())
+def swiglu_bwd(dout: Tensor, a: Tensor, b: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    """da and db."""
+    from lumina_kernels.triton import swiglu as kernels
+
+    return kernels.swiglu_bwd(dout, a, b)
+
+
+@swiglu_bwd.register_fake
+def _(dout, a, b, backend):
+    return a.new_empty(a.shape), b.new_empty(b.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    a, b, ctx.backend = inputs
+    ctx.save_for_backward(a, b)
+
+
+def _backward(ctx, dout):
+    return *swiglu_bwd(dout, *ctx.saved_tensors, ctx.backend), None
+
+
+swiglu_fwd.register_autograd(_backward, setup_context=_setup_context)
