@@ -101,7 +101,7 @@ def sum_partials(
 
 
 @triton.jit
-def _finish_kernel(
+def modulation_grads_kernel(
     partial_ptr, weight_ptr, bias_ptr, scale_ptr, dweight_ptr, dbias_ptr, dscale_ptr, dshift_ptr,
     scale_b, B, chunks, sums, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -153,7 +153,7 @@ def modulation_grads(
         finish_shift = False
     if any(p is not None for p in (weight, bias, per_sample)) or finish_shift:
         rows, scale_b, _ = rows_of(per_sample)
-        _finish_kernel[(triton.cdiv(D, BLOCK_D),)](
+        modulation_grads_kernel[(triton.cdiv(D, BLOCK_D),)](
             partial, contiguous(weight), contiguous(bias), rows,
             *grads[:3], grads[3] if finish_shift else None, scale_b, B, chunks, sums, D=D,
             BLOCK=BLOCK_SUMS, BLOCK_D=BLOCK_D, num_warps=4, enable_fp_fusion=True,

@@ -29,7 +29,7 @@ from lumina_kernels.triton._rows import (
 
 
 @triton.jit
-def _fwd_kernel(
+def gate_residual_norm_fwd_kernel(
     y_ptr, residual_ptr, gate_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr,
     new_ptr, normed_ptr, rstd_ptr, mean_ptr,
     y_b, y_l, residual_b, residual_l, gate_b, gate_l, scale_b, scale_l, shift_b, shift_l, L, eps,
@@ -56,7 +56,7 @@ def _fwd_kernel(
 
 
 @triton.jit
-def _bwd_kernel(
+def gate_residual_norm_bwd_kernel(
     dnew_ptr, dnormed_ptr, y_ptr, residual_ptr, gate_ptr, weight_ptr, bias_ptr, scale_ptr,
     rstd_ptr, mean_ptr, dy_ptr, dresidual_ptr, dgate_ptr, dscale_ptr, partial_ptr,
     dnew_b, dnew_l, dnormed_b, dnormed_l, y_b, y_l, residual_b, residual_l,
@@ -115,7 +115,7 @@ def gate_residual_norm_fwd(
     scale, scale_b, scale_l = rows_of(scale)
     shift, shift_b, shift_l = rows_of(shift)
     tile = forward_tile(D)
-    _fwd_kernel[(B * triton.cdiv(L, tile["ROWS"]),)](
+    gate_residual_norm_fwd_kernel[(B * triton.cdiv(L, tile["ROWS"]),)](
         y, residual, gate, contiguous(weight), contiguous(bias), scale, shift,
         new, normed, statistics[0], statistics[-1],
         y_b, y_l, residual_b, residual_l, gate_b, gate_l, scale_b, scale_l, shift_b, shift_l,
@@ -145,7 +145,7 @@ def gate_residual_norm_bwd(
     residual, residual_b, residual_l = rows_of(residual)
     gate_rows, gate_b, gate_l = rows_of(gate)
     scale_rows, scale_b, scale_l = rows_of(scale)
-    _bwd_kernel[(B * chunks,)](
+    gate_residual_norm_bwd_kernel[(B * chunks,)](
         dnew, dnormed_rows, y, residual, gate_rows, contiguous(weight), contiguous(bias),
         scale_rows, statistics[0], statistics[-1], dy, dresidual, dgate, dscale, partial,
         dnew_b, dnew_l, dnormed_b, dnormed_l, y_b, y_l, residual_b, residual_l,
@@ -160,3 +160,14 @@ def gate_residual_norm_bwd(
     return [
         dy, dresidual, dgate, dweight, dbias, per_sample if dscale is None else dscale, dshift
     ]  # fmt: skip
+
+
+def aot_calls(head_dim, dtype):
+    """Launches at a model's shapes, for `lumina_kernels.aot`."""
+    D = 32 * head_dim
+    y = torch.empty(2, 64, D, dtype=dtype)
+    gate, scale, shift, _ = torch.empty(2, 4 * D, dtype=dtype).chunk(4, 1)
+    statistics = torch.empty(2, 2, 64)
+    parameters = (gate, None, None, scale, shift)
+    yield "fwd", lambda: gate_residual_norm_fwd(y, y, *parameters, 1e-6, "layer")
+    yield "bwd", lambda: gate_residual_norm_bwd(y, y, y, y, *parameters, statistics)

@@ -1,5 +1,6 @@
 """Triton kernel of guided_step: two halves of the velocity and the state in, the new state out."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -8,7 +9,7 @@ BLOCK = 1024  # 8 values a lane: 16 bytes in 16 bits
 
 
 @triton.jit
-def _fwd_kernel(
+def guided_step_fwd_kernel(
     x_ptr, v_ptr, weight_ptr, weight, dt_ptr, dt, out_ptr, B, N, guided, BLOCK: tl.constexpr
 ):
     """out = x + dt * (uncond + weight * (cond - uncond)) for the first `guided` values of a sample,
@@ -36,8 +37,14 @@ def guided_step_fwd(x, v, weight, weight_value, dt, dt_value, channels) -> Tenso
         return out
     B, C = x.shape[:2]
     N = out[0].numel()
-    _fwd_kernel[(B * triton.cdiv(N, BLOCK),)](
+    guided_step_fwd_kernel[(B * triton.cdiv(N, BLOCK),)](
         x.contiguous(), v.contiguous(), weight, weight_value, dt, dt_value, out, B, N,
         channels * (N // C), BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return out
+
+
+def aot_calls(head_dim, dtype):
+    """A launch at a model's shape, for `lumina_kernels.aot`; the width does not matter."""
+    x, v = torch.empty(2, 4, 128, 128, dtype=dtype), torch.empty(4, 4, 128, 128, dtype=dtype)
+    yield "fwd", lambda: guided_step_fwd(x, v, None, 4.0, None, 0.1, 3)

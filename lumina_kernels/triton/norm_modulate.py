@@ -28,7 +28,7 @@ from lumina_kernels.triton._rows import (
 
 
 @triton.jit
-def _fwd_kernel(
+def norm_modulate_fwd_kernel(
     x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, out_ptr, rstd_ptr, mean_ptr,
     x_b, x_l, scale_b, scale_l, shift_b, shift_l, L, eps,
     D: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr, ROWS: tl.constexpr, LAYER: tl.constexpr,
@@ -50,7 +50,7 @@ def _fwd_kernel(
 
 
 @triton.jit
-def _bwd_kernel(
+def norm_modulate_bwd_kernel(
     dout_ptr, x_ptr, weight_ptr, bias_ptr, scale_ptr, rstd_ptr, mean_ptr,
     dx_ptr, dscale_ptr, partial_ptr, dout_b, dout_l, x_b, x_l, scale_b, scale_l, L, chunk,
     D: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr, LAYER: tl.constexpr,
@@ -91,7 +91,7 @@ def norm_modulate_fwd(x, weight, bias, scale, shift, eps, kind) -> tuple[Tensor,
     scale, scale_b, scale_l = rows_of(scale)
     shift, shift_b, shift_l = rows_of(shift)
     tile = forward_tile(D)
-    _fwd_kernel[(B * triton.cdiv(L, tile["ROWS"]),)](
+    norm_modulate_fwd_kernel[(B * triton.cdiv(L, tile["ROWS"]),)](
         x, contiguous(weight), contiguous(bias), scale, shift, out, statistics[0], statistics[-1],
         x_b, x_l, scale_b, scale_l, shift_b, shift_l, L, eps,
         LAYER=kind == "layer", **tile, enable_fp_fusion=True,
@@ -114,10 +114,23 @@ def norm_modulate_bwd(dout, x, weight, bias, scale, shift, statistics) -> list[T
     rows, dout_b, dout_l = rows_of(dout)
     x, x_b, x_l = rows_of(x)
     scale_rows, scale_b, scale_l = rows_of(scale)
-    _bwd_kernel[(B * chunks,)](
+    norm_modulate_bwd_kernel[(B * chunks,)](
         rows, x, contiguous(weight), contiguous(bias), scale_rows, statistics[0], statistics[-1],
         dx, dscale, partial, dout_b, dout_l, x_b, x_l, scale_b, scale_l, L, chunk,
         LAYER=len(statistics) == 2, **tile, enable_fp_fusion=True,
     )  # fmt: skip
     grads = modulation_grads(partial, weight, bias, scale, shift, dout)
     return [dx, *grads] if dscale is None else [dx, *grads[:2], dscale, grads[3]]
+
+
+def aot_calls(head_dim, dtype):
+    """Launches at a model's shapes, for `lumina_kernels.aot`: Next-DiT's norm, and DiT's."""
+    D = 32 * head_dim
+    x, weight = torch.empty(2, 64, D, dtype=dtype), torch.empty(D, dtype=dtype)
+    scale, shift, *_ = torch.empty(2, 4 * D, dtype=dtype).chunk(4, 1)
+    statistics = torch.empty(2, 2, 64)
+    rms, layer = (weight, None, scale, None), (None, None, scale, shift)
+    yield "rms fwd", lambda: norm_modulate_fwd(x, *rms, 1e-5, "rms")
+    yield "rms bwd", lambda: norm_modulate_bwd(x, x, *rms, statistics[:1])
+    yield "layer fwd", lambda: norm_modulate_fwd(x, *layer, 1e-5, "layer")
+    yield "layer bwd", lambda: norm_modulate_bwd(x, x, *layer, statistics)

@@ -66,7 +66,7 @@ def sandwich_bwd(
 
 
 @triton.jit
-def _fwd_kernel(
+def sandwich_norm_fwd_kernel(
     y_ptr, residual_ptr, weight_ptr, gate_ptr, out_ptr, rstd_ptr,
     y_b, y_l, residual_b, residual_l, gate_b, gate_l, L, eps,
     D: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr, ROWS: tl.constexpr,
@@ -84,7 +84,7 @@ def _fwd_kernel(
 
 
 @triton.jit
-def _bwd_kernel(
+def sandwich_norm_bwd_kernel(
     dout_ptr, y_ptr, weight_ptr, gate_ptr, rstd_ptr, dy_ptr, dgate_ptr, partial_ptr,
     dout_b, dout_l, y_b, y_l, gate_b, gate_l, L, chunk,
     D: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr,
@@ -108,7 +108,7 @@ def _bwd_kernel(
 
 
 @triton.jit
-def _gate_kernel(
+def sandwich_norm_gate_kernel(
     partial_ptr, weight_ptr, gate_ptr, dweight_ptr, dgate_ptr, gate_b, B, chunks, sums,
     D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -140,9 +140,10 @@ def gate_grads(partial: Tensor, weight: Tensor, gate: Tensor) -> tuple[Tensor, T
     if gate is not None:
         dgate = gate.new_empty(B, D)
     gate, gate_b, _ = rows_of(gate)
-    _gate_kernel[(triton.cdiv(D, BLOCK_D),)](
-        partial, contiguous(weight), gate, dweight, dgate, gate_b, B, chunks, partial.stride(1) // D, D=D,
-        BLOCK=BLOCK_SUMS, BLOCK_D=BLOCK_D, num_warps=4, enable_fp_fusion=True,
+    sandwich_norm_gate_kernel[(triton.cdiv(D, BLOCK_D),)](
+        partial, contiguous(weight), gate, dweight, dgate,
+        gate_b, B, chunks, partial.stride(1) // D, D=D, BLOCK=BLOCK_SUMS,
+        BLOCK_D=BLOCK_D, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return dweight, dgate
 
@@ -158,7 +159,7 @@ def sandwich_norm_fwd(y, residual, weight, gate, eps) -> tuple[Tensor, Tensor]:
     residual, residual_b, residual_l = rows_of(residual)
     gate, gate_b, gate_l = rows_of(gate)
     tile = forward_tile(D)
-    _fwd_kernel[(B * triton.cdiv(L, tile["ROWS"]),)](
+    sandwich_norm_fwd_kernel[(B * triton.cdiv(L, tile["ROWS"]),)](
         y, residual, contiguous(weight), gate, out, rstd,
         y_b, y_l, residual_b, residual_l, gate_b, gate_l, L, eps, **tile, enable_fp_fusion=True,
     )  # fmt: skip
@@ -179,9 +180,19 @@ def sandwich_norm_bwd(dout, y, weight, gate, rstd) -> tuple[Tensor, Tensor, Tens
     chunks = triton.cdiv(L, chunk)
     partial = dy.new_empty(B, chunks, D, dtype=torch.float32)
     dgate = gate.new_empty(B, L, D) if gate.ndim == 3 else None
-    _bwd_kernel[(B * chunks,)](
+    sandwich_norm_bwd_kernel[(B * chunks,)](
         dout, y, contiguous(weight), gate, rstd, dy, dgate, partial,
         dout_b, dout_l, y_b, y_l, gate_b, gate_l, L, chunk, **tile, enable_fp_fusion=True,
     )  # fmt: skip
     dweight, per_sample = gate_grads(partial, weight, gate)
     return dy, dweight, per_sample if dgate is None else dgate
+
+
+def aot_calls(head_dim, dtype):
+    """Launches at a model's shapes, for `lumina_kernels.aot`."""
+    D = 32 * head_dim
+    y, weight = torch.empty(2, 64, D, dtype=dtype), torch.empty(D, dtype=dtype)
+    gate = torch.empty(2, 4 * D, dtype=dtype).chunk(4, 1)[1]
+    rstd = torch.empty(2, 64)
+    yield "fwd", lambda: sandwich_norm_fwd(y, y, weight, gate, 1e-5)
+    yield "bwd", lambda: sandwich_norm_bwd(y, y, weight, gate, rstd)

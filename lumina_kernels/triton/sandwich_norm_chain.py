@@ -28,7 +28,7 @@ from lumina_kernels.triton.sandwich_norm import gate_grads, sandwich, sandwich_b
 
 
 @triton.jit
-def _fwd_kernel(
+def sandwich_norm_chain_fwd_kernel(
     y_ptr, residual_ptr, weight_ptr, gate_ptr, next_weight_ptr, next_scale_ptr,
     new_ptr, normed_ptr, rstd_ptr, next_rstd_ptr,
     y_b, y_l, residual_b, residual_l, gate_b, gate_l, scale_b, scale_l, L, eps,
@@ -55,7 +55,7 @@ def _fwd_kernel(
 
 
 @triton.jit
-def _bwd_kernel(
+def sandwich_norm_chain_bwd_kernel(
     dnew_ptr, dnormed_ptr, y_ptr, residual_ptr, weight_ptr, gate_ptr, next_weight_ptr,
     next_scale_ptr, rstd_ptr, next_rstd_ptr, dy_ptr, dresidual_ptr, dgate_ptr, dscale_ptr,
     partial_ptr, dnew_b, dnew_l, dnormed_b, dnormed_l, y_b, y_l, residual_b, residual_l,
@@ -116,7 +116,7 @@ def sandwich_norm_chain_fwd(
     gate, gate_b, gate_l = rows_of(gate)
     next_scale, scale_b, scale_l = rows_of(next_scale)
     tile = forward_tile(D)
-    _fwd_kernel[(B * triton.cdiv(L, tile["ROWS"]),)](
+    sandwich_norm_chain_fwd_kernel[(B * triton.cdiv(L, tile["ROWS"]),)](
         y, residual, contiguous(weight), gate, contiguous(next_weight), next_scale,
         new, normed, rstd, next_rstd,
         y_b, y_l, residual_b, residual_l, gate_b, gate_l, scale_b, scale_l, L, eps,
@@ -148,7 +148,7 @@ def sandwich_norm_chain_bwd(
     gate, gate_b, gate_l = rows_of(gate)
     next_scale, scale_b, scale_l = rows_of(next_scale)
     weight, next_weight = contiguous(weight), contiguous(next_weight)
-    _bwd_kernel[(B * chunks,)](
+    sandwich_norm_chain_bwd_kernel[(B * chunks,)](
         dnew, dnormed, y, residual, weight, gate, next_weight, next_scale, rstd, next_rstd,
         dy, dresidual, dgate, dscale, partial,
         dnew_b, dnew_l, dnormed_b, dnormed_l, y_b, y_l, residual_b, residual_l,
@@ -162,3 +162,14 @@ def sandwich_norm_chain_bwd(
         dy, dresidual, dweight, dgate_sum if dgate is None else dgate,
         dnext_weight, dscale if per_token else dscale_sum,
     ]  # fmt: skip
+
+
+def aot_calls(head_dim, dtype):
+    """Launches at a model's shapes, for `lumina_kernels.aot`."""
+    D = 32 * head_dim
+    y, weight = torch.empty(2, 64, D, dtype=dtype), torch.empty(D, dtype=dtype)
+    _, gate, scale, _ = torch.empty(2, 4 * D, dtype=dtype).chunk(4, 1)
+    rstd = torch.empty(2, 64)
+    parameters = (weight, gate, weight, scale)
+    yield "fwd", lambda: sandwich_norm_chain_fwd(y, y, *parameters, 1e-5)
+    yield "bwd", lambda: sandwich_norm_chain_bwd(y, y, y, y, *parameters, rstd, rstd)

@@ -1,5 +1,6 @@
 """Triton kernels of swiglu, elementwise over rows that may have gaps between them."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,7 +20,7 @@ def _program_columns(F, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _fwd_kernel(a_ptr, b_ptr, out_ptr, a_row, b_row, F, BLOCK: tl.constexpr):
+def swiglu_fwd_kernel(a_ptr, b_ptr, out_ptr, a_row, b_row, F, BLOCK: tl.constexpr):
     """out = a / (1 + exp(-a)) * b"""
     row, columns = _program_columns(F, BLOCK)
     there = columns < F
@@ -30,7 +31,7 @@ def _fwd_kernel(a_ptr, b_ptr, out_ptr, a_row, b_row, F, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _bwd_kernel(
+def swiglu_bwd_kernel(
     dout_ptr, a_ptr, b_ptr, da_ptr, db_ptr, dout_row, a_row, b_row, F, BLOCK: tl.constexpr
 ):
     """With s = 1 / (1 + exp(-a)): da = dout * b * s * (1 + a * (1 - s)),  db = dout * a * s"""
@@ -50,7 +51,7 @@ def swiglu_fwd(a, b) -> Tensor:
     out = a.new_empty(a.shape)
     if out.numel() > 0:
         (a, b), steps, rows, F = _as_rows(a, b)
-        _fwd_kernel[(rows * triton.cdiv(F, BLOCK),)](
+        swiglu_fwd_kernel[(rows * triton.cdiv(F, BLOCK),)](
             a, b, out, *steps, F, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True
         )
     return out
@@ -61,7 +62,7 @@ def swiglu_bwd(dout, a, b) -> tuple[Tensor, Tensor]:
     da, db = a.new_empty(a.shape), b.new_empty(a.shape)
     if da.numel() > 0:
         (dout, a, b), steps, rows, F = _as_rows(dout, a, b)
-        _bwd_kernel[(rows * triton.cdiv(F, BLOCK),)](
+        swiglu_bwd_kernel[(rows * triton.cdiv(F, BLOCK),)](
             dout, a, b, da, db, *steps, F, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True
         )
     return da, db
@@ -76,3 +77,14 @@ def _as_rows(*tensors) -> tuple[list[Tensor], list[int], int, int]:
         shape = (-1, tensors[0].shape[-1])
     tensors, steps, _ = zip(*(rows_of(tensor.reshape(shape)) for tensor in tensors), strict=True)
     return list(tensors), list(steps), *tensors[0].shape
+
+
+def aot_calls(head_dim, dtype):
+    """Launches at a model's shapes, for `lumina_kernels.aot`: two tensors, and halves of one."""
+    F = 96 * head_dim
+    a = torch.empty(2, 64, F, dtype=dtype)
+    halves = torch.empty(2, 64, 2 * F, dtype=dtype).chunk(2, -1)
+    yield "fwd", lambda: swiglu_fwd(a, a)
+    yield "bwd", lambda: swiglu_bwd(a, a, a)
+    yield "halves fwd", lambda: swiglu_fwd(*halves)
+    yield "halves bwd", lambda: swiglu_bwd(a, *halves)

@@ -1,0 +1,82 @@
+"""Say what is installed, and which backend each op takes here and why not another.
+
+python -m lumina_kernels.doctor
+"""
+
+import importlib.metadata
+import os
+import platform
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+from lumina_kernels import backend
+
+OPS = tuple(sorted(path.stem for path in (Path(__file__).parent / "ops").glob("[a-z]*.py")))
+VARIABLES = ("LUMINA_KERNELS_BACKEND", "LUMINA_KERNELS_AUTOTUNE", "TRITON_INTERPRET")
+
+
+def report() -> str:
+    """The whole report as text."""
+    lines = [f"python          {platform.python_version()} on {platform.platform()}"]
+    for package in ("lumina-kernels", "torch", "triton", "diffusers"):
+        lines.append(f"{package:15} {_version(package)}")
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        memory = properties.total_memory / 2**30
+        lines.append(
+            f"cuda:{i}          {properties.name}, sm_{properties.major}{properties.minor}, "
+            f"{memory:.0f} GiB, CUDA {torch.version.cuda}"
+        )
+    if not torch.cuda.is_available():
+        why = "torch is built without CUDA" if torch.version.cuda is None else "no GPU is visible"
+        lines.append(f"cuda            none: {why}")
+    lines += [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ]
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        lines += ["", f"backend=None on {device} takes"]
+        lines += [f"  {op:22}{_taken(op, device)}" for op in OPS]
+        lines += ["other backends there"]
+        lines += [f"  {name:22}{text}" for name, text in _others(device).items()]
+    return "\n".join(lines)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _taken(op: str, device: str) -> str:
+    try:
+        return backend.resolve(None, _implemented(op), torch.empty(0, device=device))
+    except (ValueError, RuntimeError) as error:
+        return f"an error: {error}"
+
+
+def _others(device: str) -> dict[str, str]:
+    """Backend -> the ops that can have it, or why they can not, each reason once."""
+    found = {}
+    for name in backend.BACKENDS[1:]:
+        reasons = {}
+        for op in OPS:
+            try:
+                backend.resolve(name, _implemented(op), torch.empty(0, device=device))
+                reason = "ready, with backend=" + repr(name)
+            except (ValueError, RuntimeError) as error:
+                reason = str(error)
+            reasons.setdefault(reason, []).append(op)
+        found[name] = "; ".join(
+            reason if len(ops) == len(OPS) else f"{', '.join(ops)}: {reason}"
+            for reason, ops in reasons.items()
+        )
+    return found
+
+
+def _implemented(op: str) -> tuple[str, ...]:
+    return import_module(f"lumina_kernels.ops.{op}").BACKENDS
+
+
+if __name__ == "__main__":
+    print(report())
