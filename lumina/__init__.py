@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lumina.checkpoint import load, load_caption_encoder, save
 from lumina.config import PRESETS, NextDiTConfig
+from lumina.context import ContextDrop
 from lumina.model import NextDiT
 from lumina.rope import RopeScaling
 from lumina.sampler import Sample, sample
@@ -24,6 +25,7 @@ __all__ = [
     "COMPACT",
     "COMPACT_SETTINGS",
     "PRESETS",
+    "ContextDrop",
     "NextDiT",
     "NextDiTConfig",
     "RopeScaling",

@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 
 import lumina
-from lumina import RopeScaling
+from lumina import ContextDrop, RopeScaling
 from lumina.checkpoint_files import read_safetensors
 from lumina.data import load_emoji
 from lumina.demo import draw_demo
 from lumina.evaluate import evaluate
+from lumina.flops import forward_flops
 from lumina.pictures import read_picture, write_png
 from lumina.schedules import parse_schedule
 from lumina.solvers import SOLVERS
@@ -98,6 +99,7 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--size", type=_size, default=None, help="WxH in latent pixels, for the FLOPs")
     sub.add_argument("--text", type=int, default=32, help="text tokens, for the FLOPs")
+    _add_context_drop(sub)
 
     sub = command(
         "evaluate", run_evaluate, "how many pictures' nearest neighbour is the prompted emoji"
@@ -182,7 +184,19 @@ def _add_sampling(sub: argparse.ArgumentParser) -> None:
         choices=["none", "linear", "ntk", "frequency_aware", "time_aware", "watershed"],
         help="how RoPE stretches beyond the trained size",
     )
+    _add_context_drop(sub)
     sub.add_argument("--seed", type=int, default=0, help="of the noise; picture i takes seed + i")
+
+
+def _add_context_drop(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--context-drop",
+        type=int,
+        default=1,
+        metavar="FACTOR",
+        help="side of the squares of tokens over which attention averages its keys, in all layers "
+        "at t = 0 and ever fewer towards t = 1; 1 is off",
+    )
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -217,6 +231,7 @@ def _settings(args) -> dict:
         "guidance_until": args.guidance_until,
         "guidance_renorm": args.guidance_renorm,
         "rope_scaling": _rope(args.rope, args.checkpoint),
+        "context_drop": ContextDrop(args.context_drop),
     }
 
 
@@ -272,8 +287,6 @@ def run_train(args) -> None:
 
 
 def run_info(args) -> None:
-    from torch.utils.flop_counter import FlopCounterMode
-
     model = lumina.load(args.checkpoint, dtype=None)
     config, dtype = model.config, model.pad_token.dtype
     print(json.dumps(dataclasses.asdict(config), indent=2))
@@ -282,17 +295,23 @@ def run_info(args) -> None:
     print(f"parameters {count:,}")
     side = _base_size(args.checkpoint) * config.patch_size
     height, width = args.size or (side, side)
-    model = model.to("meta")
-    shape = (width,) if config.axes == ("w",) else (height, width)
-    x = torch.empty(1, config.in_channels, *shape, dtype=dtype, device="meta")
-    text = torch.empty(1, args.text, config.cap_feat_dim, dtype=dtype, device="meta")
-    mask = torch.ones(1, args.text, dtype=torch.bool, device="meta")
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        model(x, torch.empty(1, device="meta"), text, mask)
+    size = (width,) if config.axes == ("w",) else (height, width)
+    whole = forward_flops(config, size, args.text)
     print(
-        f"forward of one {'x'.join(map(str, shape[::-1]))} latent with {args.text} text tokens: "
-        f"{counter.get_total_flops() / 1e9:.3f} GFLOP"
+        f"forward of one {'x'.join(map(str, size[::-1]))} latent with {args.text} text tokens: "
+        f"{whole / 1e9:.3f} GFLOP"
     )
+    drop = ContextDrop(args.context_drop)
+    if args.context_drop > 1:
+        least = forward_flops(config, size, args.text, drop.at(0.0, config.n_layers))
+        times = [(i + 0.5) / 600 for i in range(600)]
+        pooled = sum(sum(drop.layers(t, config.n_layers)) for t in times) / len(times)
+        mean = whole - (whole - least) * pooled / config.n_layers
+        print(
+            f"with context drop {args.context_drop}: {least / 1e9:.3f} GFLOP at t = 0 "
+            f"({1 - least / whole:.1%} saved), {mean / 1e9:.3f} on average over t in [0, 1] "
+            f"({1 - mean / whole:.1%} saved)"
+        )
 
 
 def run_evaluate(args) -> None:
@@ -312,7 +331,8 @@ def run_evaluate(args) -> None:
     size = args.size
     print(
         f"{args.solver}, {args.steps} steps, schedule {args.schedule}, guidance {args.guidance}, "
-        f"seed {args.seed}; nearest neighbour among {len(data)} emoji is the prompted one for"
+        f"context drop {args.context_drop}, seed {args.seed}; nearest neighbour among {len(data)} "
+        "emoji is the prompted one for"
     )
     report("en", args.count, size=size)
     if args.others:

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lumina.config import NextDiTConfig
-from lumina.patches import Tokens, to_images, to_tokens
+from lumina.context import DroppedLayers, Windows, pool, windows_of_layers
+from lumina.patches import Grid, Tokens, filled, to_images, to_tokens
 from lumina.rope import RopeScaling, rope_axes, rope_frequencies
 from lumina_kernels import (
     gqa_attention,
@@ -66,10 +67,6 @@ class NextDiT(nn.Module):
             TransformerBlock(config, backend) for _ in range(config.n_layers)
         )
         self.final_layer = FinalLayer(config, backend)
-        # Rows, D each: per layer scale and gate of attention, then of the FFN; the final scale.
-        self.modulation = nn.Linear(A, (4 * config.n_layers + 1) * D)
-        self.register_state_dict_post_hook(_split_modulation)
-        self.register_load_state_dict_pre_hook(_stack_modulation)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -85,7 +82,8 @@ class NextDiT(nn.Module):
                 nn.init.zeros_(module.gate)
         for module in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(module.weight, std=0.02)
-        for module in (self.cap_embedder[1], self.modulation, self.final_layer.linear):
+        modulations = [m.adaLN_modulation[1] for m in (*self.layers, self.final_layer)]
+        for module in (self.cap_embedder[1], self.final_layer.linear, *modulations):
             nn.init.zeros_(module.weight)
         nn.init.normal_(self.pad_token, std=0.02)
 
@@ -98,6 +96,7 @@ class NextDiT(nn.Module):
         *,
         rope_scaling: RopeScaling | None = None,
         base_seqlen: int | None = None,
+        context_drop: DroppedLayers | None = None,
     ) -> Tensor | list[Tensor]:
         """Return the velocity dx/dt = data - noise at time t, where x = t * data + (1 - t) * noise.
 
@@ -111,6 +110,9 @@ class NextDiT(nn.Module):
             base_seqlen: tokens of an image at training: turns on proportional attention, which
                 multiplies the scores of self-attention by sqrt(log(tokens) / log(base_seqlen)),
                 with the tokens of each image.
+            context_drop: layers whose self-attention sees averages of the keys and values of
+                neighbouring tokens; `lumina.ContextDrop().at(t, n_layers)` makes it from the time
+                as a float, since to read `t` would stop the host. None: no layer.
 
         Returns:
             As x: a tensor of its shape and dtype, or a list.
@@ -119,7 +121,10 @@ class NextDiT(nn.Module):
             ValueError: shapes that do not fit each other or the config.
         """
         caption = self.encode_caption(cap_feats, cap_mask)
-        return self.velocity(x, t, caption, rope_scaling=rope_scaling, base_seqlen=base_seqlen)
+        return self.velocity(
+            x, t, caption, rope_scaling=rope_scaling, base_seqlen=base_seqlen,
+            context_drop=context_drop,
+        )  # fmt: skip
 
     def encode_caption(self, cap_feats: Tensor, cap_mask: Tensor) -> Caption:
         """Do, once for a sampling run, the part of `forward` that depends on the captions alone."""
@@ -150,6 +155,7 @@ class NextDiT(nn.Module):
         *,
         rope_scaling: RopeScaling | None = None,
         base_seqlen: int | None = None,
+        context_drop: DroppedLayers | None = None,
     ) -> Tensor | list[Tensor]:
         """`forward` for captions that `encode_caption` has prepared."""
         B = len(x)
@@ -162,18 +168,19 @@ class NextDiT(nn.Module):
         h = self.x_embedder(tokens.patches)  # (B, L, D)
 
         c = F.silu(self.t_embedder(t) + caption.pooled)  # (B, A)
-        modulation = self.modulation(c).unflatten(1, (-1, self.config.dim)).unbind(1)
+        eps, backend, layers = self.config.norm_eps, self.backend, self.layers
+        modulation = [z for m in layers for z in m.adaLN_modulation(c).chunk(4, dim=-1)]
         scales, gates = modulation[0::2], modulation[1::2]  # of the pre-norms, of the post-norms
         rope = self._rope(tokens, t, rope_scaling)
         key_scale = _key_scale(tokens.grids, base_seqlen, h)
+        windows = windows_of_layers(tokens.grids, context_drop, len(layers), h.device)
 
-        eps, backend, layers = self.config.norm_eps, self.backend, self.layers
         pre = norm_modulate(
             h, layers[0].attention_norm1.weight, scale=scales[0], eps=eps, backend=backend
         )
         for i, layer in enumerate(layers):
             text = (caption.keys[i], caption.values[i], caption.mask)
-            out = layer.attention(pre, rope, tokens.mask, key_scale, text)
+            out = layer.attention(pre, rope, tokens.mask, key_scale, text, windows[i])
             h, pre = sandwich_norm_chain(
                 out, h, layer.attention_norm2.weight, gates[2 * i],
                 layer.ffn_norm1.weight, scales[2 * i + 1], eps, backend=backend,
@@ -188,7 +195,7 @@ class NextDiT(nn.Module):
                 h = sandwich_norm(
                     out, h, layer.ffn_norm2.weight, gates[2 * i + 1], eps, backend=backend
                 )
-        return to_images(self.final_layer(h, modulation[-1]), tokens, x, self.config)
+        return to_images(self.final_layer(h, c), tokens, x, self.config)
 
     def _rope(
         self, tokens: Tokens, t: Tensor, scaling: RopeScaling | None
@@ -196,7 +203,7 @@ class NextDiT(nn.Module):
         """positions, inv_freq and axis of the rope ops."""
         K, axes = self.config.head_dim, self.config.axes
         frame = [h * w for _, h, w in tokens.grids]
-        tokens_per_frame = frame[0] if len(frame) == 1 else torch.tensor(frame, device=t.device)
+        tokens_per_frame = frame[0] if len(frame) == 1 else filled(frame, t.device)
         inv_freq = rope_frequencies(
             K, axes, self.config.rope_theta, scaling=scaling, t=t, tokens=tokens_per_frame,
             device=t.device, dtype=torch.promote_types(tokens.patches.dtype, torch.float32),
@@ -215,6 +222,8 @@ class TransformerBlock(nn.Module):
         self.attention_norm1, self.attention_norm2 = nn.RMSNorm(D, eps), nn.RMSNorm(D, eps)
         self.ffn_norm1, self.ffn_norm2 = nn.RMSNorm(D, eps), nn.RMSNorm(D, eps)
         self.attention_y_norm = nn.RMSNorm(config.cap_feat_dim, eps)
+        # Scale and gate of attention, scale and gate of the FFN. The SiLU is done once for all.
+        self.adaLN_modulation = nn.Sequential(nn.Identity(), nn.Linear(config.cond_dim, 4 * D))
 
     def text_kv(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (B, T, G, K) of the text features (B, T, cap_feat_dim)."""
@@ -245,7 +254,7 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm, self.ky_norm = norm(D), norm(kv), norm(kv)
         self.gate = nn.Parameter(torch.zeros(config.n_heads))
 
-    def forward(self, x, rope, key_mask, key_scale, text):
+    def forward(self, x, rope, key_mask, key_scale, text, windows: Windows | None):
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         if self.qk_norm:
             q_norm, k_norm = self.q_norm, self.k_norm
@@ -255,15 +264,15 @@ class Attention(nn.Module):
             )  # fmt: skip
         else:
             q, k = rope3d(q, k, *rope, backend=self.backend)
-        scale = self.head_dim**-0.5
-        if isinstance(key_scale, Tensor):
+        bias = None
+        if windows is not None:  # an op that norms, rotates and pools belongs here, without index
+            k, v, key_mask, bias = pool(k, v, windows, self.backend)
+        if key_scale is not None:
             k = (k * key_scale).to(k.dtype)
-        else:
-            scale *= key_scale
         text_k, text_v, text_mask = text
         out = gqa_attention(
-            q, k, v, key_mask, scale, text_k=text_k, text_v=text_v, text_mask=text_mask,
-            text_gate=self.gate, backend=self.backend,
+            q, k, v, key_mask, text_k=text_k, text_v=text_v, text_mask=text_mask,
+            text_gate=self.gate, bias=bias, backend=self.backend,
         )  # fmt: skip
         return self.wo(out.flatten(2))  # (B, L, D)
 
@@ -302,60 +311,26 @@ class FinalLayer(nn.Module):
     def __init__(self, config: NextDiTConfig, backend: str | None):
         super().__init__()
         self.linear = nn.Linear(config.dim, config.patch_volume * config.out_channels)
+        # The SiLU is done once for all.
+        self.adaLN_modulation = nn.Sequential(nn.Identity(), nn.Linear(config.cond_dim, config.dim))
         self.backend = backend
 
-    def forward(self, x, scale):
+    def forward(self, x, c):
+        scale = self.adaLN_modulation(c)
         x = norm_modulate(x, scale=scale, eps=1e-6, kind="layer", backend=self.backend)
         return self.linear(x)
 
 
-def _key_scale(grids, base_seqlen: int | None, like: Tensor) -> float | Tensor:
-    """Proportional attention's factor: a number, or (B, 1, 1, 1) for images of several sizes."""
+def _key_scale(grids: list[Grid], base_seqlen: int | None, like: Tensor) -> Tensor | None:
+    """Proportional attention's factor, one of all images or one of each, (B or 1, 1, 1, 1).
+
+    A tensor: as a number it would be a constant of the compiled graph, one graph for every size.
+    """
     if base_seqlen is None:
-        return 1.0
+        return None
     if base_seqlen < 2:
         raise ValueError(f"base_seqlen must be at least 2 tokens, got {base_seqlen}")
-    factors = [math.sqrt(math.log(t * h * w) / math.log(base_seqlen)) for t, h, w in grids]
-    if len(set(factors)) == 1:
-        return factors[0]
     # Not in 16 bits: the factor would be off by up to 1/256, and for all keys alike.
     acc = torch.promote_types(like.dtype, torch.float32)
-    return torch.tensor(factors, dtype=acc, device=like.device)[:, None, None, None]
-
-
-def _modulation_names(config: NextDiTConfig, prefix: str, kind: str) -> list[str]:
-    """Checkpoint names of the parts of `modulation.<kind>`, and so of its rows, in order."""
-    layers = [f"{prefix}layers.{i}.adaLN_modulation.1.{kind}" for i in range(config.n_layers)]
-    return [*layers, f"{prefix}final_layer.adaLN_modulation.1.{kind}"]
-
-
-def _modulation_parts(config: NextDiTConfig, stacked: Tensor) -> tuple[Tensor, ...]:
-    return stacked.split([4 * config.dim] * config.n_layers + [config.dim])
-
-
-def _split_modulation(module: NextDiT, state: dict, prefix: str, _metadata) -> None:
-    for kind in ("weight", "bias"):
-        parts = _modulation_parts(module.config, state.pop(f"{prefix}modulation.{kind}"))
-        state.update(zip(_modulation_names(module.config, prefix, kind), parts, strict=True))
-
-
-def _stack_modulation(module: NextDiT, state, prefix, _metadata, _strict, missing, _, errors):
-    """What does not fit is reported under its name in the checkpoint, and keeps its value."""
-    for kind, own in module.modulation.named_parameters():
-        names = _modulation_names(module.config, prefix, kind)
-        given = {name: state.pop(name) for name in names if name in state}
-        parts = _modulation_parts(module.config, own.detach())
-        expected = {name: part.shape for name, part in zip(names, parts, strict=True)}
-        if {name: part.shape for name, part in given.items()} == expected:
-            state[f"{prefix}modulation.{kind}"] = torch.cat(list(given.values()))
-            continue
-        stacked = own.detach().clone()
-        for name, part in zip(names, _modulation_parts(module.config, stacked), strict=True):
-            if name not in given:
-                missing.append(name)
-            elif given[name].shape != part.shape:
-                shapes = f"{tuple(part.shape)}, got {tuple(given[name].shape)}"
-                errors.append(f"{name} must have shape {shapes}")
-            else:
-                part.copy_(given[name])
-        state[f"{prefix}modulation.{kind}"] = stacked
+    tokens = filled([t * h * w for t, h, w in grids], like.device, acc)
+    return (tokens.log() / math.log(base_seqlen)).sqrt()[:, None, None, None]

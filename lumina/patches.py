@@ -19,8 +19,8 @@ class Tokens:
     """A batch of images as padded sequences of patches, in row-major order of (t, h, w)."""
 
     patches: Tensor  # (B, L, C * volume)
-    grids: list[Grid]  # patches along (t, h, w), one of all or one of each image
-    positions: Tensor  # (L, 3) or (B, L, 3)
+    grids: list[Grid]  # patches along (t, h, w), one of all or, where they differ, one of each
+    positions: Tensor  # (L, 3) for one grid, else (B, L, 3)
     mask: Tensor | None  # (B, L) bool, False on padding; None: no padding
 
 
@@ -36,6 +36,9 @@ def to_tokens(x: Tensor | list[Tensor], config: NextDiTConfig) -> Tokens:
     if not x:
         raise ValueError("x must hold at least one image, got an empty list")
     sequences, grids = zip(*(_cut(image[None], config) for image in x), strict=True)
+    if all(grid == grids[0] for grid in grids):
+        where = positions(*grids[0], device=x[0].device)
+        return Tokens(torch.cat(sequences), [grids[0]], where, None)
     lengths = [s.shape[1] for s in sequences]
     pad = [max(lengths) - length for length in lengths]
     patches = torch.cat([F.pad(s, (0, 0, 0, p)) for s, p in zip(sequences, pad, strict=True)])
@@ -45,7 +48,7 @@ def to_tokens(x: Tensor | list[Tensor], config: NextDiTConfig) -> Tokens:
     ]
     mask = None
     if any(pad):
-        length = torch.tensor(lengths, device=patches.device)
+        length = filled(lengths, patches.device)
         mask = torch.arange(max(lengths), device=patches.device) < length[:, None]
     return Tokens(patches, list(grids), torch.stack(where), mask)
 
@@ -59,8 +62,14 @@ def to_images(
     """
     if isinstance(like, Tensor):
         return _paste(out, tokens.grids[0], like, config)
-    each = zip(out, tokens.grids, like, strict=True)
+    grids = tokens.grids * len(like) if len(tokens.grids) == 1 else tokens.grids
+    each = zip(out, grids, like, strict=True)
     return [_paste(o[None], grid, image[None], config)[0] for o, grid, image in each]
+
+
+def filled(numbers: list[int], device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """The numbers as a tensor, written on the device: to copy them there would stop the host."""
+    return torch.cat([torch.full((1,), n, dtype=dtype, device=device) for n in numbers])
 
 
 def _cut(x: Tensor, config: NextDiTConfig) -> tuple[Tensor, Grid]:

@@ -29,9 +29,13 @@ class NextDiT(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layers))
         self.final_layer = FinalLayer(D, A, volume * config.out_channels)
 
-    def forward(self, x, t, cap_feats, cap_mask, *, rope_scaling=None, base_seqlen=None):
+    def forward(
+        self, x, t, cap_feats, cap_mask, *, rope_scaling=None, base_seqlen=None, context_drop=None
+    ):
         if isinstance(x, list):  # images of several sizes: each on its own
-            alone = dict(rope_scaling=rope_scaling, base_seqlen=base_seqlen)
+            alone = dict(
+                rope_scaling=rope_scaling, base_seqlen=base_seqlen, context_drop=context_drop
+            )
             args = zip(x, t, cap_feats, cap_mask, strict=True)
             return [self(xi[None], ti[None], f[None], m[None], **alone)[0] for xi, ti, f, m in args]
         shape = x.shape
@@ -53,8 +57,12 @@ class NextDiT(nn.Module):
         scale = self.config.head_dim**-0.5
         if base_seqlen is not None:  # proportional attention
             scale *= math.sqrt(math.log(x.shape[1]) / math.log(base_seqlen))
-        for layer in self.layers:
-            x = layer(x, c, cap_feats, cap_mask, rotation, scale)
+        pooling = [None] * len(self.layers)
+        if context_drop is not None:
+            averages = window_averages(grid, context_drop.factor, context_drop.log_count, x.device)
+            pooling = [averages if pooled else None for pooled in context_drop.layers]
+        for layer, pool in zip(self.layers, pooling, strict=True):
+            x = layer(x, c, cap_feats, cap_mask, rotation, scale, pool)
         x = self.final_layer(x, c)
 
         x = x.reshape(B, *grid, ph, pw, self.config.out_channels)  # a patch is (pH, pW, C)
@@ -76,11 +84,11 @@ class TransformerBlock(nn.Module):
         # SiLU is in c already.
         self.adaLN_modulation = nn.Sequential(nn.Identity(), nn.Linear(config.cond_dim, 4 * D))
 
-    def forward(self, x, c, y, y_mask, rotation, scale):
+    def forward(self, x, c, y, y_mask, rotation, scale, pool):
         modulation = self.adaLN_modulation(c)[:, None]  # (B, 1, 4 D)
         scale_msa, gate_msa, scale_mlp, gate_mlp = modulation.chunk(4, dim=-1)
         h = self.attention_norm1(x) * (1 + scale_msa)
-        h = self.attention(h, self.attention_y_norm(y), y_mask, rotation, scale)
+        h = self.attention(h, self.attention_y_norm(y), y_mask, rotation, scale, pool)
         x = x + gate_msa.tanh() * self.attention_norm2(h)
         h = self.feed_forward(self.ffn_norm1(x) * (1 + scale_mlp))
         return x + gate_mlp.tanh() * self.ffn_norm2(h)
@@ -103,20 +111,29 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm, self.ky_norm = norm(D), norm(kv), norm(kv)
         self.gate = nn.Parameter(torch.zeros(config.n_heads))
 
-    def forward(self, x, y, y_mask, rotation, scale):
+    def forward(self, x, y, y_mask, rotation, scale, pool):
         heads = lambda z: z.unflatten(-1, (-1, self.head_dim))  # noqa: E731  (B, L, heads, K)
         q = rotate(heads(self.q_norm(self.wq(x))), rotation)
         k = rotate(heads(self.k_norm(self.wk(x))), rotation)
-        image = attend(q, k, heads(self.wv(x)), scale)
+        v, bias = heads(self.wv(x)), None
+        if pool is not None:  # context drop
+            averages, bias = pool
+            k, v = (torch.einsum("ml,blhk->bmhk", averages.to(z.dtype), z) for z in (k, v))
+        image = attend(q, k, v, scale, bias=bias)
         text_k, text_v = heads(self.ky_norm(self.wk_y(y))), heads(self.wv_y(y))  # not rotated
         text = attend(q, text_k, text_v, self.head_dim**-0.5, y_mask)
         return self.wo((image + self.gate.tanh()[:, None] * text).flatten(2))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T scale) v; each kv head serves H / G query heads, no valid key gives 0."""
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask=None, bias=None) -> Tensor:
+    """softmax(q k^T scale + bias) v; each kv head serves H / G query heads, no valid key gives 0.
+
+    key_mask (B, keys) and bias (keys,), either may be None.
+    """
     k, v = (z.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for z in (k, v))
     scores = torch.einsum("blhk,bmhk->bhlm", q, k) * scale
+    if bias is not None:
+        scores = scores + bias.to(scores.dtype)
     if key_mask is not None:
         key_mask = key_mask[:, None, None, :]
         scores = scores.masked_fill(~key_mask, -1e30)
@@ -124,6 +141,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | Non
     if key_mask is not None:
         weights = weights * key_mask
     return torch.einsum("bhlm,bmhk->blhk", weights, v)
+
+
+def window_averages(grid, factor: int, log_count: bool, device) -> tuple[Tensor, Tensor | None]:
+    """Means over factor x factor tokens of each frame as a matrix (L', L); the bias of its rows."""
+    t, h, w = torch.meshgrid(*(torch.arange(n, device=device) for n in grid), indexing="ij")
+    window = torch.stack([t, h // factor, w // factor], dim=-1).flatten(0, 2)  # (L, 3)
+    every, counts = window.unique(dim=0, return_counts=True)
+    member = (every[:, None] == window).all(-1)  # (L', L)
+    return member.double() / counts[:, None], counts.double().log() if log_count else None
 
 
 def rotations(config, grid: tuple[int, int, int], scaling, t: Tensor) -> Tensor:

@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from lumina.context import ContextDrop
 from lumina.model import Caption, NextDiT
 from lumina.rope import RopeScaling
 from lumina.schedules import parse_schedule, start_at
 from lumina.solvers import solve
+from lumina_kernels import guided_step
 
 Size = tuple[int, ...]
 
@@ -52,6 +54,7 @@ def sample(
     guidance_renorm: float | None = None,
     rope_scaling: RopeScaling | None = None,
     base_seqlen: int | None = None,
+    context_drop: ContextDrop | None = None,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     latents: Tensor | list[Tensor] | None = None,
     image: Tensor | list[Tensor] | None = None,
@@ -86,6 +89,8 @@ def sample(
             times that of the conditional one (Lumina-Image 2.0's CFG renormalisation, rho = 1
             there). None: not.
         rope_scaling, base_seqlen: as for `NextDiT.forward`.
+        context_drop: in which layers, at the time of each evaluation, attention sees averages of
+            its keys and values. None: in none.
         generator: of the noise; a list of B makes every picture independent of its batch. The
             noise is drawn on the generator's device, so a CPU generator gives the same on every
             device.
@@ -120,9 +125,8 @@ def sample(
         grid = start_at(grid, strength)
         x = _noised(image, x, float(grid[0]), shapes)
 
-    rope = {"rope_scaling": rope_scaling, "base_seqlen": base_seqlen}
-
-    def velocity(t: float, x: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+    def network(t: float, x: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+        """Velocities for the captions and, where they are guided at t, for the negative ones."""
         # Heun, rk4 and dopri5 look at t = 1 too: not to guide there would cost them their order.
         double = guided and (t < guidance_until or guidance_until >= 1)
         batch = [xi.to(dtype) for xi in x] if ragged else x.to(dtype)
@@ -131,12 +135,28 @@ def sample(
         # Never in 16 bits, which would merge neighbouring times.
         acc = torch.promote_types(dtype, torch.float32)
         time = torch.full((2 * B if double else B,), t, dtype=acc, device=device)
-        v = model.velocity(batch, time, caption if double else conditional, **rope)
-        if not double:
+        return model.velocity(
+            batch, time, caption if double else conditional, rope_scaling=rope_scaling,
+            base_seqlen=base_seqlen,
+            context_drop=context_drop and context_drop.at(t, model.config.n_layers),
+        )  # fmt: skip
+
+    def velocity(t: float, x: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+        v = network(t, x)
+        if len(v) == B:
             return v
         pairs = zip(v[:B], v[B:], strict=True)
         v = [_guide(c, u, guidance, guidance_channels, guidance_renorm) for c, u in pairs]
         return v if ragged else torch.stack(v)
+
+    def guided_euler(t: float, dt: float, x: Tensor) -> Tensor:
+        v = network(t, x)
+        if len(v) == B:
+            return x + dt * v
+        return guided_step(x, v, guidance, dt, guidance_channels, backend=model.backend)
+
+    # Guidance and the update in one pass, where nothing else needs the guided velocity.
+    fused = solver == "euler" and guided and guidance_renorm is None and not ragged
 
     total = None if solver == "dopri5" else len(grid) - 1
     with tqdm(total=total, unit="step", disable=not progress) as bar:
@@ -146,7 +166,10 @@ def sample(
             if callback is not None:
                 callback(i, t, x)
 
-        x, nfe = solve(velocity, x, grid, solver, rtol=rtol, atol=atol, callback=after_step)
+        x, nfe = solve(
+            velocity, x, grid, solver, rtol=rtol, atol=atol, callback=after_step,
+            euler_step=guided_euler if fused else None,
+        )  # fmt: skip
     return Sample(x, nfe)
 
 

@@ -31,6 +31,7 @@ def solve(
     rtol: float = 1e-3,
     atol: float = 1e-3,
     callback: Callable | None = None,
+    euler_step: Callable | None = None,
 ) -> tuple[Tensor | list[Tensor], int]:
     """Integrate dx/dt = velocity(t, x) from grid[0] to grid[-1].
 
@@ -52,6 +53,8 @@ def solve(
             error / (atol + rtol max(|x|, |x_new|)) over all elements of all tensors is at most 1.
             That number is read back to the host.
         callback: called as callback(i, t, x) after step i = 0, 1, ..., with the state x at time t.
+        euler_step: "euler" only: (t, dt, x) -> x + dt * velocity(t, x) in one go, called in place
+            of the velocity; x and the result as the state is held, in float32 or float64.
 
     Returns:
         State at grid[-1], a tensor or a list, in the dtype of x, and the number of velocity calls.
@@ -68,18 +71,21 @@ def solve(
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
+    if euler_step is not None and solver != "euler":
+        raise ValueError(f"euler_step is for solver 'euler', got {solver!r}")
     times = _check_grid(grid)
     for name, value in (("rtol", rtol), ("atol", atol)):
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name} must be finite and positive, got {value}")
-    system = _System(velocity, x, callback)
+    system = _System(velocity, x, callback, euler_step)
     state = system.start(x)
     if solver == "dopri5":
         state = _dopri5(system, state, times[0], times[-1], rtol, atol)
     elif solver == "ab2":
         state = _ab2(system, state, times)
     else:
-        step = {"euler": _euler, "midpoint": _midpoint, "heun": _heun, "rk4": _rk4}[solver]
+        euler = _euler if euler_step is None else _System.euler
+        step = {"euler": euler, "midpoint": _midpoint, "heun": _heun, "rk4": _rk4}[solver]
         for t, end in zip(times[:-1], times[1:], strict=True):
             state = step(system, state, t, end)
             system.accept(end, state)
@@ -94,8 +100,9 @@ class _System:
         velocity: Callable,
         x: Tensor | Sequence[Tensor],
         callback: Callable | None,
+        euler_step: Callable | None,
     ):
-        self._velocity, self._callback = velocity, callback
+        self._velocity, self._callback, self._euler_step = velocity, callback, euler_step
         self._single = isinstance(x, Tensor)
         tensors = [x] if self._single else list(x)
         if not tensors:
@@ -118,7 +125,14 @@ class _System:
         return out[0] if self._single else out
 
     def __call__(self, t: float, state: State) -> State:
-        v = self._velocity(t, self.external(state))
+        return self._checked(self._velocity(t, self.external(state)), state)
+
+    def euler(self, state: State, t: float, end: float) -> State:
+        """One call of euler_step."""
+        x = state[0] if self._single else list(state)
+        return self._checked(self._euler_step(t, end - t, x), state)
+
+    def _checked(self, v: Tensor | Sequence[Tensor], state: State) -> State:
         self.nfe += 1
         v = [v] if isinstance(v, Tensor) else list(v)
         shapes = [k.shape for k in v]

@@ -8,6 +8,25 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_configure():
+    """Halve the time of Triton's interpreter, which prepares triton.language for a kernel, and then
+    again for every call of another function in it."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    from triton.runtime import interpreter
+
+    prepared = set()
+
+    def call(self, *args, **kwargs):
+        module = self.fn.__module__
+        if module.startswith("triton.") and module not in prepared:  # the others have the kernel's
+            interpreter._patch_lang(self.fn)
+            prepared.add(module)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
+
+
 @pytest.fixture(autouse=True)
 def seed_and_poison():
     """Fixed seed; and torch.empty returns NaN, so an element that nothing wrote fails the test."""

@@ -46,12 +46,17 @@ def draw(model=None, texts=None, **changes):
 
 
 @torch.no_grad()
-def loop(net, x, grid, solver="euler", guidance=4.0, channels=None, until=1.0, renorm=None, **rope):
+def loop(
+    net, x, grid, solver="euler", guidance=4.0, channels=None, until=1.0, renorm=None,
+    context_drop=None, **rope,
+):  # fmt: skip
     """The same as plainly as it can be written, with two calls of the network."""
     feats, mask, negative, negative_mask = captions()
 
     def velocity(t, x):
         time = torch.full((len(x),), t, dtype=torch.float64, device=DEVICE)
+        if context_drop is not None:
+            rope["context_drop"] = context_drop.at(t, len(net.layers))
         cond = net(x, time, feats, mask, **rope)
         if guidance == 1 or t >= until:
             return cond

@@ -13,6 +13,7 @@ import lumina
 from lumina import reference
 from lumina.cli import main
 from lumina.config import NextDiTConfig
+from lumina.flops import forward_flops
 from lumina.text import CaptionEncoder
 
 CONFIG = NextDiTConfig(
@@ -66,6 +67,7 @@ def test_options_reach_the_sampler(checkpoint, tmp_path):
     for change in (
         ["--seed", "1"], ["--guidance", "7"], ["--guidance-until", "0.2"], ["--rope", "none"],
         ["--guidance-renorm", "0.1"], ["--schedule", "rational:9"], ["--solver", "euler"],
+        ["--context-drop", "2"],
     ):  # fmt: skip
         other = draw(checkpoint, tmp_path / "c.png", *base, *change)
         assert np.abs(plain - other).mean() > 0.05, change
@@ -92,13 +94,27 @@ def test_info_counts(checkpoint, capsys):
         model(torch.randn(1, 3, 64, 32), torch.rand(1), torch.randn(1, 7, 32), mask)
     # The reference repeats k and v of a group before it multiplies, at the same FLOPs.
     assert f"{counter.get_total_flops() / 1e9:.3f} GFLOP" in said
+    assert "context drop" not in said
+
+
+def test_info_tells_what_context_drop_saves(checkpoint, capsys):
+    """16 x 16 tokens, 64 of them left, at t = 0 in both layers, in one on average."""
+    options = ["--size", "64x64", "--text", "7"]
+    assert main(["info", str(checkpoint), *options, "--context-drop", "2"]) == 0
+    said = capsys.readouterr().out
+    whole = forward_flops(CONFIG, (64, 64), 7)
+    saved = 2 * 4 * 256 * 48 * (256 - 64)
+    for least, name in ((saved, "at t = 0"), (saved / 2, "on average over t")):
+        assert f"{(whole - least) / 1e9:.3f}" in (said.split("context drop 2")[1])
+        assert f"{least / whole:.1%} saved" in said and name in said
 
 
 def test_evaluate_prints_every_figure(checkpoint, capsys):
-    options = "--count 5 --others 2 --large 2 --steps 1 --solver euler".split()
+    options = "--count 5 --others 2 --large 2 --steps 1 --solver euler --context-drop 3".split()
     assert main(["evaluate", "--checkpoint", str(checkpoint), *options]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 + 14 + 3
+    assert "context drop 3" in lines[0]
     assert lines[1].startswith("en: ") and lines[1].endswith(" of 5)")
     assert lines[-1].startswith("en at 64x64, averaged down, RoPE scaling time_aware: ")
 
@@ -129,6 +145,7 @@ def test_train_and_continue(tmp_path, capsys, monkeypatch):
         (["sample", "x", "--strength", "0.5"], "needs an image"),
         (["sample", "x", "--guidance", "nan"], "guidance must be finite"),
         (["sample", "x", "--guidance-until", "nan"], "guidance_until"),
+        (["sample", "x", "--context-drop", "0"], "factor must be at least 1, got 0"),
         (["sample"], "required: PROMPT"),
         (["train", "run", "--decay", "linear"], "decay must be one of"),
         (["info", "/none"], "does not exist"),

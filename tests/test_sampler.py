@@ -9,9 +9,9 @@ from common import DEVICE
 from networks import pair
 from sampling import SIZE, assert_same, captions, draw, loop, models, noise
 
-from lumina import RopeScaling, save
+from lumina import ContextDrop, RopeScaling, sampler, save
 from lumina.schedules import rational
-from lumina.solvers import SOLVERS
+from lumina.solvers import SOLVERS, solve
 
 SETTINGS = {
     "plain": {},
@@ -25,6 +25,7 @@ SETTINGS = {
     "renorm loose": dict(guidance_renorm=1.7),
     "all": dict(guidance=7.0, guidance_channels=2, guidance_until=0.7, guidance_renorm=0.9),
     "rope": dict(rope_scaling=RopeScaling("watershed", 2.0, watershed=0.4), base_seqlen=3),
+    "drop": dict(context_drop=ContextDrop()),
     "rope by size": dict(rope_scaling=RopeScaling("time_aware", base_size=2)),
 }
 
@@ -90,7 +91,48 @@ def test_truncated_guidance_spares_the_network(calls):
     assert calls == [(4, 0.0), (4, 0.25), (2, 0.5), (2, 0.75)]
 
 
+def test_guidance_and_euler_are_one_op(monkeypatch):
+    """Where nothing but the update needs the guided velocity; it goes by the same numbers."""
+    seen, op = [], sampler.guided_step
+
+    def recorded(x, v, weight, dt, channels=None, *, backend=None):
+        seen.append((weight, round(dt, 12), channels, backend))
+        return op(x, v, weight, dt, channels, backend=backend)
+
+    monkeypatch.setattr(sampler, "guided_step", recorded)
+    four = dict(schedule="uniform", steps=4)
+    draw(**four, guidance_channels=3, guidance_until=0.5)
+    assert seen == [(4.0, 0.25, 3, "torch")] * 2
+    for other in (
+        dict(solver="midpoint"), dict(guidance_renorm=1.0), dict(guidance=1.0),
+        dict(size=[SIZE, SIZE], latents=list(noise())),
+    ):  # fmt: skip
+        draw(**four, **other)
+    assert len(seen) == 2
+
+
 # Solvers
+
+
+def test_an_euler_step_of_ones_own():
+    """In the state's precision; counted, checked and called back as any other."""
+    seen, calls = [], []
+
+    def step(t, dt, x):
+        calls.append((t, dt, x.dtype))
+        return x + dt * t
+
+    x = torch.ones(2, dtype=torch.bfloat16)
+    out, nfe = solve(
+        None, x, [0.0, 0.5, 0.75], "euler", euler_step=step, callback=lambda *a: seen.append(a)
+    )
+    assert nfe == 2 and calls == [(0.0, 0.5, torch.float32), (0.5, 0.25, torch.float32)]
+    assert out.dtype == torch.bfloat16 and out.tolist() == [1.125] * 2
+    assert [(i, t, z[0].item()) for i, t, z in seen] == [(0, 0.5, 1.0), (1, 0.75, 1.125)]
+    with pytest.raises(ValueError, match=r"must return shapes \[\(2,\)\], got \[\(1,\)\]"):
+        solve(None, x, [0.0, 1.0], "euler", euler_step=lambda t, dt, x: x[:1])
+    with pytest.raises(ValueError, match="euler_step is for solver 'euler', got 'heun'"):
+        solve(None, x, [0.0, 1.0], "heun", euler_step=step)
 
 
 def test_dopri5_is_the_solution():
