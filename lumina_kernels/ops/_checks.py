@@ -30,7 +30,7 @@ def check_mask(name: str, tensor: Tensor, device: torch.device, *shapes: tuple) 
 def check_shape(name: str, tensor: Tensor, device: torch.device, *shapes: tuple) -> None:
     """`tensor` is on `device` and has one of `shapes`."""
     _check_is_tensor(name, tensor)
-    if not any(tuple(tensor.shape) == shape for shape in shapes):
+    if tensor.shape not in shapes:
         rule = " or ".join(str(tuple(shape)) for shape in shapes)
         raise ValueError(f"{name} must have shape {rule}, got {tuple(tensor.shape)}")
     if tensor.device != device:

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lumina_kernels.triton._rows import (
+    blocks,
     contiguous,
     load_modulation,
     load_vector,
@@ -153,7 +154,7 @@ def modulation_grads(
         finish_shift = False
     if any(p is not None for p in (weight, bias, per_sample)) or finish_shift:
         rows, scale_b, _ = rows_of(per_sample)
-        modulation_grads_kernel[(triton.cdiv(D, BLOCK_D),)](
+        modulation_grads_kernel[(blocks(D, BLOCK_D),)](
             partial, contiguous(weight), contiguous(bias), rows,
             *grads[:3], grads[3] if finish_shift else None, scale_b, B, chunks, sums, D=D,
             BLOCK=BLOCK_SUMS, BLOCK_D=BLOCK_D, num_warps=4, enable_fp_fusion=True,

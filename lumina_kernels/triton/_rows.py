@@ -5,11 +5,14 @@ A row is held as two parts of LO and HI values, powers of two as Triton asks for
 sample.
 """
 
+from functools import cache
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 
+@cache
 def forward_tile(D: int) -> dict:
     """Sizes of the tile of rows that a program of a forward holds, up to 80 values a lane.
 
@@ -25,6 +28,7 @@ def forward_tile(D: int) -> dict:
     return {"D": D, "LO": LO, "HI": HI, "ROWS": ROWS, "num_warps": num_warps}
 
 
+@cache
 def backward_tile(D: int) -> dict:
     """The same of a backward: one row at a time, as sums over rows and four to six tensors share
     the registers, up to 20 values a lane."""
@@ -42,9 +46,14 @@ def rows_per_program(rows: int) -> int:
     return 16 if rows >= 4096 else 4
 
 
+def blocks(count: int, size: int) -> int:
+    """How many blocks of `size` hold `count`; triton.cdiv takes the host 2 us."""
+    return -(-count // size)
+
+
 def _parts(D: int) -> tuple[int, int]:
     LO = 1 << max(D - 1, 1).bit_length() - 1
-    return LO, triton.next_power_of_2(max(D - LO, 1))
+    return LO, 1 << max(D - LO - 1, 0).bit_length()
 
 
 def rows_of(tensor: Tensor | None) -> tuple[Tensor | None, int, int | None]:

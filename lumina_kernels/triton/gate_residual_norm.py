@@ -14,6 +14,7 @@ from lumina_kernels.triton._modulation import (
 )
 from lumina_kernels.triton._rows import (
     backward_tile,
+    blocks,
     contiguous,
     forward_tile,
     load_modulation,
@@ -115,7 +116,7 @@ def gate_residual_norm_fwd(
     scale, scale_b, scale_l = rows_of(scale)
     shift, shift_b, shift_l = rows_of(shift)
     tile = forward_tile(D)
-    gate_residual_norm_fwd_kernel[(B * triton.cdiv(L, tile["ROWS"]),)](
+    gate_residual_norm_fwd_kernel[(B * blocks(L, tile["ROWS"]),)](
         y, residual, gate, contiguous(weight), contiguous(bias), scale, shift,
         new, normed, statistics[0], statistics[-1],
         y_b, y_l, residual_b, residual_l, gate_b, gate_l, scale_b, scale_l, shift_b, shift_l,
@@ -135,7 +136,7 @@ def gate_residual_norm_bwd(
         return [dy, dresidual, *(None if p is None else p.new_zeros(p.shape) for p in parameters)]
     tile = backward_tile(D)
     chunk = rows_per_program(B * L)
-    chunks = triton.cdiv(L, chunk)
+    chunks = blocks(L, chunk)
     partial = y.new_empty(B, chunks, 3, D, dtype=torch.float32)
     dscale = scale.new_empty(B, L, D) if scale is not None and scale.ndim == 3 else None
     dgate = gate.new_empty(B, L, D) if gate.ndim == 3 else None

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lumina_kernels.triton._rows import blocks
+
 BLOCK = 1024  # 8 values a lane: 16 bytes in 16 bits
 
 
@@ -37,7 +39,7 @@ def guided_step_fwd(x, v, weight, weight_value, dt, dt_value, channels) -> Tenso
         return out
     B, C = x.shape[:2]
     N = out[0].numel()
-    guided_step_fwd_kernel[(B * triton.cdiv(N, BLOCK),)](
+    guided_step_fwd_kernel[(B * blocks(N, BLOCK),)](
         x.contiguous(), v.contiguous(), weight, weight_value, dt, dt_value, out, B, N,
         channels * (N // C), BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

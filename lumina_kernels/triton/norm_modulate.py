@@ -14,6 +14,7 @@ from lumina_kernels.triton._modulation import (
 )
 from lumina_kernels.triton._rows import (
     backward_tile,
+    blocks,
     contiguous,
     forward_tile,
     load_rows,
@@ -91,7 +92,7 @@ def norm_modulate_fwd(x, weight, bias, scale, shift, eps, kind) -> tuple[Tensor,
     scale, scale_b, scale_l = rows_of(scale)
     shift, shift_b, shift_l = rows_of(shift)
     tile = forward_tile(D)
-    norm_modulate_fwd_kernel[(B * triton.cdiv(L, tile["ROWS"]),)](
+    norm_modulate_fwd_kernel[(B * blocks(L, tile["ROWS"]),)](
         x, contiguous(weight), contiguous(bias), scale, shift, out, statistics[0], statistics[-1],
         x_b, x_l, scale_b, scale_l, shift_b, shift_l, L, eps,
         LAYER=kind == "layer", **tile, enable_fp_fusion=True,
@@ -108,7 +109,7 @@ def norm_modulate_bwd(dout, x, weight, bias, scale, shift, statistics) -> list[T
         return [dx, *(None if p is None else p.new_zeros(p.shape) for p in parameters)]
     tile = backward_tile(D)
     chunk = rows_per_program(B * L)
-    chunks = triton.cdiv(L, chunk)
+    chunks = blocks(L, chunk)
     partial = x.new_empty(B, chunks, 2, D, dtype=torch.float32)
     dscale = scale.new_empty(B, L, D) if scale is not None and scale.ndim == 3 else None
     rows, dout_b, dout_l = rows_of(dout)

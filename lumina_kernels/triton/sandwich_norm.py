@@ -14,6 +14,7 @@ from lumina_kernels.triton._modulation import (
 )
 from lumina_kernels.triton._rows import (
     backward_tile,
+    blocks,
     contiguous,
     forward_tile,
     load_modulation,
@@ -140,7 +141,7 @@ def gate_grads(partial: Tensor, weight: Tensor, gate: Tensor) -> tuple[Tensor, T
     if gate is not None:
         dgate = gate.new_empty(B, D)
     gate, gate_b, _ = rows_of(gate)
-    sandwich_norm_gate_kernel[(triton.cdiv(D, BLOCK_D),)](
+    sandwich_norm_gate_kernel[(blocks(D, BLOCK_D),)](
         partial, contiguous(weight), gate, dweight, dgate,
         gate_b, B, chunks, partial.stride(1) // D, D=D, BLOCK=BLOCK_SUMS,
         BLOCK_D=BLOCK_D, num_warps=4, enable_fp_fusion=True,
@@ -159,7 +160,7 @@ def sandwich_norm_fwd(y, residual, weight, gate, eps) -> tuple[Tensor, Tensor]:
     residual, residual_b, residual_l = rows_of(residual)
     gate, gate_b, gate_l = rows_of(gate)
     tile = forward_tile(D)
-    sandwich_norm_fwd_kernel[(B * triton.cdiv(L, tile["ROWS"]),)](
+    sandwich_norm_fwd_kernel[(B * blocks(L, tile["ROWS"]),)](
         y, residual, contiguous(weight), gate, out, rstd,
         y_b, y_l, residual_b, residual_l, gate_b, gate_l, L, eps, **tile, enable_fp_fusion=True,
     )  # fmt: skip
@@ -177,7 +178,7 @@ def sandwich_norm_bwd(dout, y, weight, gate, rstd) -> tuple[Tensor, Tensor, Tens
     gate, gate_b, gate_l = rows_of(gate)
     tile = backward_tile(D)
     chunk = rows_per_program(B * L)
-    chunks = triton.cdiv(L, chunk)
+    chunks = blocks(L, chunk)
     partial = dy.new_empty(B, chunks, D, dtype=torch.float32)
     dgate = gate.new_empty(B, L, D) if gate.ndim == 3 else None
     sandwich_norm_bwd_kernel[(B * chunks,)](

@@ -14,6 +14,7 @@ from lumina_kernels.triton._modulation import (
 )
 from lumina_kernels.triton._rows import (
     backward_tile,
+    blocks,
     contiguous,
     forward_tile,
     load_rows,
@@ -116,7 +117,7 @@ def sandwich_norm_chain_fwd(
     gate, gate_b, gate_l = rows_of(gate)
     next_scale, scale_b, scale_l = rows_of(next_scale)
     tile = forward_tile(D)
-    sandwich_norm_chain_fwd_kernel[(B * triton.cdiv(L, tile["ROWS"]),)](
+    sandwich_norm_chain_fwd_kernel[(B * blocks(L, tile["ROWS"]),)](
         y, residual, contiguous(weight), gate, contiguous(next_weight), next_scale,
         new, normed, rstd, next_rstd,
         y_b, y_l, residual_b, residual_l, gate_b, gate_l, scale_b, scale_l, L, eps,
@@ -136,7 +137,7 @@ def sandwich_norm_chain_bwd(
         return [dy, dresidual, *(None if p is None else p.new_zeros(p.shape) for p in parameters)]
     tile = backward_tile(D)
     chunk = rows_per_program(B * L)
-    chunks = triton.cdiv(L, chunk)
+    chunks = blocks(L, chunk)
     partial = y.new_empty(B, chunks, 2, D, dtype=torch.float32)
     per_token = next_scale is not None and next_scale.ndim == 3
     dscale = next_scale.new_empty(B, L, D) if per_token else None

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lumina_kernels.triton._rows import rows_of
+from lumina_kernels.triton._rows import blocks, rows_of
 
 BLOCK = 1024  # 8 values a lane: 16 bytes in 16 bits
 
@@ -51,7 +51,7 @@ def swiglu_fwd(a, b) -> Tensor:
     out = a.new_empty(a.shape)
     if out.numel() > 0:
         (a, b), steps, rows, F = _as_rows(a, b)
-        swiglu_fwd_kernel[(rows * triton.cdiv(F, BLOCK),)](
+        swiglu_fwd_kernel[(rows * blocks(F, BLOCK),)](
             a, b, out, *steps, F, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True
         )
     return out
@@ -62,7 +62,7 @@ def swiglu_bwd(dout, a, b) -> tuple[Tensor, Tensor]:
     da, db = a.new_empty(a.shape), b.new_empty(a.shape)
     if da.numel() > 0:
         (dout, a, b), steps, rows, F = _as_rows(dout, a, b)
-        swiglu_bwd_kernel[(rows * triton.cdiv(F, BLOCK),)](
+        swiglu_bwd_kernel[(rows * blocks(F, BLOCK),)](
             dout, a, b, da, db, *steps, F, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True
         )
     return da, db
