@@ -91,6 +91,13 @@ class Windows:
     index: Tensor | None = None
     mask: Tensor | None = None
 
+    def bias(self, counts: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """What attention in `dtype` adds to the scores, (B, 1, 1, L'), of the tokens in windows."""
+        if not self.weighted:
+            return None
+        acc = torch.promote_types(dtype, torch.float32)
+        return counts.to(acc).clamp(min=1).log()[:, None, None]
+
 
 def windows_of_layers(
     grids: Sequence[Grid], drop: DroppedLayers | None, n_layers: int, device
@@ -139,15 +146,14 @@ def _window_tokens(grid: Grid, factor: int, device) -> Tensor:
 def pool(
     k: Tensor, v: Tensor, windows: Windows, backend: str | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Means of the keys and values (B, L, G, K) over windows; attention's key_mask and bias."""
+    """Means of the keys and values (B, L, G, K) over windows; attention's key_mask and bias.
+
+    Where `windows` has no index, `qk_norm_rope3d_pool` does the same together with the norm.
+    """
     if windows.index is not None:
         index = windows.index[:, :, None, None].expand(-1, -1, *k.shape[2:])
         k, v = k.gather(1, index), v.gather(1, index)
     k, v, mask, counts = context_drop(
         k, v, windows.grid, windows.factor, windows.mask, backend=backend
     )
-    bias = None
-    if windows.weighted:
-        acc = torch.promote_types(k.dtype, torch.float32)
-        bias = counts.to(acc).clamp(min=1).log()[:, None, None]  # (B, 1, 1, L')
-    return k, v, None if windows.index is None else mask, bias
+    return k, v, None if windows.index is None else mask, windows.bias(counts, k.dtype)

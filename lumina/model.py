@@ -23,6 +23,7 @@ from lumina_kernels import (
     gqa_attention,
     norm_modulate,
     qk_norm_rope3d,
+    qk_norm_rope3d_pool,
     rope3d,
     sandwich_norm,
     sandwich_norm_chain,
@@ -256,17 +257,21 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, key_mask, key_scale, text, windows: Windows | None):
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
-        if self.qk_norm:
-            q_norm, k_norm = self.q_norm, self.k_norm
-            q, k = qk_norm_rope3d(
-                q, k, q_norm.weight, q_norm.bias, k_norm.weight, k_norm.bias, *rope, self.eps,
-                norm="layer_across_heads", backend=self.backend,
-            )  # fmt: skip
-        else:
-            q, k = rope3d(q, k, *rope, backend=self.backend)
+        norms = [p for norm in (self.q_norm, self.k_norm) for p in norm.parameters()]
         bias = None
-        if windows is not None:  # an op that norms, rotates and pools belongs here, without index
-            k, v, key_mask, bias = pool(k, v, windows, self.backend)
+        if self.qk_norm and windows is not None and windows.index is None:
+            q, k, v, _, counts = qk_norm_rope3d_pool(
+                q, k, v, *norms, *rope, windows.grid, windows.factor, eps=self.eps,
+                backend=self.backend,
+            )  # fmt: skip
+            bias = windows.bias(counts, k.dtype)
+        else:
+            if self.qk_norm:
+                q, k = qk_norm_rope3d(q, k, *norms, *rope, self.eps, backend=self.backend)
+            else:
+                q, k = rope3d(q, k, *rope, backend=self.backend)
+            if windows is not None:
+                k, v, key_mask, bias = pool(k, v, windows, self.backend)
         if key_scale is not None:
             k = (k * key_scale).to(k.dtype)
         text_k, text_v, text_mask = text

@@ -20,7 +20,8 @@ VARIABLES = ("LUMINA_KERNELS_BACKEND", "LUMINA_KERNELS_AUTOTUNE", "TRITON_INTERP
 def report() -> str:
     """The whole report as text."""
     lines = [f"python          {platform.python_version()} on {platform.platform()}"]
-    for package in ("lumina-kernels", "torch", "triton", "diffusers"):
+    lines.append(f"torch           {torch.__version__}")
+    for package in ("lumina-kernels", "triton", "diffusers"):
         lines.append(f"{package:15} {_version(package)}")
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
