@@ -1,4 +1,4 @@
-"""Fused operations for diffusion transformers; today each is the plain PyTorch that defines it.
+"""Fused operations for diffusion transformers: plain PyTorch that defines them, and Triton kernels.
 
 Alphabet of the shapes: `B` batch, `L` image tokens, `T` text tokens, `D` width, `H` query heads,
 `G` key/value heads, `K` head_dim, `F` FFN width. Heads are `(B, L, H, K)`, without transposes.
@@ -14,6 +14,7 @@ from lumina_kernels.ops.gqa_attention import gqa_attention as gqa_attention
 from lumina_kernels.ops.guided_step import guided_step as guided_step
 from lumina_kernels.ops.norm_modulate import norm_modulate as norm_modulate
 from lumina_kernels.ops.qk_norm_rope3d import qk_norm_rope3d as qk_norm_rope3d
+from lumina_kernels.ops.qk_norm_rope3d_pool import qk_norm_rope3d_pool as qk_norm_rope3d_pool
 from lumina_kernels.ops.rope3d import rope3d as rope3d
 from lumina_kernels.ops.rope_table import rope_table as rope_table
 from lumina_kernels.ops.sandwich_norm import sandwich_norm as sandwich_norm

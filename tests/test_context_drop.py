@@ -1,10 +1,14 @@
+from functools import partial
+
 import pytest
 import torch
 from common import (
     DEVICE,
     DTYPES,
+    KERNEL_DTYPES,
     assert_accurate,
     assert_compiles,
+    assert_equal_results,
     assert_same_in_float64,
     assert_strided_is_same,
     raises,
@@ -16,6 +20,9 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from lumina_kernels import context_drop, gqa_attention
+from lumina_kernels.ops.context_drop import context_drop_bwd, context_drop_fwd
+
+kernel = partial(context_drop, backend="triton")
 
 
 def make_inputs(B=2, grid=(2, 5, 3), G=2, K=6, factor=2, masked=True):
@@ -172,4 +179,77 @@ def test_errors():
         key_mask=good["key_mask"][:, 1:],
     )
     raises(TypeError, "key_mask must be bool", op, good, key_mask=randn(2, 30))
-    raises(ValueError, "'triton' is not there yet", op, good, backend="triton")
+    raises(ValueError, "'cpu' is not there for this op", op, good, backend="cpu")
+    raises(TypeError, "takes no float64", kernel, good)
+
+
+def make_low_inputs(*args, dtype=torch.float32, **kwargs):
+    inputs = make_inputs(*args, **kwargs)
+    return inputs | {name: inputs[name].to(dtype) for name in "kv"}
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("masked", (False, True))
+@pytest.mark.parametrize("factor", (1, 2, 7))
+def test_kernel_accuracy(factor, masked, dtype):
+    inputs = make_inputs(factor=factor, masked=masked)
+    assert_accurate(kernel, with_loops, inputs, dtype)
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("grid, G, K", (((1, 1, 1), 1, 2), ((3, 1, 5), 3, 48), ((1, 4, 3), 5, 88)))
+def test_kernel_accuracy_of_shapes(grid, G, K, dtype):
+    assert_accurate(kernel, with_loops, make_inputs(1, grid, G, K, 2), dtype)
+
+
+def test_kernel_does_not_touch_what_is_masked():
+    inputs = make_low_inputs()
+    clean = run(kernel, inputs)
+    for garbage in (torch.nan, torch.inf):
+        dirty = {name: inputs[name].clone() for name in "kv"}
+        for tensor in dirty.values():
+            tensor[~inputs["key_mask"]] = garbage
+        assert_equal_results(run(kernel, inputs | dirty), clean)
+    assert clean["dk"][~inputs["key_mask"]].eq(0).all() and clean["out 0"][0, 0].eq(0).all()
+
+
+def test_kernel_takes_views():
+    assert_strided_is_same(kernel, make_low_inputs())
+    inputs = make_low_inputs(grid=(1, 3, 4))
+    k, v, _ = randn(2, 12, 32).float().split((12, 12, 8), -1)  # one projection of k, v and more
+    inputs |= {"k": k.unflatten(-1, (2, 6)), "v": v.unflatten(-1, (2, 6))}
+    inputs["key_mask"] = inputs["key_mask"].repeat_interleave(2, 1)[:, ::2]
+    packed = {name: x.contiguous() if torch.is_tensor(x) else x for name, x in inputs.items()}
+    assert_equal_results(run(kernel, inputs), run(kernel, packed))
+
+
+def test_kernel_spreads_an_expanded_gradient():
+    inputs = make_low_inputs(masked=False)
+    k = inputs["k"].requires_grad_()
+    kernel(**inputs)[0].sum().backward()
+    counts = kernel(**inputs)[3]
+    torch.testing.assert_close(k.grad.sum(), torch.tensor(12.0 * counts.numel()).to(k))
+
+
+def test_kernel_of_nothing():
+    results = run(kernel, make_low_inputs(B=0))
+    assert results["out 0"].shape == (0, 12, 2, 6) and results["dv"].shape == (0, 30, 2, 6)
+    results = run(kernel, make_low_inputs(grid=(0, 5, 3)))
+    assert results["out 3"].shape == (2, 0) and results["dk"].shape == (2, 0, 2, 6)
+
+
+@pytest.mark.parametrize("masked", (False, True))
+def test_kernel_operators(masked):
+    inputs = make_low_inputs(1, (1, 3, 2), masked=masked)
+    k, v, grid, factor, key_mask = inputs.values()
+    rest = (list(grid), factor, key_mask, "triton")
+    small, _, _, counts = context_drop_fwd(k, v, *rest)
+    torch.library.opcheck(context_drop_bwd, (small, small, counts, *rest))
+    k, v = k.requires_grad_(), v.requires_grad_()
+    torch.library.opcheck(context_drop_fwd, (k, v, *rest))
+
+
+@pytest.mark.parametrize("masked", (False, True))
+def test_kernel_compiles(masked):
+    sizes = ((2, (1, 3, 4), 6, 8), (3, (1, 4, 2), 2, 10))
+    assert_compiles(kernel, *(make_low_inputs(*size, masked=masked) for size in sizes))

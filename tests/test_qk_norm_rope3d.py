@@ -1,9 +1,13 @@
+from functools import partial
+
 import pytest
 import torch
 from common import (
     DTYPES,
+    KERNEL_DTYPES,
     assert_accurate,
     assert_compiles,
+    assert_equal_results,
     assert_rounded_once,
     assert_same_in_float64,
     assert_strided_is_same,
@@ -15,6 +19,9 @@ from test_rope3d import fixed, make_table, with_complex_numbers
 from torch.nn import functional as F
 
 from lumina_kernels import qk_norm_rope3d
+from lumina_kernels.ops.qk_norm_rope3d import qk_norm_rope3d_bwd, qk_norm_rope3d_fwd
+
+kernel = partial(qk_norm_rope3d, backend="triton")
 
 NORMS = ("layer_across_heads", "rms_per_head", "rms_across_heads")
 
@@ -144,4 +151,112 @@ def test_errors():
         good,
         **per_head | {"k_weight": randn(24)},
     )
-    raises(ValueError, "'triton' is not there yet", op, good, backend="triton")
+    raises(ValueError, "'cpu' is not there for this op", op, good, backend="cpu")
+    raises(TypeError, "takes no float64", op, good, backend="triton")
+    low = {name: tensor.float() for name, tensor in make_inputs().items()} | make_table(5, 12)
+    raises(TypeError, "takes no float64", kernel, low, q_bias=good["q_bias"])
+    learned = low["inv_freq"].requires_grad_()
+    raises(NotImplementedError, "no gradient of inv_freq", kernel, low, inv_freq=learned)
+
+
+def lower(inputs, dtype=torch.float32):
+    """The floating inputs in `dtype`."""
+    return {name: x if x is None else x.to(dtype) for name, x in inputs.items()}
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("per_sample", (False, True))
+@pytest.mark.parametrize("norm", NORMS)
+def test_kernel_accuracy(norm, per_sample, dtype):
+    """Tokens of three programs, so that the weights' gradients have two stages."""
+    table = make_table(5, 12, 2, True) if per_sample else make_table(5, 12)
+    table |= {"norm": norm, "eps": 1e-3}
+    inputs = make_inputs(norm=norm)
+    assert_accurate(fixed(kernel, table), fixed(eager, table), inputs, dtype)
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("shape", ((1, 1, 1, 2, 4), (1, 13, 3, 1, 48), (1, 3, 12, 5, 88)))
+@pytest.mark.parametrize("norm", NORMS)
+def test_kernel_accuracy_of_shapes(norm, shape, dtype):
+    """Heads and channels that are no powers of two, cut and padded."""
+    table = make_table(shape[1], shape[-1]) | {"norm": norm}
+    inputs = make_inputs(*shape, norm)
+    assert_accurate(fixed(kernel, table), fixed(eager, table), inputs, dtype)
+
+
+@pytest.mark.parametrize(
+    "left_out",
+    (
+        ("q_weight",),
+        ("q_bias",),
+        ("k_weight",),
+        ("k_bias",),
+        ("q_bias", "k_bias"),
+        ("q_weight", "k_weight"),
+        ("q_weight", "q_bias", "k_weight", "k_bias"),
+    ),
+)
+def test_kernel_without_parameters(left_out):
+    table, inputs = make_table(3, 12), make_inputs(L=3) | dict.fromkeys(left_out)
+    assert_accurate(fixed(kernel, table), fixed(eager, table), inputs, torch.float32)
+
+
+def test_kernel_has_no_bias_in_an_rms_norm_without_weight():
+    table = make_table(3, 12) | {"norm": "rms_per_head"}
+    inputs = make_inputs(L=3, norm="rms_per_head") | {"q_weight": None, "k_weight": None}
+    assert_accurate(fixed(kernel, table), fixed(eager, table), inputs, torch.float32)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_kernel_takes_views(norm):
+    table = make_table(3, 12) | {"norm": norm}
+    inputs = lower(make_inputs(L=3, norm=norm))
+    assert_strided_is_same(fixed(kernel, table), inputs)
+    fused = randn(2, 3, 80).float()[..., 4:]  # one projection of q, k and more
+    q, k, _ = fused.split((48, 24, 4), -1)
+    inputs |= {"q": q.unflatten(-1, (-1, 12)), "k": k.unflatten(-1, (-1, 12))}
+    packed = inputs | {name: inputs[name].contiguous() for name in "qk"}
+    assert_equal_results(run(fixed(kernel, table), inputs), run(fixed(kernel, table), packed))
+
+
+def test_kernel_takes_weights_of_another_dtype():
+    table, inputs = make_table(3, 12), make_inputs(L=3)
+    mixed = lower(inputs) | {name: inputs[name].half() for name in "qk"}
+    wide = lower(mixed)
+    results = run(fixed(kernel, table), mixed)
+    expected = run(fixed(kernel, table), wide)
+    assert torch.equal(results["out 0"], expected["out 0"].half())
+    assert results["dk"].dtype == torch.float16 and results["dq_bias"].dtype == torch.float32
+
+
+def test_kernel_gives_the_same_bits_again():
+    table, inputs = make_table(17, 12), lower(make_inputs(1, 17))
+    assert_equal_results(run(fixed(kernel, table), inputs), run(fixed(kernel, table), inputs))
+
+
+@pytest.mark.parametrize("shape", ((0, 5, 4, 2), (2, 0, 4, 2)))
+def test_kernel_of_nothing(shape):
+    inputs = lower(make_inputs(*shape)) | {"q_weight": None}
+    results = run(fixed(kernel, make_table(shape[1], 12)), inputs)
+    assert results["out 0"].shape == results["dq"].shape == (*shape[:3], 12)
+    assert results["dk_weight"].eq(0).all() and results["dq_bias"].eq(0).all()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_kernel_operators(norm):
+    inputs = lower(make_inputs(1, 2, norm=norm))
+    if norm == NORMS[2]:
+        inputs["q_weight"] = None
+    rest = (*make_table(2, 12).values(), 1e-5, norm, "triton")
+    leaves = [x if x is None else x.requires_grad_() for x in inputs.values()]
+    torch.library.opcheck(qk_norm_rope3d_fwd, (*leaves, *rest))
+    values = [x if x is None else x.detach() for x in leaves]
+    torch.library.opcheck(qk_norm_rope3d_bwd, (*values[:2], *values, *rest))
+
+
+def test_kernel_compiles():
+    examples = []
+    for B, L, H, G, K in ((2, 5, 6, 4, 16), (4, 2, 3, 2, 20)):
+        examples.append(lower(make_inputs(B, L, H, G, K)) | make_table(L, K))
+    assert_compiles(lambda inv_freq, **kw: kernel(inv_freq=inv_freq.detach(), **kw), *examples)

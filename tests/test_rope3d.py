@@ -1,10 +1,12 @@
 import math
+from functools import partial
 
 import pytest
 import torch
 from common import (
     DEVICE,
     DTYPES,
+    KERNEL_DTYPES,
     assert_accurate,
     assert_compiles,
     assert_rounded_once,
@@ -16,6 +18,9 @@ from common import (
 )
 
 from lumina_kernels import rope3d
+from lumina_kernels.ops.rope3d import rope3d_bwd, rope3d_fwd
+
+kernel = partial(rope3d, backend="triton")
 
 
 def make_table(L, K, B=None, per_sample_freq=False):
@@ -196,7 +201,8 @@ def test_errors():
     )
     raises(ValueError, r"axis must have shape \(6,\)", rope3d, good, axis=good["axis"][:3])
     raises(TypeError, "axis must be int32 or int64, got torch.float64", rope3d, good, axis=randn(6))
-    raises(ValueError, "'cuda' is not there yet", rope3d, good, backend="cuda")
+    raises(ValueError, "'cuda' is not there for this op", rope3d, good, backend="cuda")
+    raises(TypeError, "takes no float64", kernel, good)
 
 
 @pytest.mark.skipif(
@@ -207,3 +213,117 @@ def test_axis_out_of_range(column):
     axis = torch.full((6,), column)
     good = make_inputs() | make_table(5, 12)
     raises((IndexError, RuntimeError), "bounds|out of range", rope3d, good, axis=axis)
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@TABLES
+def test_kernel_accuracy(table, dtype):
+    assert_accurate(fixed(kernel, table), fixed(with_complex_numbers, table), make_inputs(), dtype)
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize(
+    "shape", ((1, 1, 1, 1, 2), (1, 33, 1, 1, 48), (2, 5, 3, 1, 72), (1, 3, 12, 5, 88))
+)
+def test_kernel_accuracy_of_shapes(shape, dtype):
+    """Heads and channels that are no powers of two, cut and padded."""
+    table = make_table(shape[1], shape[-1], B=shape[0])
+    fns = fixed(kernel, table), fixed(with_complex_numbers, table)
+    assert_accurate(*fns, make_inputs(*shape), dtype)
+
+
+def test_kernel_takes_views():
+    table = make_table(5, 12)
+    inputs = {name: tensor.float() for name, tensor in make_inputs().items()}
+    assert_strided_is_same(fixed(kernel, table), inputs)
+    fused = randn(2, 5, 80).float()[..., :-8]  # one projection of q and k; then heads before tokens
+    q, k = (x.unflatten(-1, (-1, 12)) for x in fused.split((48, 24), -1))
+    whole = kernel(q.contiguous(), k.contiguous(), **table)
+    swapped = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k))
+    gaps = (torch.stack((x, x + 1), 3)[:, :, :, 1] - 1 for x in (q, k))
+    for views in ((q, k), swapped, (x.mT.contiguous().mT for x in (q, k)), gaps):
+        for out, expected in zip(kernel(*views, **table), whole, strict=True):
+            torch.testing.assert_close(out, expected)
+    q, k = q[:1, :, :1].expand(2, 5, 4, 12), k[:1, :1].expand(2, 5, 2, 12)
+    for out, expected in zip(
+        kernel(q, k, **table), kernel(q.contiguous(), k.contiguous(), **table), strict=True
+    ):
+        assert torch.equal(out, expected)
+
+
+def test_kernel_takes_any_table():
+    """Positions of any kind, with gaps, from far away; frequencies with gaps and in float64."""
+    inputs = {name: tensor.float() for name, tensor in make_inputs().items()}
+    table = make_table(5, 12)
+    expected = kernel(**inputs, **table)[0]
+    wide = torch.zeros(5, 7, dtype=torch.int16, device=DEVICE)
+    wide[:, 1::2] = table["positions"]
+    freq = torch.stack((table["inv_freq"], table["inv_freq"]), 1)[:, 0]
+    for same in (
+        {"positions": table["positions"].double()},
+        {"positions": wide[:, 1::2]},
+        {"inv_freq": freq.float(), "axis": table["axis"].int()},
+    ):
+        assert torch.equal(kernel(**inputs, **table | same)[0], expected)
+    far = table | {"positions": table["positions"] + 100_000}
+    torch.testing.assert_close(kernel(**inputs, **far), rope3d(**inputs, **far))
+
+
+@pytest.mark.parametrize("shape", ((0, 5, 4, 2, 12), (2, 0, 4, 2, 12)))
+def test_kernel_of_nothing(shape):
+    inputs = {name: tensor.float() for name, tensor in make_inputs(*shape).items()}
+    results = run(fixed(kernel, make_table(shape[1], 12)), inputs)
+    assert results["out 0"].shape == results["dq"].shape == inputs["q"].shape
+
+
+def test_kernel_operators():
+    for table in (make_table(2, 12), make_table(2, 12, 1, True)):
+        inputs = [tensor.half().requires_grad_() for tensor in make_inputs(1, 2).values()]
+        table = list(table.values())
+        torch.library.opcheck(rope3d_fwd, (*inputs, *table, "triton"))
+        inputs = [tensor.detach() for tensor in inputs]
+        torch.library.opcheck(rope3d_bwd, (*inputs, *table, "triton"))
+
+
+def test_kernel_compiles():
+    examples = []
+    for B, L, H, G, K in ((2, 5, 6, 4, 16), (4, 2, 3, 2, 20)):
+        inputs = {name: tensor.half() for name, tensor in make_inputs(B, L, H, G, K).items()}
+        examples.append(inputs | make_table(L, K))
+    assert_compiles(lambda inv_freq, **kw: kernel(inv_freq=inv_freq.detach(), **kw), *examples)
+
+
+@pytest.mark.parametrize("name", ("positions", "inv_freq"))
+def test_kernel_refuses_gradients_it_does_not_have(name):
+    inputs = {key: tensor.float() for key, tensor in make_inputs().items()} | make_table(5, 12)
+    learned = {name: inputs[name].float().requires_grad_()}
+    raises(NotImplementedError, f"no gradient of {name}", kernel, inputs, **learned)
+    with torch.no_grad():
+        assert torch.equal(kernel(**inputs | learned)[0], kernel(**inputs)[0])
+
+
+@pytest.mark.parametrize("column", (-1, 3))
+def test_kernel_marks_an_axis_out_of_range(column):
+    inputs, table = make_inputs(), make_table(5, 12)
+    table["axis"][2] = column
+    q, _ = kernel(**{name: tensor.float() for name, tensor in inputs.items()}, **table)
+    assert q[..., 4:6].isnan().all() and not q[..., 6:].isnan().any()
+
+
+def test_kernel_sine_and_cosine():
+    """Within 1.1 ulp of 1, near multiples of pi/2 too; bounded beyond 1.6e6; nan for no number."""
+    quarters = torch.arange(-8192, 8192).double() * 121 * (math.pi / 2)
+    spread = (torch.rand(3, 16384, dtype=torch.float64) * 2 - 1) * torch.tensor([[1], [1e3], [1e6]])
+    angles = torch.cat((quarters[None], spread)).float().to(DEVICE)
+    special = torch.tensor([0.0, 1e-30, 1e7, -3e9, 3e38, math.inf, -math.inf, math.nan])
+    angles[0, :8] = special
+    q = torch.tensor([1.0, 0.0], device=DEVICE).repeat(4, 1, 1, 16384)
+    axis, positions = torch.zeros(16384, device=DEVICE).int(), torch.ones(1, 3, device=DEVICE)
+    out, _ = kernel(q, q, positions, angles, axis)
+    cos, sin = out.view(4, 16384, 2).unbind(-1)
+    for values, exact in ((cos, angles.double().cos()), (sin, angles.double().sin())):
+        error = (values - exact).abs()
+        error[0, 2:8] = 0
+        assert error.max() <= 1.1 * torch.finfo(torch.float32).eps
+        assert values[0, 2:5].abs().max() <= 1 and values[0, 5:8].isnan().all()
+    assert sin[0, 0] == 0 and cos[0, 0] == 1 and sin[0, 1] == angles[0, 1]

@@ -1,9 +1,13 @@
+from functools import partial
+
 import pytest
 import torch
 from common import (
     DTYPES,
+    KERNEL_DTYPES,
     assert_accurate,
     assert_compiles,
+    assert_equal_results,
     assert_same_in_float64,
     assert_strided_is_same,
     raises,
@@ -12,6 +16,9 @@ from common import (
 )
 
 from lumina_kernels import rope3d, rope_table
+from lumina_kernels.ops.rope_table import rope_table_bwd, rope_table_fwd
+
+kernel = partial(rope_table, backend="triton")
 
 PAIRINGS = ("interleaved", "half")
 
@@ -137,4 +144,99 @@ def test_errors():
     raises(
         ValueError, "pairing must be one of interleaved, half", rope_table, good, pairing="pairs"
     )
-    raises(ValueError, "'triton' is not there yet", rope_table, good, backend="triton")
+    raises(ValueError, "'cpu' is not there for this op", rope_table, good, backend="cpu")
+    raises(TypeError, "takes no float64", kernel, good)
+    low = {name: tensor.float() for name, tensor in good.items()}
+    learned = low["sin"].requires_grad_()
+    raises(NotImplementedError, "no gradient of sin", kernel, low, sin=learned)
+    with torch.no_grad():
+        assert torch.equal(kernel(**low | {"sin": learned})[0], kernel(**low)[0])
+
+
+def heads_and_table(*args, dtype=None, **kwargs):
+    """The inputs, q and k in `dtype`, and tables in float32."""
+    inputs = make_inputs(*args, **kwargs)
+    heads = {name: inputs[name] if dtype is None else inputs[name].to(dtype) for name in "qk"}
+    return heads, {name: inputs[name].float() for name in ("cos", "sin")}
+
+
+def with_table(fn, table, pairing):
+    """fn of q and k, the table held and in the dtype of q where fn does not take another."""
+
+    def held(q, k):
+        cos, sin = (x.double() if q.dtype == torch.float64 else x for x in table.values())
+        return fn(q=q, k=k, cos=cos, sin=sin, pairing=pairing)
+
+    return held
+
+
+def rounding_matrices(q, k, cos, sin, pairing):
+    q, k = with_matrices(q, k, cos.to(q.dtype), sin.to(q.dtype), pairing)
+    return q, k
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("per_sample", (False, True))
+@pytest.mark.parametrize(
+    "shape", ((2, 5, 4, 2, 12), (1, 1, 1, 1, 2), (1, 13, 3, 1, 48), (1, 3, 12, 5, 72))
+)
+@pytest.mark.parametrize("pairing", PAIRINGS)
+def test_kernel_accuracy(pairing, shape, per_sample, dtype):
+    inputs, table = heads_and_table(*shape, per_sample=per_sample)
+    fns = (with_table(fn, table, pairing) for fn in (kernel, rounding_matrices))
+    assert_accurate(*fns, inputs, dtype)
+
+
+@pytest.mark.parametrize("pairing", PAIRINGS)
+def test_kernel_of_queries_alone(pairing):
+    inputs, table = heads_and_table(dtype=torch.float32)
+    table |= {"pairing": pairing}
+    both = run(lambda q, k: kernel(q, k, **table), inputs)
+    alone = run(lambda q: kernel(q, None, **table)[0], {"q": inputs["q"]})
+    assert_equal_results(alone, {name: both[name] for name in alone})
+    assert kernel(inputs["q"], None, **table)[1] is None
+
+
+@pytest.mark.parametrize("pairing", PAIRINGS)
+def test_kernel_takes_views(pairing):
+    inputs, table = heads_and_table(dtype=torch.float32)
+    table |= {"pairing": pairing}
+    assert_strided_is_same(lambda **kw: kernel(**kw, **table), inputs)
+    q, k, _ = randn(2, 5, 80).float().split((48, 24, 8), -1)  # one projection of q, k and more
+    q, k = q.unflatten(-1, (-1, 12)), k.unflatten(-1, (-1, 12))
+    views = table | {name: table[name].mT.contiguous().mT for name in ("cos", "sin")}
+    gaps = table | {name: torch.cat((table[name],) * 2, -1)[:, :12] for name in ("cos", "sin")}
+    expected = kernel(q.contiguous(), k.contiguous(), **table)
+    for other in (views, gaps):
+        for out, value in zip(kernel(q, k, **other), expected, strict=True):
+            assert torch.equal(out, value)
+
+
+@pytest.mark.parametrize("shape", ((0, 5, 4, 2), (2, 0, 4, 2)))
+def test_kernel_of_nothing(shape):
+    inputs, table = heads_and_table(*shape, dtype=torch.float32)
+    results = run(lambda **kw: kernel(**kw, **table), inputs)
+    assert results["out 0"].shape == results["dq"].shape == (*shape[:3], 12)
+
+
+@pytest.mark.parametrize("pairing", PAIRINGS)
+def test_kernel_operators(pairing):
+    inputs, table = heads_and_table(1, 2, dtype=torch.float16)
+    q, k = inputs.values()
+    for key in (k, None):
+        args = (q, key, *table.values(), pairing, "triton")
+        torch.library.opcheck(rope_table_bwd, args)
+        leaves = (x if x is None else x.detach().requires_grad_() for x in args[:2])
+        torch.library.opcheck(rope_table_fwd, (*leaves, *args[2:]))
+
+
+@pytest.mark.parametrize("pairing", PAIRINGS)
+def test_kernel_compiles(pairing):
+    def fn(cos, sin, **inputs):
+        return kernel(cos=cos.detach(), sin=sin.detach(), pairing=pairing, **inputs)
+
+    examples = []
+    for size in ((2, 5, 6, 4, 16), (4, 2, 3, 2, 20)):
+        inputs, table = heads_and_table(*size, dtype=torch.float16)
+        examples.append(inputs | table)
+    assert_compiles(fn, *examples)

@@ -6,8 +6,9 @@ from torch import Tensor
 from lumina_kernels.backend import resolve
 from lumina_kernels.ops._checks import check_float
 from lumina_kernels.ops.norm_modulate import norm_modulate_ref
-from lumina_kernels.ops.rope3d import check_rope3d, rope3d_ref
+from lumina_kernels.ops.rope3d import check_rope3d, refuse_gradients, rope3d_ref
 
+BACKENDS = ("triton",)
 NORMS = ("layer_across_heads", "rms_per_head", "rms_across_heads")
 
 
@@ -54,14 +55,19 @@ def qk_norm_rope3d(
         ValueError: a shape or device does not fit q, a bias comes with an RMS norm, or norm or
             backend is not one there is.
         TypeError: a dtype is not as above.
-        RuntimeError, or the device's own failure: an entry of axis is not 0, 1 or 2.
+        NotImplementedError: positions or inv_freq asks for a gradient and the backend is not
+            "torch".
+        RuntimeError, or the device's own failure: an entry of axis is not 0, 1 or 2. The kernels
+            give NaN for it.
     """
     check_rope3d(q, k, positions, inv_freq, axis)
-    _check_norm(q, k, q_weight, q_bias, k_weight, k_bias, norm)
-    resolve(backend, (), q.device)
-    return qk_norm_rope3d_ref(
-        q, k, q_weight, q_bias, k_weight, k_bias, positions, inv_freq, axis, eps, norm
-    )
+    parameters = q_weight, q_bias, k_weight, k_bias
+    check_qk_norm(q, k, *parameters, norm)
+    backend = resolve(backend, BACKENDS, q, k, *parameters)
+    if backend == "torch":
+        return qk_norm_rope3d_ref(q, k, *parameters, positions, inv_freq, axis, eps, norm)
+    refuse_gradients(backend, positions=positions, inv_freq=inv_freq)
+    return qk_norm_rope3d_fwd(q, k, *parameters, positions, inv_freq, axis, eps, norm, backend)
 
 
 def qk_norm_rope3d_ref(
@@ -80,7 +86,8 @@ def qk_norm_rope3d_ref(
     return q_out.to(q.dtype), k_out.to(k.dtype)
 
 
-def _check_norm(q, k, q_weight, q_bias, k_weight, k_bias, norm) -> None:
+def check_qk_norm(q, k, q_weight, q_bias, k_weight, k_bias, norm) -> None:
+    """The parameters of a norm of q, (B, L, H, K), and k, (B, L, G, K)."""
     if norm not in NORMS:
         raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
     for name, x, weight, bias in (("q", q, q_weight, q_bias), ("k", k, k_weight, k_bias)):
@@ -92,3 +99,80 @@ def _check_norm(q, k, q_weight, q_bias, k_weight, k_bias, norm) -> None:
             raise ValueError(f"{name}_bias must be None for {norm!r}, which has no bias")
         if bias is not None:
             check_float(f"{name}_bias", bias, q.device, (width,))
+
+
+# Registered at import, so that torch.compile knows shapes and gradients before any kernel exists.
+
+
+@torch.library.custom_op("lumina_kernels::qk_norm_rope3d_fwd", mutates_args=())
+def qk_norm_rope3d_fwd(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    q_bias: Tensor | None,
+    k_weight: Tensor | None,
+    k_bias: Tensor | None,
+    positions: Tensor,
+    inv_freq: Tensor,
+    axis: Tensor,
+    eps: float,
+    norm: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """q and k, normalised and rotated."""
+    from lumina_kernels.triton import qk_norm_rope3d as kernels
+
+    parameters = q_weight, q_bias, k_weight, k_bias
+    return kernels.qk_norm_rope3d_fwd(q, k, *parameters, positions, inv_freq, axis, eps, norm)
+
+
+@qk_norm_rope3d_fwd.register_fake
+def _(q, k, *rest):
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+@torch.library.custom_op("lumina_kernels::qk_norm_rope3d_bwd", mutates_args=())
+def qk_norm_rope3d_bwd(
+    dq_out: Tensor,
+    dk_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    q_bias: Tensor | None,
+    k_weight: Tensor | None,
+    k_bias: Tensor | None,
+    positions: Tensor,
+    inv_freq: Tensor,
+    axis: Tensor,
+    eps: float,
+    norm: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dq_weight, dq_bias, dk_weight and dk_bias; an op returns no None, so the gradient
+    of a parameter that is None is an empty tensor."""
+    from lumina_kernels.triton import qk_norm_rope3d as kernels
+
+    inputs = q, k, q_weight, q_bias, k_weight, k_bias
+    return kernels.qk_norm_rope3d_bwd(dq_out, dk_out, *inputs, positions, inv_freq, axis, eps, norm)
+
+
+@qk_norm_rope3d_bwd.register_fake
+def _(dq_out, dk_out, q, k, q_weight, q_bias, k_weight, k_bias, *rest):
+    inputs = q, k, q_weight, q_bias, k_weight, k_bias
+    none = q.new_empty(0, dtype=torch.float32)
+    return tuple(none.clone() if x is None else x.new_empty(x.shape) for x in inputs)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.eps, ctx.norm, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, dq_out, dk_out):
+    inputs = ctx.saved_tensors
+    grads = qk_norm_rope3d_bwd(dq_out, dk_out, *inputs, ctx.eps, ctx.norm, ctx.backend)
+    present = (None if x is None else grad for x, grad in zip(inputs, grads, strict=False))
+    return *present, None, None, None, None, None, None
+
+
+qk_norm_rope3d_fwd.register_autograd(_backward, setup_context=_setup_context)

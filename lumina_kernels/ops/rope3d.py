@@ -6,6 +6,8 @@ from torch import Tensor
 from lumina_kernels.backend import resolve
 from lumina_kernels.ops._checks import check_axes, check_float, check_same_dtype, check_shape
 
+BACKENDS = ("triton",)
+
 
 def rope3d(
     q: Tensor,
@@ -38,11 +40,17 @@ def rope3d(
     Raises:
         ValueError: a shape or device does not fit q, or there is no such backend.
         TypeError: a dtype is not as above.
-        RuntimeError, or the device's own failure: an entry of axis is not 0, 1 or 2.
+        NotImplementedError: positions or inv_freq asks for a gradient and the backend is not
+            "torch": the kernels differentiate q and k alone.
+        RuntimeError, or the device's own failure: an entry of axis is not 0, 1 or 2. The kernels
+            give NaN for it.
     """
     check_rope3d(q, k, positions, inv_freq, axis)
-    resolve(backend, (), q.device)
-    return rope3d_ref(q, k, positions, inv_freq, axis)
+    backend = resolve(backend, BACKENDS, q, k)
+    if backend == "torch":
+        return rope3d_ref(q, k, positions, inv_freq, axis)
+    refuse_gradients(backend, positions=positions, inv_freq=inv_freq)
+    return rope3d_fwd(q, k, positions, inv_freq, axis, backend)
 
 
 def rope3d_ref(q, k, positions, inv_freq, axis):
@@ -80,3 +88,54 @@ def check_heads(q: Tensor, k: Tensor) -> None:
     check_same_dtype(q=q, k=k)
     if K % 2:
         raise ValueError(f"q must have an even head_dim to rotate pairs, got {K}")
+
+
+def refuse_gradients(backend: str, **tensors: Tensor) -> None:
+    """None of `tensors`, which the kernels do not differentiate, asks for a gradient."""
+    for name, tensor in tensors.items():
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise NotImplementedError(
+                f"backend {backend!r} computes no gradient of {name}, which requires one: "
+                "detach it or use backend='torch'"
+            )
+
+
+# Registered at import, so that torch.compile knows shapes and gradients before any kernel exists.
+
+
+@torch.library.custom_op("lumina_kernels::rope3d_fwd", mutates_args=())
+def rope3d_fwd(
+    q: Tensor, k: Tensor, positions: Tensor, inv_freq: Tensor, axis: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    """q and k rotated."""
+    from lumina_kernels.triton import rope3d as kernels
+
+    return kernels.rope3d_fwd(q, k, positions, inv_freq, axis)
+
+
+@torch.library.custom_op("lumina_kernels::rope3d_bwd", mutates_args=())
+def rope3d_bwd(
+    dq_out: Tensor, dk_out: Tensor, positions: Tensor, inv_freq: Tensor, axis: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    """dq and dk: the gradients of the outputs, rotated back."""
+    from lumina_kernels.triton import rope3d as kernels
+
+    return kernels.rope3d_bwd(dq_out, dk_out, positions, inv_freq, axis)
+
+
+@rope3d_fwd.register_fake
+@rope3d_bwd.register_fake
+def _(q, k, positions, inv_freq, axis, backend):
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    *_, ctx.backend = inputs
+    ctx.save_for_backward(*inputs[2:5])
+
+
+def _backward(ctx, dq_out, dk_out):
+    return *rope3d_bwd(dq_out, dk_out, *ctx.saved_tensors, ctx.backend), None, None, None, None
+
+
+rope3d_fwd.register_autograd(_backward, setup_context=_setup_context)

@@ -5,8 +5,9 @@ from torch import Tensor
 
 from lumina_kernels.backend import resolve
 from lumina_kernels.ops._checks import check_float
-from lumina_kernels.ops.rope3d import check_heads
+from lumina_kernels.ops.rope3d import check_heads, refuse_gradients
 
+BACKENDS = ("triton",)
 PAIRINGS = ("interleaved", "half")
 
 
@@ -39,6 +40,8 @@ def rope_table(
     Raises:
         ValueError: a shape or device does not fit q, or pairing or backend is not one there is.
         TypeError: an argument is not a floating-point tensor, or q and k differ in dtype.
+        NotImplementedError: cos or sin asks for a gradient and the backend is not "torch": the
+            kernels differentiate q and k alone.
     """
     check_heads(q, q if k is None else k)
     B, L, _, K = q.shape
@@ -46,8 +49,12 @@ def rope_table(
     check_float("sin", sin, q.device, (L, K), (B, L, K))
     if pairing not in PAIRINGS:
         raise ValueError(f"pairing must be one of {', '.join(PAIRINGS)}, got {pairing!r}")
-    resolve(backend, (), q.device)
-    return rope_table_ref(q, k, cos, sin, pairing)
+    backend = resolve(backend, BACKENDS, q, k)
+    if backend == "torch":
+        return rope_table_ref(q, k, cos, sin, pairing)
+    refuse_gradients(backend, cos=cos, sin=sin)
+    q_out, k_out = rope_table_fwd(q, k, cos, sin, pairing, backend)
+    return q_out, None if k is None else k_out
 
 
 def rope_table_ref(q, k, cos, sin, pairing="interleaved"):
@@ -61,3 +68,50 @@ def rope_table_ref(q, k, cos, sin, pairing="interleaved"):
         return (x.to(acc) * cos + torch.stack((-b, a), dim).flatten(-2) * sin).to(x.dtype)
 
     return rotate(q), None if k is None else rotate(k)
+
+
+# Registered at import, so that torch.compile knows shapes and gradients before any kernel exists.
+# An op returns no None: where k is None, its output and gradient are empty tensors.
+
+
+@torch.library.custom_op("lumina_kernels::rope_table_fwd", mutates_args=())
+def rope_table_fwd(
+    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, pairing: str, backend: str
+) -> tuple[Tensor, Tensor]:
+    """q and k rotated."""
+    from lumina_kernels.triton import rope_table as kernels
+
+    q_out, k_out = kernels.rope_table_fwd(q, k, cos, sin, pairing)
+    return q_out, q.new_empty(0) if k is None else k_out
+
+
+@torch.library.custom_op("lumina_kernels::rope_table_bwd", mutates_args=())
+def rope_table_bwd(
+    dq_out: Tensor, dk_out: Tensor | None, cos: Tensor, sin: Tensor, pairing: str, backend: str
+) -> tuple[Tensor, Tensor]:
+    """dq and dk from the gradients of the outputs."""
+    from lumina_kernels.triton import rope_table as kernels
+
+    dq, dk = kernels.rope_table_bwd(dq_out, dk_out, cos, sin, pairing)
+    return dq, dq_out.new_empty(0) if dk_out is None else dk
+
+
+@rope_table_fwd.register_fake
+@rope_table_bwd.register_fake
+def _(q, k, cos, sin, pairing, backend):
+    return q.new_empty(q.shape), q.new_empty(0 if k is None else k.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    _, k, cos, sin, ctx.pairing, ctx.backend = inputs
+    ctx.has_k = k is not None
+    ctx.save_for_backward(cos, sin)
+
+
+def _backward(ctx, dq_out, dk_out):
+    dk_out = dk_out if ctx.has_k else None
+    dq, dk = rope_table_bwd(dq_out, dk_out, *ctx.saved_tensors, ctx.pairing, ctx.backend)
+    return dq, dk if ctx.has_k else None, None, None, None, None
+
+
+rope_table_fwd.register_autograd(_backward, setup_context=_setup_context)
