@@ -8,17 +8,21 @@ heads, the cosines and sines, is computed once per token.
 """
 
 import math
+from functools import cache
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lumina_kernels.triton._rows import blocks
 
+
+@cache
 def cut(n: int) -> tuple[tuple[int, int], ...]:
     """(start, width) of the fewest powers of two that hold n values with at most n/10 idle."""
     parts, start = (), 0
     while True:
-        padded = triton.next_power_of_2(n - start)
+        padded = 1 << (n - start - 1).bit_length()
         if (start + padded) * 10 <= n * 11:
             return (*parts, (start, padded))
         width = 1 << (n - start).bit_length() - 1
@@ -29,8 +33,8 @@ def heads_of(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
     """A (B, L, H, K) tensor with no gaps within its heads, and its steps in b, l and h."""
     if x.stride(-1) != 1:
         x = x.contiguous()
-    sizes_and_steps = zip(x.shape[:3], x.stride()[:3], strict=True)
-    return x, tuple(step if size > 1 else 0 for size, step in sizes_and_steps)
+    (B, L, H, _), (step_b, step_l, step_h, _) = x.shape, x.stride()
+    return x, (step_b if B > 1 else 0, step_l if L > 1 else 0, step_h if H > 1 else 0)
 
 
 def in_units(*steps: int) -> tuple[int, tuple[int, ...]]:
@@ -51,12 +55,14 @@ def frequencies_of(inv_freq: Tensor) -> tuple[Tensor, int]:
     return inv_freq, 0 if inv_freq.ndim == 1 else inv_freq.stride(0)
 
 
+@cache
 def launch(values: int, per_lane: int) -> dict:
     """Options of a launch: warps for a row of so many values, at most `per_lane` of them a lane."""
-    num_warps = min(16, triton.next_power_of_2(triton.cdiv(values, 32 * per_lane)))
+    num_warps = min(16, 1 << (blocks(values, 32 * per_lane) - 1).bit_length())
     return {"num_warps": num_warps, "enable_fp_fusion": True}
 
 
+@cache
 def launch_loop(values: int, per_lane: int) -> dict:
     """The same for a kernel that carries sums through a loop, with all registers there are: left
     alone, ptxas spills one or two of them, for some K and GPUs, to fit one more program."""

@@ -18,6 +18,7 @@ from lumina_kernels.triton._rope import (
     store_row,
     zeros,
 )
+from lumina_kernels.triton._rows import blocks
 
 
 @triton.jit
@@ -36,7 +37,7 @@ def program_window(T, grid_h, grid_w, factor):
 
 
 @triton.jit
-def _context_drop_kernel(
+def context_drop_kernel(
     k_ptr, v_ptr, mask_ptr, k_out_ptr, v_out_ptr, mask_out_ptr, counts_ptr,
     k_b, k_l, k_h, v_b, v_l, v_h, mask_b, mask_l, T, grid_h, grid_w, factor,
     UNIT: tl.constexpr, G: tl.constexpr, K: tl.constexpr, GS: tl.constexpr, KS: tl.constexpr,
@@ -62,7 +63,7 @@ def _context_drop_kernel(
 
 
 @triton.jit
-def _context_drop_bwd_kernel(
+def context_drop_bwd_kernel(
     dk_out_ptr, dv_out_ptr, mask_ptr, counts_ptr, dk_ptr, dv_ptr,
     dk_out_b, dk_out_l, dk_out_h, dv_out_b, dv_out_l, dv_out_h, mask_b, mask_l,
     T, grid_h, grid_w, factor,
@@ -100,7 +101,7 @@ def window_of(at, grid_h, grid_w, factor):
 def windows_of(grid, factor: int) -> int:
     """Windows of one sample."""
     T, height, width = grid
-    return T * triton.cdiv(height, factor) * triton.cdiv(width, factor)
+    return T * blocks(height, factor) * triton.cdiv(width, factor)
 
 
 def mask_of(key_mask: Tensor | None) -> tuple[Tensor | None, int, int]:
@@ -121,7 +122,7 @@ def context_drop_fwd(k, v, grid, factor, key_mask) -> tuple[Tensor, Tensor, Tens
     v, v_steps = heads_of(v)
     unit, steps = in_units(*k_steps, *v_steps)
     key_mask, *mask_steps = mask_of(key_mask)
-    _context_drop_kernel[(B * windows,)](
+    context_drop_kernel[(B * windows,)](
         k, v, key_mask, k_out, v_out, mask, counts, *steps, *mask_steps, *grid, factor,
         UNIT=unit, G=G, K=K, GS=cut(G), KS=cut(K), **launch_loop(G * K, 48),
     )  # fmt: skip
@@ -140,7 +141,7 @@ def context_drop_bwd(dk_out, dv_out, counts, grid, factor, key_mask):
     dv_out, dv_steps = heads_of(dv_out)
     unit, steps = in_units(*dk_steps, *dv_steps)
     key_mask, *mask_steps = mask_of(key_mask)
-    _context_drop_bwd_kernel[(B * windows,)](
+    context_drop_bwd_kernel[(B * windows,)](
         dk_out, dv_out, key_mask, counts, dk, dv, *steps, *mask_steps, *grid, factor,
         UNIT=unit, G=G, K=K, GS=cut(G), KS=cut(K), **launch_loop(G * K, 48),
     )  # fmt: skip

@@ -31,7 +31,7 @@ from lumina_kernels.triton._rope import (
     turns_of,
     zeros,
 )
-from lumina_kernels.triton._rows import contiguous
+from lumina_kernels.triton._rows import blocks, contiguous
 from lumina_kernels.triton.context_drop import mask_of, window_of
 
 
@@ -139,7 +139,7 @@ def norm_turn_bwd(
 
 
 @triton.jit
-def _qk_norm_rope3d_kernel(
+def qk_norm_rope3d_kernel(
     q_ptr, k_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr, k_bias_ptr,
     position_ptr, freq_ptr, axis_ptr, q_out_ptr, k_out_ptr, eps,
     q_b, q_l, q_h, k_b, k_l, k_h, position_b, position_l, position_c, freq_b, L,
@@ -159,7 +159,7 @@ def _qk_norm_rope3d_kernel(
 
 
 @triton.jit
-def _qk_norm_rope3d_bwd_kernel(
+def qk_norm_rope3d_bwd_kernel(
     dout_ptr, x_ptr, weight_ptr, position_ptr, freq_ptr, axis_ptr, dx_ptr, partial_ptr, eps,
     counts_ptr, mask_ptr, dout_b, dout_l, dout_h, x_b, x_l, x_h, position_b, position_l, position_c,
     freq_b, mask_b, mask_l, L, tokens, chunk, windows, grid_h, grid_w, factor,
@@ -218,7 +218,7 @@ def _sum(
 
 
 @triton.jit
-def _parameters_kernel(
+def qk_norm_rope3d_parameters_kernel(
     q_partial_ptr, k_partial_ptr, dq_weight_ptr, dq_bias_ptr, dk_weight_ptr, dk_bias_ptr,
     q_step, k_step, programs, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
     NORM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -256,7 +256,7 @@ def qk_norm_rope3d_fwd(
     unit, steps = in_units(*q_steps, *k_steps)
     positions, *position_steps = positions_of(positions)
     inv_freq, freq_b = frequencies_of(inv_freq)
-    _qk_norm_rope3d_kernel[(B * L,)](
+    qk_norm_rope3d_kernel[(B * L,)](
         q, k, *map(contiguous, (q_weight, q_bias, k_weight, k_bias)),
         positions, inv_freq, axis.contiguous(), q_out, k_out, eps,
         *steps, *position_steps, freq_b, L, UNIT=unit, H=H, G=G, K=K,
@@ -272,10 +272,10 @@ def row_bwd(dout, x, weight, bias, positions, inv_freq, axis, eps, norm, pool=No
     `pool`: counts, grid, factor and key_mask of the windows that dout, (B, L', H, K), is for.
     """
     B, L, H, K = x.shape
-    chunk = max(LEAST_TOKENS, triton.cdiv(B * L, MOST_PARTIALS))
+    chunk = max(LEAST_TOKENS, blocks(B * L, MOST_PARTIALS))
     sums = 0 if weight is None and bias is None else 1 if bias is None else 2
     dx = x.new_empty(x.shape)
-    partial = x.new_empty(triton.cdiv(B * L, chunk), sums * H * K, dtype=torch.float32)
+    partial = x.new_empty(blocks(B * L, chunk), sums * H * K, dtype=torch.float32)
     counts, (_, grid_h, grid_w), factor, key_mask = pool or (None, (1, 1, 1), 1, None)
     windows = 0 if counts is None else counts.shape[1]
     key_mask, *mask_steps = mask_of(key_mask)
@@ -284,7 +284,7 @@ def row_bwd(dout, x, weight, bias, positions, inv_freq, axis, eps, norm, pool=No
     unit, steps = in_units(*dout_steps, *x_steps)
     positions, *position_steps = positions_of(positions)
     inv_freq, freq_b = frequencies_of(inv_freq)
-    _qk_norm_rope3d_bwd_kernel[(len(partial),)](
+    qk_norm_rope3d_bwd_kernel[(len(partial),)](
         dout, x, contiguous(weight), positions, inv_freq, axis.contiguous(), dx, partial, eps,
         counts, key_mask, *steps, *position_steps, freq_b, *mask_steps, L, B * L, chunk,
         windows, grid_h, grid_w, factor, UNIT=unit, H=H, K=K, HS=cut(H), KS=cut(K), NORM=norm,
@@ -298,7 +298,7 @@ def parameter_grads(q_partial, k_partial, parameters, H, G, K, norm) -> list[Ten
     grads = [None if p is None else p.new_empty(p.shape) for p in parameters]
     if any(grad is not None for grad in grads):
         width = K if norm == "rms_per_head" else max(H, G) * K
-        _parameters_kernel[(triton.cdiv(width, COLUMNS),)](
+        qk_norm_rope3d_parameters_kernel[(blocks(width, COLUMNS),)](
             q_partial, k_partial, *grads, q_partial.stride(0), k_partial.stride(0),
             len(q_partial), H=H, G=G, K=K, NORM=norm, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
             enable_fp_fusion=True,

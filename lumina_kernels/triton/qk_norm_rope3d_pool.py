@@ -40,7 +40,7 @@ PER_LANE = 48
 
 
 @triton.jit
-def _qk_norm_rope3d_pool_kernel(
+def qk_norm_rope3d_pool_kernel(
     q_ptr, k_ptr, v_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr, k_bias_ptr,
     position_ptr, freq_ptr, axis_ptr, mask_ptr,
     q_out_ptr, k_out_ptr, v_out_ptr, mask_out_ptr, counts_ptr, eps,
@@ -98,7 +98,7 @@ def qk_norm_rope3d_pool_fwd(
     positions, *position_steps = positions_of(positions)
     inv_freq, freq_b = frequencies_of(inv_freq)
     key_mask, *mask_steps = mask_of(key_mask)
-    _qk_norm_rope3d_pool_kernel[(B * windows,)](
+    qk_norm_rope3d_pool_kernel[(B * windows,)](
         q, k, v, *map(contiguous, (q_weight, q_bias, k_weight, k_bias)),
         positions, inv_freq, axis.contiguous(), key_mask,
         q_out, k_out, v_out, mask, counts, eps,

@@ -25,7 +25,7 @@ from lumina_kernels.triton._rope import (
 
 
 @triton.jit
-def _rope3d_kernel(
+def rope3d_kernel(
     q_ptr, k_ptr, position_ptr, freq_ptr, axis_ptr, q_out_ptr, k_out_ptr,
     q_b, q_l, q_h, k_b, k_l, k_h, position_b, position_l, position_c, freq_b, L,
     UNIT: tl.constexpr, SIGN: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
@@ -53,7 +53,7 @@ def rope3d_fwd(q, k, positions, inv_freq, axis, sign: int = 1) -> tuple[Tensor, 
     unit, steps = in_units(*q_steps, *k_steps)
     positions, *position_steps = positions_of(positions)
     inv_freq, freq_b = frequencies_of(inv_freq)
-    _rope3d_kernel[(B * L,)](
+    rope3d_kernel[(B * L,)](
         q, k, positions, inv_freq, axis.contiguous(), q_out, k_out,
         *steps, *position_steps, freq_b, L, UNIT=unit, SIGN=sign, H=H, G=G, K=K,
         HS=cut(H), GS=cut(G), KS=cut(K), **launch(max(H, G) * K, 80),

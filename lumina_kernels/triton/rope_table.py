@@ -74,7 +74,7 @@ def _half(
 
 
 @triton.jit
-def _rope_table_kernel(
+def rope_table_kernel(
     q_ptr, k_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr,
     q_b, q_l, q_h, k_b, k_l, k_h, cos_b, cos_l, sin_b, sin_l, L,
     UNIT: tl.constexpr, BACK: tl.constexpr, HALF: tl.constexpr,
@@ -118,7 +118,7 @@ def rope_table_fwd(q, k, cos, sin, pairing, back: bool = False) -> tuple[Tensor,
     sin, *sin_steps = _table_of(sin)
     unit, steps = in_units(*q_steps, *k_steps, *cos_steps, *sin_steps)
     half = pairing == "half"
-    _rope_table_kernel[(B * L,)](
+    rope_table_kernel[(B * L,)](
         q, k, cos, sin, q_out, k_out, *steps, L, UNIT=unit, BACK=back, HALF=half, H=H, G=G, K=K,
         HS=cut(H), GS=cut(G), KS=cut(K // 2 if half else K),
         **launch(max(H, G) * K, 80),
