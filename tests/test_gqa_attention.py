@@ -77,13 +77,15 @@ def with_sdpa(
 ):  # fmt: skip
     """PyTorch's attention with transposes, as models call it."""
 
-    def attend(k, v, mask, scale):
+    def attend(k, v, mask, scale, bias=None):
         mask = None if mask is None else mask[:, None, None]
+        if bias is not None:
+            mask = bias if mask is None else bias.masked_fill(~mask, -torch.inf)
         heads = (x.transpose(1, 2) for x in (q, k, v))
         out = F.scaled_dot_product_attention(*heads, mask, scale=scale, enable_gqa=True)
         return out.transpose(1, 2)
 
-    out = attend(k, v, key_mask, scale)
+    out = attend(k, v, key_mask, scale, bias)
     if text_k is None:
         return out
     return out + torch.tanh(text_gate)[:, None] * attend(text_k, text_v, text_mask, None)
@@ -267,4 +269,4 @@ def test_errors():
     )
     raises(ValueError, r"text_mask must have shape \(3, 4\)", op, good, text_mask=make_mask(3, 5))
     raises(TypeError, "text_mask must be bool", op, good, text_mask=good["text_mask"].int())
-    raises(ValueError, "'cuda' is not there yet", op, good, backend="cuda")
+    raises(ValueError, "'cuda' is not there for this op", op, good, backend="cuda")

@@ -12,6 +12,11 @@ from lumina_kernels.ops._checks import (
     check_same_dtype,
 )
 
+BACKENDS = ("triton",)
+
+# What the tiles of the kernels hold.
+MAX_HEAD_DIM = 256
+
 
 def gqa_attention(
     q: Tensor,
@@ -57,8 +62,14 @@ def gqa_attention(
     """
     _check(q, k, v, key_mask, bias)
     _check_text(q, k, text_k, text_v, text_mask, text_gate)
-    resolve(backend, (), q.device)
-    return gqa_attention_ref(q, k, v, key_mask, scale, text_k, text_v, text_mask, text_gate, bias)
+    backend = _resolve(backend, q, text_gate, bias)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    inputs = q, k, v, key_mask, scale, text_k, text_v, text_mask, text_gate, bias
+    if backend == "torch":
+        return gqa_attention_ref(*inputs)
+    floats = (q, k, v, text_k, text_v, text_gate, bias)
+    with_error = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in floats)
+    return gqa_attention_fwd(*inputs, with_error, backend)[0]
 
 
 def gqa_attention_ref(
@@ -80,6 +91,16 @@ def gqa_attention_ref(
         text = _attend(q, text_k, text_v, default, text_mask, None)
         out = out + torch.tanh(text_gate.to(out.dtype)).unsqueeze(-1) * text
     return out.to(q.dtype)
+
+
+def _resolve(backend, q, text_gate, bias) -> str:
+    wide = q.shape[-1] > MAX_HEAD_DIM
+    name = resolve(backend, () if wide and backend is None else BACKENDS, q, text_gate, bias)
+    if wide and name != "torch":
+        raise ValueError(
+            f"backend {name!r} takes a head_dim of at most {MAX_HEAD_DIM}, got {q.shape[-1]}"
+        )
+    return name
 
 
 def _attend(q, k, v, scale, key_mask, bias):
@@ -136,3 +157,103 @@ def _check_text(q, k, text_k, text_v, text_mask, text_gate) -> None:
     check_float("text_gate", text_gate, q.device, (H,))
     if text_mask is not None:
         check_mask("text_mask", text_mask, q.device, shape[:2])
+
+
+# Registered at import, so that torch.compile finds shapes and gradients before there is any kernel.
+
+
+@torch.library.custom_op("lumina_kernels::gqa_attention_fwd", mutates_args=())
+def gqa_attention_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    scale: float,
+    text_k: Tensor | None,
+    text_v: Tensor | None,
+    text_mask: Tensor | None,
+    text_gate: Tensor | None,
+    bias: Tensor | None,
+    with_error: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The output and what the gradient needs: the rounding error of a 16-bit output, int8 (empty
+    for float32, or when it is not wanted), and of each branch log2 of the sum of the exponentials
+    of a row's scores, (B, G, L, H / G) float32, -inf for a row without a valid key (empty without
+    text)."""
+    from lumina_kernels.triton import gqa_attention as kernels
+
+    return kernels.gqa_attention_fwd(
+        q, k, v, key_mask, scale, text_k, text_v, text_mask, text_gate, bias, with_error
+    )
+
+
+@gqa_attention_fwd.register_fake
+def _(q, k, v, key_mask, scale, text_k, text_v, text_mask, text_gate, bias, with_error, backend):
+    (B, L, H, _), G = q.shape, k.shape[2]
+    lse = q.new_empty((B, G, L, H // G), dtype=torch.float32)
+    error = q.new_empty(q.shape if with_error and q.itemsize == 2 else 0, dtype=torch.int8)
+    return q.new_empty(q.shape), error, lse, lse.new_empty(0 if text_k is None else lse.shape)
+
+
+@torch.library.custom_op("lumina_kernels::gqa_attention_bwd", mutates_args=())
+def gqa_attention_bwd(
+    dout: Tensor,
+    out: Tensor,
+    error: Tensor,
+    lse: Tensor,
+    text_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    scale: float,
+    text_k: Tensor | None,
+    text_v: Tensor | None,
+    text_mask: Tensor | None,
+    text_gate: Tensor | None,
+    bias: Tensor | None,
+    with_dbias: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, text_k, text_v, text_gate and bias, empty for what is not there."""
+    from lumina_kernels.triton import gqa_attention as kernels
+
+    return kernels.gqa_attention_bwd(
+        dout, out, error, lse, text_lse, q, k, v, key_mask, scale, text_k, text_v, text_mask,
+        text_gate, bias, with_dbias,
+    )  # fmt: skip
+
+
+@gqa_attention_bwd.register_fake
+def _(
+    dout, out, error, lse, text_lse, q, k, v, key_mask, scale, text_k, text_v, text_mask, text_gate,
+    bias, with_dbias, backend,
+):  # fmt: skip
+    given = q, k, v, text_k, text_v, text_gate, bias if with_dbias else None
+    return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in given)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, _, ctx.backend = inputs
+    ctx.scale = tensors.pop(4)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output, *tensors)
+
+
+def _backward(ctx, dout, *_):
+    out, error, lse, text_lse, *tensors = ctx.saved_tensors
+    tensors.insert(4, ctx.scale)
+    text_k, bias = tensors[5], tensors[9]
+    with_dbias = bias is not None and ctx.needs_input_grad[9]
+    dq, dk, dv, dtext_k, dtext_v, dgate, dbias = gqa_attention_bwd(
+        dout, out, error, lse, text_lse, *tensors, with_dbias, ctx.backend
+    )
+    if text_k is None:
+        dtext_k = dtext_v = dgate = None
+    if not with_dbias:
+        dbias = None
+    return dq, dk, dv, None, None, dtext_k, dtext_v, None, dgate, dbias, None, None
+
+
+gqa_attention_fwd.register_autograd(_backward, setup_context=_setup_context)

@@ -31,12 +31,14 @@ def forward_tile(D: int) -> dict:
 @cache
 def backward_tile(D: int) -> dict:
     """The same of a backward: one row at a time, as sums over rows and four to six tensors share
-    the registers, up to 20 values a lane."""
+    the registers, up to 20 values a lane. Left alone, ptxas spills one or two of these to fit one
+    more program on a processor."""
     LO, HI = _parts(D)
     num_warps = 1
     while LO + HI > 20 * 32 * num_warps and num_warps < 16:
         num_warps *= 2
-    return {"D": D, "LO": LO, "HI": HI, "num_warps": num_warps}
+    maxnreg = min(255, 65536 // (32 * num_warps))
+    return {"D": D, "LO": LO, "HI": HI, "num_warps": num_warps, "maxnreg": maxnreg}
 
 
 def rows_per_program(rows: int) -> int:
