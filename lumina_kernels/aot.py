@@ -227,13 +227,13 @@ def _inspect(task):
 
 
 _HEADER = (
-    f"{'op':21}{'sm':>4}{'K':>4} {'dtype':6}{'call':11}{'kernel':31}{'warps':>5}{'regs':>5}"
+    f"{'op':21}{'sm':>4}{'K':>4} {'dtype':6}{'call':23}{'kernel':31}{'warps':>5}{'regs':>5}"
     f"{'stack':>6}{'shared':>8}{'instr':>7}{'ld16':>6}{'st16':>6}{'useful':>7}  mma"
 )
 
 
 def _line(row: dict) -> str:
-    head = f"{row['op']:21}{row['arch']:>4}{row['head_dim']:>4} {row['dtype']:6}{row['call']:11}"
+    head = f"{row['op']:21}{row['arch']:>4}{row['head_dim']:>4} {row['dtype']:6}{row['call']:23}"
     if "error" in row:
         return f"{head}FAILED {row['error'].splitlines()[0]}"
     loads, stores, useful = (

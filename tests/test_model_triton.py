@@ -113,3 +113,33 @@ def test_compiles_into_one_graph():
         arguments = cast(inputs(*size), torch.float32)
         assert torch.equal(fast(*arguments), triton(*arguments))
     assert len(graphs) == 1
+
+
+def test_a_layer_is_five_launches(monkeypatch):
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    launched = []
+    for kind in (InterpretedFunction, JITFunction):
+        run = kind.run
+
+        def record(self, *args, run=run, **kwargs):
+            launched.append(self.fn.__name__)
+            return run(self, *args, **kwargs)
+
+        monkeypatch.setattr(kind, "run", record)
+    model = both(**SMALL)[1]
+    x, t, *text = cast(inputs(3, 4, 6), torch.float32)
+    with torch.no_grad():
+        caption = model.encode_caption(*text)
+        launched.clear()
+        model.velocity(x, t, caption)
+    layer = [
+        "qk_norm_rope3d_kernel",
+        "gqa_attention_fwd_kernel",
+        "sandwich_norm_chain_fwd_kernel",
+        "swiglu_fwd_kernel",
+    ]
+    chain, tail = "sandwich_norm_chain_fwd_kernel", "sandwich_norm_fwd_kernel"
+    norm = "norm_modulate_fwd_kernel"
+    assert launched == [norm, *layer, chain, *layer, tail, norm]

@@ -4,7 +4,7 @@ device is waited for."""
 import torch
 from torch import Tensor
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 def check_axes(name: str, tensor: Tensor, axes: str) -> None:
@@ -16,6 +16,14 @@ def check_axes(name: str, tensor: Tensor, axes: str) -> None:
 
 def check_float(name: str, tensor: Tensor, device: torch.device, *shapes: tuple) -> None:
     """`tensor` is floating, on `device`, and has one of `shapes`."""
+    # One call where all is well: an op has a dozen arguments, and the host counts microseconds.
+    if (
+        isinstance(tensor, Tensor)
+        and tensor.dtype in FLOATS
+        and tensor.shape in shapes
+        and tensor.device == device
+    ):
+        return
     check_floating(name, tensor)
     check_shape(name, tensor, device, *shapes)
 

@@ -123,17 +123,18 @@ def _heads(*tensors: Tensor | None) -> tuple[list, int]:
     found, align = [], 16 // tensors[0].itemsize
     for x in tensors:
         if x is None:
-            found.append((None, ()))
+            found.append(None)
             continue
-        _, step_l, step_h, step_k = x.stride()
-        if step_k != 1 or step_l >= 2**24 or x.shape[2] * step_h >= 2**31:
+        B, L, H, _ = x.shape
+        step_b, step_l, step_h, step_k = x.stride()
+        if step_k != 1 or step_l >= 2**24 or H * step_h >= 2**31:
             x = x.contiguous()
+            step_b, step_l, step_h, _ = x.stride()
         # The step along an axis of one element is never taken, whatever it says.
-        sizes = zip(x.stride()[:3], x.shape[:3], strict=True)
-        steps = [step if size > 1 else 0 for step, size in sizes]
-        align = math.gcd(align, *steps)
-        found.append((x, steps))
-    return [None if x is None else (x, *(s // align for s in steps)) for x, steps in found], align
+        step_b, step_l, step_h = step_b * (B > 1), step_l * (L > 1), step_h * (H > 1)
+        align = math.gcd(align, step_b, step_l, step_h)
+        found.append((x, step_b, step_l, step_h))
+    return [x and (x[0], x[1] // align, x[2] // align, x[3] // align) for x in found], align
 
 
 def _values(k: tuple | None, v: tuple | None) -> tuple | None:
@@ -178,9 +179,8 @@ def _config_on(arch: int, kind: str, K: int, dtype: torch.dtype, bias: bool, mor
     if arch == 0:
         tiles = {"BLOCK_M": 16, "BLOCK_N": 32, "EDGE": 16, "SCAN": 2}
     else:
-        if dtype == torch.float32:  # no tensor cores: float32 products stay float32
-            choice = {"fwd": (64, 16, 16, 8, 2), "dq": (16, 32, 16, 4, 2), "dkv": (64, 16, 0, 8, 2)}
-            M, N, EDGE, warps, stages = choice[kind]
+        if dtype == torch.float32:
+            M, N, EDGE, warps, stages = _float32_blocks(kind, K, arch, bias)
         elif arch // 10 in (9, 10):
             M, N, EDGE, warps, stages = _group_blocks(kind, K, arch, bias, more)
         else:
@@ -207,9 +207,20 @@ def _searched(kind: str, config: dict, launch, like: Tensor, L_kv: int) -> dict:
     return fastest(key, config, changes, launch)
 
 
+def _float32_blocks(kind: str, K: int, arch: int, bias: bool) -> tuple[int, ...]:
+    """BLOCK_M, BLOCK_N, EDGE, num_warps, num_stages without tensor cores, which would cut products
+    to tf32."""
+    if kind == "fwd":
+        return (64 if arch >= 90 or K <= 64 else 32), 16, 16, 8, 2
+    if kind == "dq":
+        return 16, 16 if bias else 32, 16, 4, 2
+    small = bias or K > 96 or K > 64 and arch >= 120
+    rows = 16 if small else 32 if K > 64 else 64
+    return rows, 16, 0, 8, 2
+
+
 def _group_blocks(kind: str, K: int, arch: int, bias: bool, more: bool) -> tuple[int, ...]:
-    """BLOCK_M, BLOCK_N, EDGE, num_warps, num_stages where products take 64 rows to 4 warps: wgmma
-    (Hopper), tcgen05 (Blackwell)."""
+    """The same where products take 64 rows to 4 warps: wgmma (Hopper), tcgen05 (Blackwell)."""
     wide = K > 96 or bias or more
     if kind == "fwd" and arch < 100:
         return 128, 64 if wide else 128, 32, 8, 2

@@ -1,0 +1,109 @@
+"""The machine code of the kernels, compiled for GPUs that need not be here."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from lumina_kernels import aot
+
+# What only adds up partial sums, or fills small outputs, has no 16 bytes a lane to move.
+SECOND_STAGES = {
+    "modulation_grads_kernel",
+    "sandwich_norm_gate_kernel",
+    "qk_norm_rope3d_parameters_kernel",
+}
+SUBSET = (
+    ("--arch", "90", "--dtype", "bf16", "--head-dim", "72"),
+    ("--arch", "80", "120", "--dtype", "bf16", "--head-dim", "72", "--op", "gqa_attention"),
+    ("--arch", "90", "--dtype", "bf16", "fp32", "--head-dim", "96", "--op", "gqa_attention"),
+    ("--arch", "100", "--dtype", "fp16", "--head-dim", "72", "--op", "gqa_attention"),
+)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """Figures of a part of all variants, from processes without the interpreter."""
+    path = tmp_path_factory.mktemp("aot") / "rows.json"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    found = []
+    for options in SUBSET:
+        command = (sys.executable, "-m", "lumina_kernels.aot", *options, "--json", str(path))
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        found += json.loads(path.read_text())
+    return found
+
+
+def test_every_op_has_kernels(rows):
+    assert {row["op"] for row in rows} == set(aot.OPS)
+    assert all("error" not in row for row in rows)
+    without_gradient = {"guided_step"}
+    for op in set(aot.OPS) - without_gradient:
+        assert any("bwd" in row["call"] for row in rows if row["op"] == op), op
+
+
+def test_nothing_is_spilled(rows):
+    assert [row for row in rows if row["stack"]] == []
+
+
+def test_attention_is_on_tensor_cores_with_little_padding(rows):
+    attention = [row for row in rows if row["op"] == "gqa_attention"]
+    assert {row["arch"] for row in attention} == set(aot.ARCHS)
+    for row in attention:
+        kinds = "".join(row["mma"])
+        if row["dtype"] == "fp32":
+            assert kinds == "", row  # tf32 would drop 13 bits of the products
+        elif row["arch"] == 90:
+            assert "HGMMA" in kinds and "HMMA 16" not in kinds, row
+        else:
+            assert kinds, row
+        if row["dtype"] != "fp32":
+            assert row["useful"] >= {72: 0.88, 96: 0.99}[row["head_dim"]], row
+
+
+def test_memory_moves_16_bytes_at_a_time(rows):
+    """Shares of the bytes in the code. What is left is positions, frequencies and statistics, and
+    where four warps share a row of 2304 = 2048 + 256 values, the 256."""
+    elementwise = {"swiglu", "guided_step"}
+    norms = {"norm_modulate", "sandwich_norm", "sandwich_norm_chain", "gate_residual_norm"}
+    for row in rows:
+        if row["op"] == "gqa_attention" or row["kernel"] in SECOND_STAGES:
+            continue
+        if "half" in row["call"]:  # the second half of a head starts at 72 bytes
+            assert row["loads"] > 0.45 and row["stores"] > 0.4, row
+        elif row["op"] in elementwise:
+            assert row["loads"] == row["stores"] == 1, row
+        elif "bwd" in row["call"]:
+            assert row["loads"] > 0.59 and row["stores"] > 0.88, row
+        elif row["op"] in norms:
+            assert row["loads"] > 0.95 and row["stores"] >= 0.95, row
+        else:
+            assert row["loads"] > 0.78 and row["stores"] > 0.82, row
+
+
+def test_a_kernel_that_does_not_compile_is_reported_and_the_interpreter_refused(
+    monkeypatch, capsys
+):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(RuntimeError, match="interpreter compiles nothing"), aot.offline(90):
+        pass
+    row = aot._inspect(("swiglu", 90, 72, "bf16"))
+    assert len(row) == 1 and "interpreter compiles nothing" in row[0]["error"]
+    assert "FAILED RuntimeError" in aot._line(row[0])
+
+
+def test_widths_of_accesses_are_read_from_the_code():
+    code = "LDG.E.128 R1;\nLDG.E.64 R2;\nLDG.E.U16 R3;\nLDG.E R4;\nSTG.E.128 [R1];\n"
+    code += "LDGSTS.E.BYPASS.128 [R1];"
+    assert aot._wide_share(code, ("LDG",)) == 16 / 30
+    assert aot._wide_share(code, ("LDG", "LDGSTS")) == 32 / 46
+    assert aot._wide_share(code, ("STG",)) == 1
+    assert aot._wide_share("EXIT;", ("STG",)) is None
+    assert aot._tensor_cores("HGMMA.64x80x16.F32.BF16 R1;\nHGMMA.64x16x16.F32 R2;", 8) == (
+        {"HGMMA 64x80x16": 1, "HGMMA 64x16x16": 1},
+        2 * 64 * 96 * 16 * 2,
+    )
+    assert aot._tensor_cores("HMMA.16816.F32.BF16 R1;", 4) == ({"HMMA 16x8x16": 1}, 4 * 4096)
