@@ -66,4 +66,3 @@ def resolve(backend: str | None, implemented: tuple[str, ...], *tensors: Tensor 
 
 def _any_float64(tensors) -> bool:
     return any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
-

@@ -214,9 +214,7 @@ def _float32_blocks(kind: str, K: int, arch: int, bias: bool) -> tuple[int, ...]
         return (64 if arch >= 90 or K <= 64 else 32), 16, 16, 8, 2
     if kind == "dq":
         return 16, 16 if bias else 32, 16, 4, 2
-    small = bias or K > 96 or K > 64 and arch >= 120
-    rows = 16 if small else 32 if K > 64 else 64
-    return rows, 16, 0, 8, 2
+    return 32, 16, 0, 8, 1
 
 
 def _group_blocks(kind: str, K: int, arch: int, bias: bool, more: bool) -> tuple[int, ...]:
