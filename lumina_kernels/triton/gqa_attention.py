@@ -1,4 +1,10 @@
-"""Triton launchers of gqa_attention and their table of configurations."""
+"""Triton launchers of gqa_attention and their table of configurations.
+
+Keys and values come by pointers. On sm_90 tensor descriptors (TMA) would make the inner loop 570
+instead of 556 instructions for 128 keys of 72, in 170 instead of 213 registers, which is one block
+a processor all the same; warp_specialize does not compile there with 4 warps, and does nothing
+with 8 (triton 3.9).
+"""
 
 import math
 from functools import cache
