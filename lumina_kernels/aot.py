@@ -24,10 +24,11 @@ from types import SimpleNamespace
 import torch
 from tqdm import tqdm
 
+from lumina_kernels.ops import OPS
+
 ARCHS = (80, 90, 100, 120)
 HEAD_DIMS = (24, 40, 48, 64, 72, 80, 88, 96, 112, 120, 128)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-OPS = tuple(sorted(path.stem for path in (Path(__file__).parent / "ops").glob("[a-z]*.py")))
 
 # FLOPs of one tensor-core instruction of a warp, by its m, n and k in the machine code. On Hopper
 # HGMMA is one of four warps; Blackwell's UTCHMMA has its shape in a descriptor, not in its name.

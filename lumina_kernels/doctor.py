@@ -7,13 +7,12 @@ import importlib.metadata
 import os
 import platform
 from importlib import import_module
-from pathlib import Path
 
 import torch
 
 from lumina_kernels import backend
+from lumina_kernels.ops import OPS
 
-OPS = tuple(sorted(path.stem for path in (Path(__file__).parent / "ops").glob("[a-z]*.py")))
 VARIABLES = ("LUMINA_KERNELS_BACKEND", "LUMINA_KERNELS_AUTOTUNE", "TRITON_INTERPRET")
 
 

@@ -138,16 +138,21 @@ def assert_strided_is_same(fn, inputs):
 def assert_compiles(fn, *examples):
     """One dynamic graph without breaks serves all `examples`, with the eager bits and gradients."""
     graphs = []
+    fast = compiled(fn, graphs)
+    for inputs in examples:
+        assert_equal_results(run(fast, inputs), run(fn, inputs))
+    assert len(graphs) == 1, f"{len(graphs)} graphs for {len(examples)} examples"
+
+
+def compiled(fn, graphs):
+    """fn under torch.compile, without graph breaks; `graphs` collects the graphs it makes."""
 
     def keep(graph, _):
         graphs.append(graph)
         return graph
 
     torch._dynamo.reset()
-    compiled = torch.compile(fn, fullgraph=True, dynamic=True, backend=keep)
-    for inputs in examples:
-        assert_equal_results(run(compiled, inputs), run(fn, inputs))
-    assert len(graphs) == 1, f"{len(graphs)} graphs for {len(examples)} examples"
+    return torch.compile(fn, fullgraph=True, dynamic=True, backend=keep)
 
 
 def raises(error, match, fn, inputs, **changed):

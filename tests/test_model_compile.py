@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from common import DEVICE, assert_compiles
+from common import DEVICE, assert_compiles, compiled
 from networks import cast, inputs, pair
 
 from lumina import ContextDrop, RopeScaling
@@ -28,15 +28,6 @@ SETTINGS = {
         base_seqlen=5, rope_scaling=SCALING, context_drop=ContextDrop(log_count=False).at(0.5, 2)
     ),
 }
-
-
-def compiled(model, graphs):
-    def keep(graph, _):
-        graphs.append(graph)
-        return graph
-
-    torch._dynamo.reset()
-    return torch.compile(model, fullgraph=True, dynamic=True, backend=keep)
 
 
 def assert_same(outs, expected):

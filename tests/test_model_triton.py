@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from common import DEVICE, KERNEL_DTYPES, assert_as_accurate
+from common import DEVICE, KERNEL_DTYPES, assert_as_accurate, compiled
 from networks import cast, config, inputs, pair, randomise
 
 from lumina import ContextDrop, NextDiT, RopeScaling
@@ -102,13 +102,7 @@ def test_trains_as_torch():
 def test_compiles_into_one_graph():
     _, triton = both(**SMALL)
     graphs = []
-
-    def keep(graph, _):
-        graphs.append(graph)
-        return graph
-
-    torch._dynamo.reset()
-    fast = torch.compile(triton, fullgraph=True, dynamic=True, backend=keep)
+    fast = compiled(triton, graphs)
     for size in ((3, 4, 6), (3, 8, 14)):
         arguments = cast(inputs(*size), torch.float32)
         assert torch.equal(fast(*arguments), triton(*arguments))

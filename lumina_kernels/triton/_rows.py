@@ -76,15 +76,13 @@ def contiguous(vector: Tensor | None) -> Tensor | None:
 @triton.jit
 def program_rows(L, ROWS: tl.constexpr):
     """The sample of this program, and its rows in that sample, (ROWS, 1)."""
-    tiles = tl.cdiv(L, ROWS)
-    program = tl.program_id(0).to(tl.int64)
-    b = program // tiles
-    return b, (program - b * tiles) * ROWS + tl.arange(0, ROWS)[:, None]
+    b, first = program_chunk(L, ROWS)
+    return b, first + tl.arange(0, ROWS)[:, None]
 
 
 @triton.jit
 def program_chunk(L, chunk):
-    """The sample of this program of a backward, and the first of its `chunk` rows in it."""
+    """The sample of this program, and the first of its `chunk` rows (or values) in it."""
     chunks = tl.cdiv(L, chunk)
     program = tl.program_id(0).to(tl.int64)
     b = program // chunks

@@ -101,7 +101,7 @@ def window_of(at, grid_h, grid_w, factor):
 def windows_of(grid, factor: int) -> int:
     """Windows of one sample."""
     T, height, width = grid
-    return T * blocks(height, factor) * triton.cdiv(width, factor)
+    return T * blocks(height, factor) * blocks(width, factor)
 
 
 def mask_of(key_mask: Tensor | None) -> tuple[Tensor | None, int, int]:

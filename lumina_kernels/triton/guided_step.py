@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lumina_kernels.triton._rows import blocks
+from lumina_kernels.triton._rows import blocks, program_chunk
 
 BLOCK = 1024  # 8 values a lane: 16 bytes in 16 bits
 
@@ -16,10 +16,8 @@ def guided_step_fwd_kernel(
 ):
     """out = x + dt * (uncond + weight * (cond - uncond)) for the first `guided` values of a sample,
     x + dt * cond for the others"""
-    blocks = tl.cdiv(N, BLOCK)
-    program = tl.program_id(0).to(tl.int64)
-    b = program // blocks
-    i = (program - b * blocks) * BLOCK + tl.arange(0, BLOCK)
+    b, first = program_chunk(N, BLOCK)
+    i = first + tl.arange(0, BLOCK)
     there = i < N
     x = tl.load(x_ptr + b * N + i, mask=there).to(tl.float32)
     cond = tl.load(v_ptr + b * N + i, mask=there).to(tl.float32)

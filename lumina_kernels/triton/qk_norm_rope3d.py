@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lumina_kernels.triton._modulation import sum_partials
 from lumina_kernels.triton._rope import (
     add,
     cut,
@@ -200,21 +201,15 @@ def qk_norm_rope3d_bwd_kernel(
 
 @triton.jit
 def _sum(
-    partial_ptr, out_ptr, step, programs, HEADS: tl.constexpr, WIDTH: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    partial_ptr, out_ptr, step, count, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Columns of the sum of `programs` rows `step` apart, each of HEADS times WIDTH columns."""
+    """Columns of the sum of `count` rows of WIDTH values, `step` apart."""
     if out_ptr is not None:
-        columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-        total = tl.zeros((ROWS, COLUMNS), tl.float32)
+        columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
         if tl.program_id(0) * COLUMNS < WIDTH:
-            for start in range(0, programs * HEADS, ROWS):
-                row = start + tl.arange(0, ROWS)[:, None]
-                offset = (row // HEADS).to(tl.int64) * step + row % HEADS * WIDTH + columns
-                there = (row < programs * HEADS) & (columns < WIDTH)
-                total += tl.load(partial_ptr + offset, mask=there, other=0.0)
-            value = tl.sum(total, 0)[None, :].to(out_ptr.dtype.element_ty)
-            tl.store(out_ptr + columns, value, mask=columns < WIDTH)
+            total = sum_partials(partial_ptr, count, step, columns, WIDTH, ROWS, COLUMNS)
+            tl.store(out_ptr + columns, total.to(out_ptr.dtype.element_ty), mask=columns < WIDTH)
 
 
 @triton.jit
@@ -223,15 +218,16 @@ def qk_norm_rope3d_parameters_kernel(
     q_step, k_step, programs, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
     NORM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """dweight and dbias of q and k: the sums over programs, and over heads where they share it."""
+    """dweight and dbias of q and k: the sums over programs, and over heads where they share it
+    (then there is no bias, and the heads of all programs are rows one after another)."""
     if NORM == "rms_per_head":
-        _sum(q_partial_ptr, dq_weight_ptr, q_step, programs, H, K, ROWS, COLUMNS)
-        _sum(k_partial_ptr, dk_weight_ptr, k_step, programs, G, K, ROWS, COLUMNS)
+        _sum(q_partial_ptr, dq_weight_ptr, K, programs * H, K, ROWS, COLUMNS)
+        _sum(k_partial_ptr, dk_weight_ptr, K, programs * G, K, ROWS, COLUMNS)
     else:
-        _sum(q_partial_ptr, dq_weight_ptr, q_step, programs, 1, H * K, ROWS, COLUMNS)
-        _sum(k_partial_ptr, dk_weight_ptr, k_step, programs, 1, G * K, ROWS, COLUMNS)
-        _sum(q_partial_ptr + H * K, dq_bias_ptr, q_step, programs, 1, H * K, ROWS, COLUMNS)
-        _sum(k_partial_ptr + G * K, dk_bias_ptr, k_step, programs, 1, G * K, ROWS, COLUMNS)
+        _sum(q_partial_ptr, dq_weight_ptr, q_step, programs, H * K, ROWS, COLUMNS)
+        _sum(k_partial_ptr, dk_weight_ptr, k_step, programs, G * K, ROWS, COLUMNS)
+        _sum(q_partial_ptr + H * K, dq_bias_ptr, q_step, programs, H * K, ROWS, COLUMNS)
+        _sum(k_partial_ptr + G * K, dk_bias_ptr, k_step, programs, G * K, ROWS, COLUMNS)
 
 
 # Of one row: values a lane holds, in the forward and in the backward, which holds four such rows.

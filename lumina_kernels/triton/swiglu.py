@@ -5,24 +5,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lumina_kernels.triton._rows import blocks, rows_of
+from lumina_kernels.triton._rows import blocks, program_chunk, rows_of
 
 BLOCK = 1024  # 8 values a lane: 16 bytes in 16 bits
 
 
 @triton.jit
-def _program_columns(F, BLOCK: tl.constexpr):
-    """The row of this program, and its columns in it."""
-    blocks = tl.cdiv(F, BLOCK)
-    program = tl.program_id(0).to(tl.int64)
-    row = program // blocks
-    return row, (program - row * blocks) * BLOCK + tl.arange(0, BLOCK)
-
-
-@triton.jit
 def swiglu_fwd_kernel(a_ptr, b_ptr, out_ptr, a_row, b_row, F, BLOCK: tl.constexpr):
     """out = a / (1 + exp(-a)) * b"""
-    row, columns = _program_columns(F, BLOCK)
+    row, first = program_chunk(F, BLOCK)
+    columns = first + tl.arange(0, BLOCK)
     there = columns < F
     a = tl.load(a_ptr + row * a_row + columns, mask=there).to(tl.float32)
     b = tl.load(b_ptr + row * b_row + columns, mask=there).to(tl.float32)
@@ -35,7 +27,8 @@ def swiglu_bwd_kernel(
     dout_ptr, a_ptr, b_ptr, da_ptr, db_ptr, dout_row, a_row, b_row, F, BLOCK: tl.constexpr
 ):
     """With s = 1 / (1 + exp(-a)): da = dout * b * s * (1 + a * (1 - s)),  db = dout * a * s"""
-    row, columns = _program_columns(F, BLOCK)
+    row, first = program_chunk(F, BLOCK)
+    columns = first + tl.arange(0, BLOCK)
     there = columns < F
     dout = tl.load(dout_ptr + row * dout_row + columns, mask=there).to(tl.float32)
     a = tl.load(a_ptr + row * a_row + columns, mask=there).to(tl.float32)
