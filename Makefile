@@ -9,11 +9,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
 install: .venv/installed
 
-.venv/installed: setup.py pyproject.toml .venv/torch
+.venv/installed: setup.py pyproject.toml $(wildcard csrc/*) .venv/torch
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and "Python >= 3.10 is needed, $(PYTHON) is %d.%d" % v[:2] or 0)'
 	@echo "Installing $(TORCH) and this package into .venv (minutes, the first time)"
 	@$(PYTHON) -m venv .venv
-	@$(PIP) install "setuptools>=77" wheel
+	@$(PIP) install "setuptools>=77" wheel ninja
 	@$(PIP) install $(TORCH)
 	@$(PIP) install --no-build-isolation -e ".[dev]"
 	@$(BIN)/python -c 'import torch; print("Installed: torch", torch.__version__)'

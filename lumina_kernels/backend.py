@@ -1,5 +1,6 @@
 """Which implementation runs an op: decided here and nowhere else."""
 
+import importlib
 import importlib.util
 import os
 
@@ -23,8 +24,33 @@ MISSING: dict[str, str] = {}
 if importlib.util.find_spec("triton") is None:
     MISSING["triton"] = 'triton is not installed (pip install "lumina-kernels[triton]")'
 
+_BUILD = "run `pip install --force-reinstall --no-deps .` in the source tree with"
+if importlib.util.find_spec("lumina_kernels._C") is None:
+    MISSING["cpu"] = f"the C++ kernels are not built, {_BUILD} a C++ compiler"
+    MISSING["cuda"] = f"the CUDA kernels are not built, {_BUILD} a C++ compiler and nvcc"
+else:
+    importlib.import_module("lumina_kernels._C")  # registers the ops of lumina_kernels_cpp
+    if importlib.util.find_spec("lumina_kernels._C_cuda") is None:
+        MISSING["cuda"] = f"the CUDA kernels are not built, {_BUILD} nvcc"
+    elif torch.version.cuda is None:
+        MISSING["cuda"] = "torch is built without CUDA"
+    else:
+        importlib.import_module("lumina_kernels._C_cuda")
 
-def resolve(backend: str | None, implemented: tuple[str, ...], *tensors: Tensor | None) -> str:
+
+def launchers(op: str, backend: str):
+    """What has `<op>_fwd` and `<op>_bwd` of a kernel backend; imported on first use."""
+    if backend == "triton":
+        return importlib.import_module(f"lumina_kernels.triton.{op}")
+    return torch.ops.lumina_kernels_cpp
+
+
+def resolve(
+    backend: str | None,
+    implemented: tuple[str, ...],
+    *tensors: Tensor | None,
+    **constants: Tensor | float | None,
+) -> str:
     """Return the name of the backend that runs an op, never another one than was asked for.
 
     Args:
@@ -32,17 +58,21 @@ def resolve(backend: str | None, implemented: tuple[str, ...], *tensors: Tensor 
             `implemented` that is here and takes these tensors, else "torch".
         implemented: what the op has besides "torch", best first.
         tensors: what the op was given; the first says the device.
+        constants: what its kernels do not differentiate, by name. Where one of them asks for a
+            gradient, None takes "torch".
 
     Raises:
         ValueError: the name is unknown, the op has no such backend, or the device is not its own.
         TypeError: a tensor is float64, which only "torch" computes with.
         RuntimeError: the backend is missing in this process.
+        NotImplementedError: a kernel was asked for, and a gradient of one of `constants`.
     """
+    wanted = _first_that_wants_a_gradient(constants)
     asked = f"backend {backend!r}"
     if backend is None and DEFAULT is None:
         for name in implemented:
             if name not in MISSING and DEVICES[name] == tensors[0].device.type:
-                return "torch" if _any_float64(tensors) else name
+                return "torch" if _any_float64(tensors) or wanted else name
         return "torch"
     if backend is None:
         backend, asked = DEFAULT, f"LUMINA_KERNELS_BACKEND={DEFAULT!r}"
@@ -61,7 +91,20 @@ def resolve(backend: str | None, implemented: tuple[str, ...], *tensors: Tensor 
         raise ValueError(f"{asked} needs tensors on {DEVICES[backend]}{hint}, got {device}")
     if _any_float64(tensors):
         raise TypeError(f"{asked} computes in float32 and takes no float64, use backend='torch'")
+    if wanted:
+        raise NotImplementedError(
+            f"{asked} computes no gradient of {wanted}, which requires one: detach it or use "
+            "backend='torch'"
+        )
     return backend
+
+
+def _first_that_wants_a_gradient(constants) -> str | None:
+    if torch.is_grad_enabled():
+        for name, value in constants.items():
+            if isinstance(value, Tensor) and value.requires_grad:
+                return name
+    return None
 
 
 def _any_float64(tensors) -> bool:

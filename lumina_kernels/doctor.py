@@ -32,6 +32,9 @@ def report() -> str:
     if not torch.cuda.is_available():
         why = "torch is built without CUDA" if torch.version.cuda is None else "no GPU is visible"
         lines.append(f"cuda            none: {why}")
+    if "cpu" not in backend.MISSING:
+        native = import_module("lumina_kernels._C")
+        lines.append(f"cpu kernels     {native.cpu_level()}, of {', '.join(native.cpu_levels())}")
     lines += [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ]
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         lines += ["", f"backend=None on {device} takes"]

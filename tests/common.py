@@ -1,16 +1,31 @@
 """What the tests of all ops share: the accuracy rule, gradients, the compile check."""
 
+from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lumina_kernels.backend import MISSING
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Kernels that can run here: on a CPU Triton's run in its interpreter.
+BACKENDS = tuple(
+    name
+    for name in (("triton", "cuda") if DEVICE == "cuda" else ("triton", "cpu"))
+    if name not in MISSING
+)
 # Triton's interpreter cuts float32 off to bfloat16 instead of rounding it: on a CPU float16 stands
 # in for it.
 KERNEL_DTYPES = DTYPES if DEVICE == "cuda" else DTYPES[:2]
+KERNELS = [
+    (name, dtype) for name in BACKENDS for dtype in (KERNEL_DTYPES if name == "triton" else DTYPES)
+]
+# Instruction sets of this processor that the C++ kernels have code for.
+CPU_LEVELS = () if "cpu" in MISSING else tuple(import_module("lumina_kernels._C").cpu_levels())
 
 
 def randn(*shape):
@@ -81,7 +96,7 @@ def assert_equal_results(results, expected):
         assert torch.equal(value, expected[name]), name
 
 
-def assert_kernel_contract(op, inputs, *others, backend="triton"):
+def assert_kernel_contract(op, inputs, *others, backend):
     """What every kernel keeps, whatever it computes: its registrations pass opcheck; a call returns
     the same bits again, with gaps between rows, and compiled (for `others` too); it does not take
     float64."""
@@ -153,6 +168,19 @@ def compiled(fn, graphs):
 
     torch._dynamo.reset()
     return torch.compile(fn, fullgraph=True, dynamic=True, backend=keep)
+
+
+@contextmanager
+def at_cpu_level(name):
+    """The C++ kernels use another instruction set than the best one."""
+    from lumina_kernels import _C
+
+    best = _C.cpu_level()
+    _C.set_cpu_level(name)
+    try:
+        yield
+    finally:
+        _C.set_cpu_level(best)
 
 
 def raises(error, match, fn, inputs, **changed):

@@ -13,6 +13,11 @@ GPU = type("OnGpu", (), {"device": torch.device("cuda"), "dtype": torch.float32}
 DOUBLE_ON_GPU = type("OnGpu", (), {"device": torch.device("cuda"), "dtype": torch.float64})()
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_missing(monkeypatch):
+    monkeypatch.setattr(backend, "MISSING", {})
+
+
 def test_none_takes_the_best_that_takes_the_tensors(monkeypatch):
     assert resolve(None, (), HERE) == "torch"
     assert resolve(None, ("triton",), HERE) == "torch"  # the interpreter only on request
@@ -73,10 +78,22 @@ def test_the_default_is_for_calls_that_name_none(monkeypatch):
         swiglu(HERE, HERE)
 
 
-def test_a_fresh_process_without_triton_reads_the_environment():
+@pytest.mark.parametrize("name", ("triton", "cpu"))
+def test_kernels_do_not_differentiate_constants(name, monkeypatch):
+    monkeypatch.setattr(backend, "INTERPRETED", True)
+    constant = torch.ones(2, requires_grad=True)
+    assert resolve(None, ("cpu",), HERE, cos=constant) == "torch"
+    assert resolve(None, ("cpu",), HERE, cos=constant.detach(), weight=1.0, k=None) == "cpu"
+    with pytest.raises(NotImplementedError, match=f"'{name}' computes no gradient of cos"):
+        resolve(name, (name,), HERE, sin=constant.detach(), cos=constant)
+    with torch.no_grad():
+        assert resolve(name, (name,), HERE, cos=constant) == name
+
+
+def test_a_fresh_process_without_kernels_reads_the_environment():
     code = """
 import sys
-sys.modules["triton"] = None  # as if it were not installed
+sys.modules["triton"] = sys.modules["lumina_kernels._C"] = None  # as if they were not there
 import torch, lumina_kernels
 from lumina_kernels.backend import DEFAULT
 ones = torch.ones(1, 1, 1)
@@ -87,7 +104,7 @@ except RuntimeError as error:
     print(error)
 try:
     lumina_kernels.swiglu(ones, ones)
-except ValueError as error:
+except RuntimeError as error:
     print(error)
 """
     environment = os.environ | {"LUMINA_KERNELS_BACKEND": "cpu"}
@@ -98,5 +115,6 @@ except ValueError as error:
         "cpu torch.Size([1, 1, 1])",
         "backend 'triton' is not available here: triton is not installed "
         '(pip install "lumina-kernels[triton]")',
-        "LUMINA_KERNELS_BACKEND='cpu' is not there for this op, it has: torch, triton",
+        "LUMINA_KERNELS_BACKEND='cpu' is not available here: the C++ kernels are not built, run "
+        "`pip install --force-reinstall --no-deps .` in the source tree with a C++ compiler",
     ]

@@ -3,14 +3,17 @@ from functools import partial
 import pytest
 import torch
 from common import (
+    BACKENDS,
+    CPU_LEVELS,
     DEVICE,
     DTYPES,
-    KERNEL_DTYPES,
+    KERNELS,
     assert_accurate,
     assert_compiles,
     assert_equal_results,
     assert_same_in_float64,
     assert_strided_is_same,
+    at_cpu_level,
     raises,
     randn,
     run,
@@ -22,7 +25,10 @@ from torch.nn import functional as F
 from lumina_kernels import context_drop, gqa_attention
 from lumina_kernels.ops.context_drop import context_drop_bwd, context_drop_fwd
 
-kernel = partial(context_drop, backend="triton")
+
+@pytest.fixture(params=BACKENDS)
+def kernel(request):
+    return partial(context_drop, backend=request.param)
 
 
 def make_inputs(B=2, grid=(2, 5, 3), G=2, K=6, factor=2, masked=True):
@@ -179,8 +185,10 @@ def test_errors():
         key_mask=good["key_mask"][:, 1:],
     )
     raises(TypeError, "key_mask must be bool", op, good, key_mask=randn(2, 30))
-    raises(ValueError, "'cpu' is not there for this op", op, good, backend="cpu")
-    raises(TypeError, "takes no float64", kernel, good)
+
+
+def test_kernel_takes_no_float64(kernel):
+    raises(TypeError, "takes no float64", kernel, make_inputs())
 
 
 def make_low_inputs(*args, dtype=torch.float32, **kwargs):
@@ -188,21 +196,21 @@ def make_low_inputs(*args, dtype=torch.float32, **kwargs):
     return inputs | {name: inputs[name].to(dtype) for name in "kv"}
 
 
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("kernel, dtype", KERNELS, indirect=["kernel"])
 @pytest.mark.parametrize("masked", (False, True))
 @pytest.mark.parametrize("factor", (1, 2, 7))
-def test_kernel_accuracy(factor, masked, dtype):
+def test_kernel_accuracy(kernel, factor, masked, dtype):
     inputs = make_inputs(factor=factor, masked=masked)
     assert_accurate(kernel, with_loops, inputs, dtype)
 
 
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("kernel, dtype", KERNELS, indirect=["kernel"])
 @pytest.mark.parametrize("grid, G, K", (((1, 1, 1), 1, 2), ((3, 1, 5), 3, 48), ((1, 4, 3), 5, 88)))
-def test_kernel_accuracy_of_shapes(grid, G, K, dtype):
+def test_kernel_accuracy_of_shapes(kernel, grid, G, K, dtype):
     assert_accurate(kernel, with_loops, make_inputs(1, grid, G, K, 2), dtype)
 
 
-def test_kernel_does_not_touch_what_is_masked():
+def test_kernel_does_not_touch_what_is_masked(kernel):
     inputs = make_low_inputs()
     clean = run(kernel, inputs)
     for garbage in (torch.nan, torch.inf):
@@ -213,7 +221,7 @@ def test_kernel_does_not_touch_what_is_masked():
     assert clean["dk"][~inputs["key_mask"]].eq(0).all() and clean["out 0"][0, 0].eq(0).all()
 
 
-def test_kernel_takes_views():
+def test_kernel_takes_views(kernel):
     assert_strided_is_same(kernel, make_low_inputs())
     inputs = make_low_inputs(grid=(1, 3, 4))
     k, v, _ = randn(2, 12, 32).float().split((12, 12, 8), -1)  # one projection of k, v and more
@@ -223,7 +231,7 @@ def test_kernel_takes_views():
     assert_equal_results(run(kernel, inputs), run(kernel, packed))
 
 
-def test_kernel_spreads_an_expanded_gradient():
+def test_kernel_spreads_an_expanded_gradient(kernel):
     inputs = make_low_inputs(masked=False)
     k = inputs["k"].requires_grad_()
     kernel(**inputs)[0].sum().backward()
@@ -231,7 +239,7 @@ def test_kernel_spreads_an_expanded_gradient():
     torch.testing.assert_close(k.grad.sum(), torch.tensor(12.0 * counts.numel()).to(k))
 
 
-def test_kernel_of_nothing():
+def test_kernel_of_nothing(kernel):
     results = run(kernel, make_low_inputs(B=0))
     assert results["out 0"].shape == (0, 12, 2, 6) and results["dv"].shape == (0, 30, 2, 6)
     results = run(kernel, make_low_inputs(grid=(0, 5, 3)))
@@ -239,10 +247,10 @@ def test_kernel_of_nothing():
 
 
 @pytest.mark.parametrize("masked", (False, True))
-def test_kernel_operators(masked):
+def test_kernel_operators(kernel, masked):
     inputs = make_low_inputs(1, (1, 3, 2), masked=masked)
     k, v, grid, factor, key_mask = inputs.values()
-    rest = (list(grid), factor, key_mask, "triton")
+    rest = (list(grid), factor, key_mask, kernel.keywords["backend"])
     small, _, _, counts = context_drop_fwd(k, v, *rest)
     torch.library.opcheck(context_drop_bwd, (small, small, counts, *rest))
     k, v = k.requires_grad_(), v.requires_grad_()
@@ -250,6 +258,16 @@ def test_kernel_operators(masked):
 
 
 @pytest.mark.parametrize("masked", (False, True))
-def test_kernel_compiles(masked):
+def test_kernel_compiles(kernel, masked):
     sizes = ((2, (1, 3, 4), 6, 8), (3, (1, 4, 2), 2, 10))
     assert_compiles(kernel, *(make_low_inputs(*size, masked=masked) for size in sizes))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("level", CPU_LEVELS)
+def test_every_instruction_set_is_accurate(level, dtype):
+    kernel = partial(context_drop, backend="cpu")
+    with at_cpu_level(level):
+        test_kernel_accuracy(kernel, 2, True, dtype)
+        for grid, G, K in (((1, 1, 1), 1, 2), ((2, 3, 5), 2, 72), ((1, 4, 3), 3, 20)):
+            test_kernel_accuracy_of_shapes(kernel, grid, G, K, dtype)

@@ -3,8 +3,10 @@ from functools import partial
 import pytest
 import torch
 from common import (
+    BACKENDS,
+    CPU_LEVELS,
     DTYPES,
-    KERNEL_DTYPES,
+    KERNELS,
     assert_accurate,
     assert_compiles,
     assert_equal_results,
@@ -12,6 +14,7 @@ from common import (
     assert_rounded_once,
     assert_same_in_float64,
     assert_strided_is_same,
+    at_cpu_level,
     raises,
     randn,
     run,
@@ -119,49 +122,97 @@ def test_errors():
     raises(ValueError, "scale must have shape", op, good, scale=randn(2, 1, 48))
     raises(TypeError, "shift must be float16", op, good, shift=torch.ones(2, 48).int())
     raises(ValueError, "kind must be one of rms, layer, got None", op, good, kind=None)
-    raises(ValueError, "'cuda' is not there for this op", op, good, backend="cuda")
 
 
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("backend, dtype", KERNELS)
 @pytest.mark.parametrize("kind", ("rms", "layer"))
 @pytest.mark.parametrize("per_token", (False, True))
 @pytest.mark.parametrize("B, L, D", ((2, 1, 8), (1, 5, 2), (2, 9, 100), (1, 6, 576), (2, 33, 144)))
-def test_triton_is_accurate(B, L, D, per_token, kind, dtype):
+def test_kernels_are_accurate(B, L, D, per_token, kind, backend, dtype):
     inputs = make_inputs(B, L, D, per_token) | {"kind": kind}
-    assert_accurate(partial(gate_residual_norm, backend="triton"), eager, inputs, dtype)
+    assert_accurate(partial(gate_residual_norm, backend=backend), eager, inputs, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ("rms", "layer"))
+@pytest.mark.parametrize("per_token", (False, True))
+@pytest.mark.parametrize("level", CPU_LEVELS)
+def test_every_instruction_set_is_accurate(level, per_token, kind, dtype):
+    with at_cpu_level(level):
+        for D in (1, 33, 1040):  # 1040: three chunks of rows
+            test_kernels_are_accurate(2, 70, D, per_token, kind, "cpu", dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ("rms", "layer"))
 @pytest.mark.parametrize(
     "left_out", (("weight",), ("scale",), ("weight", "bias", "scale", "shift"))
 )
-def test_triton_takes_none(left_out, kind):
+def test_kernels_take_none(left_out, kind, backend):
     inputs = make_inputs() | {"kind": kind} | dict.fromkeys(left_out)
-    assert_accurate(partial(gate_residual_norm, backend="triton"), eager, inputs, torch.float32)
+    assert_accurate(partial(gate_residual_norm, backend=backend), eager, inputs, torch.float32)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scale_per_token", (False, True))
-def test_triton_takes_one_modulation_per_token_and_one_per_sample(scale_per_token):
+def test_kernels_take_one_modulation_per_token_and_one_per_sample(scale_per_token, backend):
     inputs, per_token = make_inputs(), make_inputs(per_token=True)
     name = "scale" if scale_per_token else "shift"
     inputs |= {name: per_token[name]}
-    assert_accurate(partial(gate_residual_norm, backend="triton"), eager, inputs, torch.float32)
+    assert_accurate(partial(gate_residual_norm, backend=backend), eager, inputs, torch.float32)
 
 
-def test_triton_keeps_the_contract():
-    assert_kernel_contract(gate_residual_norm, make_inputs(2, 5, 12), make_inputs(3, 7, 12))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_kernels_keep_the_contract(backend):
+    assert_kernel_contract(
+        gate_residual_norm, make_inputs(2, 5, 12), make_inputs(3, 7, 12), backend=backend
+    )
 
 
-def test_triton_reads_modulations_in_place():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_kernels_read_modulations_in_place(backend):
     inputs = make_inputs(D=16)
     views = randn(2, 48).chunk(3, 1)
     inputs |= dict(zip(("gate", "scale", "shift"), views, strict=True))
-    fn = partial(gate_residual_norm, backend="triton")
+    fn = partial(gate_residual_norm, backend=backend)
     assert_accurate(fn, eager, inputs, torch.float32)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("B, L", ((0, 5), (2, 0)))
-def test_triton_takes_nothing(B, L):
+def test_kernels_take_nothing(B, L, backend):
     inputs = {name: tensor.float() for name, tensor in make_inputs(B, L).items()}
-    results = run(partial(gate_residual_norm, backend="triton"), inputs)
-    assert_equal_results(results, run(gate_residual_norm, inputs))
+    results = run(partial(gate_residual_norm, backend=backend), inputs)
+    assert_equal_results(results, run(partial(gate_residual_norm, backend="torch"), inputs))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_kernels_mix_dtypes(backend):
+    inputs = {name: tensor.half() for name, tensor in make_inputs().items()}
+    inputs |= {name: inputs[name].float() for name in ("gate", "bias", "residual")}
+    expected = run(partial(gate_residual_norm, backend="torch"), inputs)
+    for name, value in run(partial(gate_residual_norm, backend=backend), inputs).items():
+        assert value.dtype == expected[name].dtype, name
+        torch.testing.assert_close(value, expected[name], msg=name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_kernels_read_any_rows(backend):
+    inputs = {name: tensor.float() for name, tensor in make_inputs(4, 3, 12).items()}
+    inputs |= {name: inputs[name].transpose(0, 1) for name in ("y", "residual")}
+    inputs["gate"] = inputs["gate"][:1, None].expand(3, 4, 12)
+    inputs |= {name: inputs[name][:1].expand(3, 12) for name in ("scale", "shift")}
+    packed = {name: tensor.contiguous() for name, tensor in inputs.items()}
+    fn = partial(gate_residual_norm, backend=backend)
+    assert_equal_results(run(fn, inputs), run(fn, packed))
+
+
+def test_bits_do_not_depend_on_the_number_of_threads():
+    inputs = {name: tensor.bfloat16() for name, tensor in make_inputs(2, 70, 1040).items()}
+    threads, results = torch.get_num_threads(), []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(run(gate_residual_norm, inputs))
+    torch.set_num_threads(threads)
+    assert_equal_results(results[1], results[0])
+    assert_equal_results(results[2], results[0])

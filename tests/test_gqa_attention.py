@@ -269,4 +269,3 @@ def test_errors():
     )
     raises(ValueError, r"text_mask must have shape \(3, 4\)", op, good, text_mask=make_mask(3, 5))
     raises(TypeError, "text_mask must be bool", op, good, text_mask=good["text_mask"].int())
-    raises(ValueError, "'cuda' is not there for this op", op, good, backend="cuda")

@@ -1,14 +1,17 @@
 import pytest
 import torch
 from common import (
+    BACKENDS,
+    CPU_LEVELS,
     DEVICE,
     DTYPES,
-    KERNEL_DTYPES,
+    KERNELS,
     assert_accurate,
     assert_as_accurate,
     assert_compiles,
     assert_same_in_float64,
     assert_strided_is_same,
+    at_cpu_level,
     raises,
     randn,
     run,
@@ -85,6 +88,18 @@ def test_strided():
     assert torch.equal(guided_step(x, v, 4.0, 0.1), guided_step(x, v.contiguous(), 4.0, 0.1))
 
 
+def test_gradients_come_from_the_definition():
+    inputs = make_inputs()
+    inputs |= {name: inputs[name].float() for name in "xv"}
+    for name in "xv":
+        leaf = inputs[name].clone().requires_grad_()
+        out = guided_step(**inputs | {name: leaf})
+        assert torch.equal(out, guided_step(**inputs | {name: leaf}, backend="torch"))
+        assert torch.autograd.grad(out.sum(), leaf)[0].shape == leaf.shape
+    weight = torch.tensor(4.0, device=DEVICE, requires_grad=True)
+    assert guided_step(**inputs | {"weight": weight}).requires_grad
+
+
 def test_empty_batch():
     assert run(guided_step, make_inputs(B=0))["out 0"].shape == (0, 4, 3, 5)
 
@@ -122,56 +137,75 @@ def test_errors():
     raises(ValueError, "dt must be a number or a 0-d tensor", guided_step, good, dt=randn(1))
     raises(ValueError, "channels must be within 0..4, got 5", guided_step, good, channels=5)
     raises(ValueError, "channels must be within 0..4, got -1", guided_step, good, channels=-1)
-    raises(ValueError, "'cuda' is not there for this op", guided_step, good, backend="cuda")
 
 
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("backend, dtype", KERNELS)
 @pytest.mark.parametrize("channels", (None, 0, 3))
 @pytest.mark.parametrize("size", ((), (7,), (19, 29)))
-def test_triton_is_accurate(size, channels, dtype):
+def test_kernels_are_accurate(size, channels, backend, dtype):
     inputs = make_inputs(size=size, channels=channels, dt=-0.3)
     x, v = inputs["x"].to(dtype), inputs["v"].to(dtype)
     rest = {name: value for name, value in inputs.items() if name not in "xv"}
-    out = guided_step(x, v, **rest, backend="triton")
+    out = guided_step(x, v, **rest, backend=backend)
     high = eager(x.double(), v.double(), **rest)
     assert_as_accurate("out", out, eager(x, v, **rest), high)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("level", CPU_LEVELS)
+def test_every_instruction_set_is_accurate(level, dtype):
+    with at_cpu_level(level):
+        for channels in (None, 0, 3):
+            test_kernels_are_accurate((53, 31), channels, "cpu", dtype)  # two pieces of a sample
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "weight, dt", ((4.0, 0.05), (torch.tensor(4.0), 0.05), (4.0, torch.tensor(0.05)))
 )
-def test_triton_takes_numbers_and_tensors(weight, dt):
+def test_kernels_take_numbers_and_tensors(weight, dt, backend):
     x, v = randn(2, 4, 5).float(), randn(4, 4, 5).half()
     here = [n.to(DEVICE) if isinstance(n, torch.Tensor) else n for n in (weight, dt)]
-    expected = guided_step(x, v, 4.0, 0.05, 3)
+    expected = guided_step(x, v, 4.0, 0.05, 3, backend="torch")
     for numbers in ((weight, dt), here):  # a tensor may be on the CPU, too
-        torch.testing.assert_close(guided_step(x, v, *numbers, 3, backend="triton"), expected)
+        torch.testing.assert_close(guided_step(x, v, *numbers, 3, backend=backend), expected)
 
 
-def test_triton_with_gaps():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_kernels_with_gaps(backend):
     x, v = randn(2, 4, 10).float()[..., ::2], randn(4, 4, 10).float()[..., ::2]
     torch.testing.assert_close(
-        guided_step(x, v, 4.0, 0.1, backend="triton"), guided_step(x, v, 4.0, 0.1)
+        guided_step(x, v, 4.0, 0.1, backend=backend),
+        guided_step(x, v, 4.0, 0.1, backend="torch"),
     )
 
 
-def test_triton_takes_nothing():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_kernels_take_nothing(backend):
     x, v = randn(0, 4, 5).float(), randn(0, 4, 5).float()
-    assert guided_step(x, v, 4.0, 0.1, backend="triton").shape == (0, 4, 5)
+    assert guided_step(x, v, 4.0, 0.1, backend=backend).shape == (0, 4, 5)
 
 
-def test_triton_passes_opcheck_and_has_no_gradient():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_kernels_pass_opcheck_and_have_no_gradient(backend):
     op = torch.ops.lumina_kernels.guided_step_fwd
     x, v, weight = randn(2, 4, 5).float(), randn(4, 4, 5).float(), torch.tensor(4.0, device=DEVICE)
-    torch.library.opcheck(op, (x, v, None, 4.0, None, 0.1, 3, "triton"))
-    torch.library.opcheck(op, (x, v, weight, 0.0, weight, 0.0, 4, "triton"))
-    with pytest.raises(RuntimeError, match="autograd"):
-        guided_step(x.requires_grad_(), v, 4.0, 0.1, backend="triton").sum().backward()
+    torch.library.opcheck(op, (x, v, None, 4.0, None, 0.1, 3, backend))
+    torch.library.opcheck(op, (x, v, weight, 0.0, weight, 0.0, 4, backend))
+    with torch.no_grad():
+        guided_step(x.requires_grad_(), v, 4.0, 0.1, backend=backend)
+    numbers = {"weight": weight, "dt": 0.1, "backend": backend}
+    for name in ("x", "v", "weight"):
+        tensors = {"x": x.detach(), "v": v, "weight": weight}
+        tensors[name] = tensors[name].clone().requires_grad_()
+        with pytest.raises(NotImplementedError, match=f"computes no gradient of {name}"):
+            guided_step(**numbers | tensors)
 
 
-def test_triton_compiles():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_kernels_compile(backend):
     def step(x, v, weight, dt):
-        return guided_step(x, v, weight, dt, 3, backend="triton")
+        return guided_step(x, v, weight, dt, 3, backend=backend)
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="eager")
     for B, L, dt in ((2, 5, 0.1), (3, 7, 0.2), (3, 7, 0.05)):

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from lumina import data
+from lumina_kernels import backend
 
 ROOT = Path(__file__).resolve().parent.parent
-WASTE = shutil.ignore_patterns("*.pyc", "*.tmp")
-SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "lumina", "lumina_kernels")
+WASTE = shutil.ignore_patterns("*.pyc", "*.tmp", "*.so")
+SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc", "lumina", "lumina_kernels")
 
 
 def run(*command, cwd, **environment):
@@ -25,10 +26,9 @@ def run(*command, cwd, **environment):
     return result.stdout
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    # From a copy: a build leaves build/ and *.egg-info, and would take up what older ones left.
-    folder = tmp_path_factory.mktemp("wheel")
+def build(folder, only=(), broken=False, **environment):
+    """A wheel of `only` some C++ sources, or all; from a copy, since a build leaves build/ and
+    *.egg-info, and takes up what older ones left."""
     source = folder / "source"
     source.mkdir()
     for name in SOURCES:
@@ -36,10 +36,21 @@ def wheel(tmp_path_factory):
             shutil.copytree(ROOT / name, source / name, ignore=WASTE)
         else:
             shutil.copy(ROOT / name, source)
+    for path in (source / "csrc").glob("*.cpp"):
+        if only and path.name not in only:
+            path.unlink()
+    if broken:
+        (source / "csrc" / "broken.cpp").write_text("#error no such thing")
     pip = (sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation")
-    run(*pip, "-w", str(folder), str(source), cwd=folder)
+    run(*pip, "-w", str(folder), str(source), cwd=folder, **environment)
     (path,) = folder.glob("*.whl")
     return path
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """As on a machine without a compiler."""
+    return build(tmp_path_factory.mktemp("wheel"), CXX="no-such-compiler")
 
 
 def test_the_wheel_holds_every_module_and_the_weights(wheel):
@@ -80,3 +91,45 @@ def test_the_wheel_works_away_from_the_tree(wheel, tmp_path):
     assert Path(ours) == site / "lumina" / "__init__.py"
     assert Path(kernels) == site / "lumina_kernels" / "__init__.py"
     assert rest == ["698", str(data.load_emoji().images.sum().item())]
+
+
+def test_without_a_compiler_it_is_pure_python(wheel, tmp_path):
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    code = (
+        "import torch, lumina_kernels as lk; from lumina_kernels import backend;"
+        "x = torch.ones(1, 2, 3); print(lk.swiglu(x, x).sum().item(), backend.MISSING['cpu'])"
+    )
+    printed = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert printed.startswith("4.386") and "with a C++ compiler" in printed
+
+
+@pytest.mark.skipif("cpu" in backend.MISSING, reason="needs a C++ compiler")
+def test_one_wheel_serves_every_python(tmp_path):
+    """Native code, built for the stable ABIs; on its way one kernel stands for all."""
+    few = ("extension.cpp", "swiglu.cpp")
+    folder = tmp_path / "wheel"
+    folder.mkdir()
+    with_cpu = build(folder, LUMINA_KERNELS_SKIP_CUDA_BUILD="1", only=few)
+    assert "-cp310-abi3-" in with_cpu.name
+    zipfile.ZipFile(with_cpu).extractall(tmp_path)
+    assert (tmp_path / "lumina_kernels" / "_C.abi3.so").exists()
+    code = (
+        "import torch, lumina_kernels as lk; x = torch.ones(1, 2, 3);"
+        "print(lk.swiglu(x, x, backend='cpu').sum().item(), lk.__file__)"
+    )
+    printed = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert printed.startswith("4.386") and str(tmp_path) in printed
+
+
+@pytest.mark.skipif("cpu" in backend.MISSING, reason="needs a C++ compiler")
+def test_a_compile_error_shows_itself_and_installs_nothing(tmp_path):
+    with pytest.raises(AssertionError, match="no such thing"):
+        build(tmp_path, LUMINA_KERNELS_SKIP_CUDA_BUILD="1", only=("extension.cpp",), broken=True)
+    assert not list(tmp_path.glob("*.whl"))
+
+
+def test_cuda_is_built_or_refused_as_asked(tmp_path):
+    with pytest.raises(AssertionError, match="FORCE_CUDA=1, but there is no C\\+\\+ compiler"):
+        build(tmp_path, FORCE_CUDA="1", CXX="no-such-compiler")

@@ -3,14 +3,17 @@ from functools import partial
 import pytest
 import torch
 from common import (
+    BACKENDS,
+    CPU_LEVELS,
     DTYPES,
-    KERNEL_DTYPES,
+    KERNELS,
     assert_accurate,
     assert_compiles,
     assert_equal_results,
     assert_rounded_once,
     assert_same_in_float64,
     assert_strided_is_same,
+    at_cpu_level,
     raises,
     randn,
     run,
@@ -21,7 +24,11 @@ from torch.nn import functional as F
 from lumina_kernels import qk_norm_rope3d
 from lumina_kernels.ops.qk_norm_rope3d import qk_norm_rope3d_bwd, qk_norm_rope3d_fwd
 
-kernel = partial(qk_norm_rope3d, backend="triton")
+
+@pytest.fixture(params=BACKENDS)
+def kernel(request):
+    return partial(qk_norm_rope3d, backend=request.param)
+
 
 NORMS = ("layer_across_heads", "rms_per_head", "rms_across_heads")
 
@@ -151,8 +158,11 @@ def test_errors():
         good,
         **per_head | {"k_weight": randn(24)},
     )
-    raises(ValueError, "'cpu' is not there for this op", op, good, backend="cpu")
-    raises(TypeError, "takes no float64", op, good, backend="triton")
+
+
+def test_kernel_refuses_what_it_does_not_compute(kernel):
+    good = make_inputs() | make_table(5, 12)
+    raises(TypeError, "takes no float64", kernel, good)
     low = {name: tensor.float() for name, tensor in make_inputs().items()} | make_table(5, 12)
     raises(TypeError, "takes no float64", kernel, low, q_bias=good["q_bias"])
     learned = low["inv_freq"].requires_grad_()
@@ -164,10 +174,10 @@ def lower(inputs, dtype=torch.float32):
     return {name: x if x is None else x.to(dtype) for name, x in inputs.items()}
 
 
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("kernel, dtype", KERNELS, indirect=["kernel"])
 @pytest.mark.parametrize("per_sample", (False, True))
 @pytest.mark.parametrize("norm", NORMS)
-def test_kernel_accuracy(norm, per_sample, dtype):
+def test_kernel_accuracy(kernel, norm, per_sample, dtype):
     """Tokens of three programs, so that the weights' gradients have two stages."""
     table = make_table(5, 12, 2, True) if per_sample else make_table(5, 12)
     table |= {"norm": norm, "eps": 1e-3}
@@ -175,10 +185,10 @@ def test_kernel_accuracy(norm, per_sample, dtype):
     assert_accurate(fixed(kernel, table), fixed(eager, table), inputs, dtype)
 
 
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("kernel, dtype", KERNELS, indirect=["kernel"])
 @pytest.mark.parametrize("shape", ((1, 1, 1, 2, 4), (1, 13, 3, 1, 48), (1, 3, 12, 5, 88)))
 @pytest.mark.parametrize("norm", NORMS)
-def test_kernel_accuracy_of_shapes(norm, shape, dtype):
+def test_kernel_accuracy_of_shapes(kernel, norm, shape, dtype):
     """Heads and channels that are no powers of two, cut and padded."""
     table = make_table(shape[1], shape[-1]) | {"norm": norm}
     inputs = make_inputs(*shape, norm)
@@ -197,19 +207,19 @@ def test_kernel_accuracy_of_shapes(norm, shape, dtype):
         ("q_weight", "q_bias", "k_weight", "k_bias"),
     ),
 )
-def test_kernel_without_parameters(left_out):
+def test_kernel_without_parameters(kernel, left_out):
     table, inputs = make_table(3, 12), make_inputs(L=3) | dict.fromkeys(left_out)
     assert_accurate(fixed(kernel, table), fixed(eager, table), inputs, torch.float32)
 
 
-def test_kernel_has_no_bias_in_an_rms_norm_without_weight():
+def test_kernel_has_no_bias_in_an_rms_norm_without_weight(kernel):
     table = make_table(3, 12) | {"norm": "rms_per_head"}
     inputs = make_inputs(L=3, norm="rms_per_head") | {"q_weight": None, "k_weight": None}
     assert_accurate(fixed(kernel, table), fixed(eager, table), inputs, torch.float32)
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_kernel_takes_views(norm):
+def test_kernel_takes_views(kernel, norm):
     table = make_table(3, 12) | {"norm": norm}
     inputs = lower(make_inputs(L=3, norm=norm))
     assert_strided_is_same(fixed(kernel, table), inputs)
@@ -220,7 +230,7 @@ def test_kernel_takes_views(norm):
     assert_equal_results(run(fixed(kernel, table), inputs), run(fixed(kernel, table), packed))
 
 
-def test_kernel_takes_weights_of_another_dtype():
+def test_kernel_takes_weights_of_another_dtype(kernel):
     table, inputs = make_table(3, 12), make_inputs(L=3)
     mixed = lower(inputs) | {name: inputs[name].half() for name in "qk"}
     wide = lower(mixed)
@@ -230,13 +240,13 @@ def test_kernel_takes_weights_of_another_dtype():
     assert results["dk"].dtype == torch.float16 and results["dq_bias"].dtype == torch.float32
 
 
-def test_kernel_gives_the_same_bits_again():
+def test_kernel_gives_the_same_bits_again(kernel):
     table, inputs = make_table(17, 12), lower(make_inputs(1, 17))
     assert_equal_results(run(fixed(kernel, table), inputs), run(fixed(kernel, table), inputs))
 
 
 @pytest.mark.parametrize("shape", ((0, 5, 4, 2), (2, 0, 4, 2)))
-def test_kernel_of_nothing(shape):
+def test_kernel_of_nothing(kernel, shape):
     inputs = lower(make_inputs(*shape)) | {"q_weight": None}
     results = run(fixed(kernel, make_table(shape[1], 12)), inputs)
     assert results["out 0"].shape == results["dq"].shape == (*shape[:3], 12)
@@ -244,19 +254,36 @@ def test_kernel_of_nothing(shape):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_kernel_operators(norm):
+def test_kernel_operators(kernel, norm):
     inputs = lower(make_inputs(1, 2, norm=norm))
     if norm == NORMS[2]:
         inputs["q_weight"] = None
-    rest = (*make_table(2, 12).values(), 1e-5, norm, "triton")
+    rest = (*make_table(2, 12).values(), 1e-5, norm, kernel.keywords["backend"])
     leaves = [x if x is None else x.requires_grad_() for x in inputs.values()]
     torch.library.opcheck(qk_norm_rope3d_fwd, (*leaves, *rest))
     values = [x if x is None else x.detach() for x in leaves]
     torch.library.opcheck(qk_norm_rope3d_bwd, (*values[:2], *values, *rest))
 
 
-def test_kernel_compiles():
+def test_kernel_compiles(kernel):
     examples = []
     for B, L, H, G, K in ((2, 5, 6, 4, 16), (4, 2, 3, 2, 20)):
         examples.append(lower(make_inputs(B, L, H, G, K)) | make_table(L, K))
     assert_compiles(lambda inv_freq, **kw: kernel(inv_freq=inv_freq.detach(), **kw), *examples)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("level", CPU_LEVELS)
+def test_every_instruction_set_is_accurate(level, norm, dtype):
+    with at_cpu_level(level):
+        for shape in ((1, 2, 3, 1, 2), (1, 19, 3, 2, 40), (1, 3, 2, 1, 72)):
+            kernel = partial(qk_norm_rope3d, backend="cpu")
+            test_kernel_accuracy_of_shapes(kernel, norm, shape, dtype)
+
+
+def test_a_learned_table_gets_its_gradient_where_no_kernel_was_asked_for():
+    inputs = lower(make_inputs()) | make_table(5, 12)
+    inputs["inv_freq"] = inputs["inv_freq"].float().requires_grad_()
+    qk_norm_rope3d(**inputs)[0].square().sum().backward()
+    assert inputs["inv_freq"].grad.abs().max() > 0

@@ -3,14 +3,17 @@ from functools import partial
 import pytest
 import torch
 from common import (
+    BACKENDS,
+    CPU_LEVELS,
     DTYPES,
-    KERNEL_DTYPES,
+    KERNELS,
     assert_accurate,
     assert_compiles,
     assert_equal_results,
     assert_rounded_once,
     assert_same_in_float64,
     assert_strided_is_same,
+    at_cpu_level,
     raises,
     randn,
     run,
@@ -29,7 +32,10 @@ from lumina_kernels.ops.qk_norm_rope3d_pool import (
     qk_norm_rope3d_pool_fwd,
 )
 
-kernel = partial(qk_norm_rope3d_pool, backend="triton")
+
+@pytest.fixture(params=BACKENDS)
+def kernel(request):
+    return partial(qk_norm_rope3d_pool, backend=request.param)
 
 
 def make_inputs(B=2, grid=(1, 3, 3), H=4, G=2, K=12, norm=NORMS[0]):
@@ -126,33 +132,35 @@ def test_errors():
     raises(ValueError, "factor must be at least 1, got 0", op, good, factor=0)
     raises(TypeError, "key_mask must be bool", op, good, key_mask=randn(2, 9))
     raises(ValueError, "norm must be one of layer_across_heads", op, good, norm="layer")
-    raises(ValueError, "'cpu' is not there for this op", op, good, backend="cpu")
-    raises(TypeError, "takes no float64", op, good, backend="triton")
+
+
+def test_kernel_refuses_what_it_does_not_compute(kernel):
+    raises(TypeError, "takes no float64", kernel, make_inputs() | make_rest())
     low = lower(make_inputs()) | make_rest()
     learned = low["positions"].float().requires_grad_()
     raises(NotImplementedError, "no gradient of positions", kernel, low, positions=learned)
 
 
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("kernel, dtype", KERNELS, indirect=["kernel"])
 @pytest.mark.parametrize("masked", (False, True))
 @pytest.mark.parametrize("norm", NORMS)
-def test_kernel_accuracy(norm, masked, dtype):
+def test_kernel_accuracy(kernel, norm, masked, dtype):
     rest = make_rest(masked=masked, per_sample=masked, norm=norm)
     assert_accurate(fixed(kernel, rest), fixed(eager, rest), make_inputs(norm=norm), dtype)
 
 
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("kernel, dtype", KERNELS, indirect=["kernel"])
 @pytest.mark.parametrize(
     "grid, H, G, K, factor",
     (((2, 2, 3), 3, 1, 72, 3), ((3, 1, 2), 5, 12, 88, 1), ((1, 2, 5), 1, 1, 4, 7)),
 )
-def test_kernel_accuracy_of_shapes(grid, H, G, K, factor, dtype):
+def test_kernel_accuracy_of_shapes(kernel, grid, H, G, K, factor, dtype):
     rest = make_rest(1, grid, K, factor)
     fns = fixed(kernel, rest), fixed(eager, rest)
     assert_accurate(*fns, make_inputs(1, grid, H, G, K), dtype)
 
 
-def test_kernel_without_parameters():
+def test_kernel_without_parameters(kernel):
     rest = make_rest()
     for left_out in (("q_weight", "k_bias"), ("q_weight", "q_bias", "k_weight", "k_bias")):
         inputs = make_inputs() | dict.fromkeys(left_out)
@@ -160,7 +168,7 @@ def test_kernel_without_parameters():
 
 
 @pytest.mark.parametrize("eps", (1e-5, 0.0))
-def test_kernel_does_not_touch_what_is_masked(eps):
+def test_kernel_does_not_touch_what_is_masked(kernel, eps):
     rest, inputs = make_rest() | {"eps": eps}, lower(make_inputs())
     clean = run(fixed(kernel, rest), inputs)
     for garbage in (torch.nan, torch.inf):
@@ -172,7 +180,7 @@ def test_kernel_does_not_touch_what_is_masked(eps):
     assert not any(value.isnan().any() for value in clean.values())
 
 
-def test_kernel_takes_views():
+def test_kernel_takes_views(kernel):
     rest, inputs = make_rest(), lower(make_inputs())
     assert_strided_is_same(fixed(kernel, rest), inputs)
     q, k, v = randn(2, 9, 96).float().split((48, 24, 24), -1)  # one projection
@@ -182,7 +190,7 @@ def test_kernel_takes_views():
     assert_equal_results(run(fixed(kernel, rest), inputs), run(fixed(kernel, rest), packed))
 
 
-def test_kernel_of_nothing():
+def test_kernel_of_nothing(kernel):
     for B, grid in ((0, (1, 3, 4)), (2, (0, 3, 4))):
         inputs = lower(make_inputs(B, grid)) | {"k_bias": None}
         results = run(fixed(kernel, make_rest(B, grid, masked=False)), inputs)
@@ -191,12 +199,12 @@ def test_kernel_of_nothing():
 
 
 @pytest.mark.parametrize("masked", (False, True))
-def test_kernel_operators(masked):
+def test_kernel_operators(kernel, masked):
     grid = (1, 1, 3)
     q, k, *parameters, v = lower(make_inputs(1, grid)).values()
     parameters[1] = None
     *table, grid, factor, mask, eps, norm = make_rest(1, grid, masked=masked).values()
-    rest = list(grid), factor, mask, eps, norm, "triton"
+    rest = list(grid), factor, mask, eps, norm, kernel.keywords["backend"]
     q_out, small, _, _, counts = qk_norm_rope3d_pool_fwd(q, k, v, *parameters, *table, *rest)
     args = q_out, small, small, q, k, *parameters, *table, counts, *rest
     torch.library.opcheck(qk_norm_rope3d_pool_bwd, args)
@@ -204,7 +212,7 @@ def test_kernel_operators(masked):
     torch.library.opcheck(qk_norm_rope3d_pool_fwd, (*leaves, *table, *rest))
 
 
-def test_kernel_compiles():
+def test_kernel_compiles(kernel):
     def fn(inv_freq, **kwargs):
         return kernel(inv_freq=inv_freq.detach(), **kwargs)
 
@@ -213,3 +221,15 @@ def test_kernel_compiles():
     assert_compiles(
         fn, *(lower(make_inputs(*size)) | rest for size, rest in zip(sizes, examples, strict=True))
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("level", CPU_LEVELS)
+def test_every_instruction_set_is_accurate(level, norm, dtype):
+    fn = partial(qk_norm_rope3d_pool, backend="cpu")
+    with at_cpu_level(level):
+        for grid, H, G, K, factor in (((1, 3, 3), 3, 1, 6, 2), ((2, 3, 5), 2, 3, 72, 2)):
+            rest = make_rest(1, grid, K, factor, norm=norm)
+            inputs = make_inputs(1, grid, H, G, K, norm)
+            assert_accurate(fixed(fn, rest), fixed(eager, rest), inputs, dtype)

@@ -4,14 +4,17 @@ from functools import partial
 import pytest
 import torch
 from common import (
+    BACKENDS,
+    CPU_LEVELS,
     DEVICE,
     DTYPES,
-    KERNEL_DTYPES,
+    KERNELS,
     assert_accurate,
     assert_compiles,
     assert_rounded_once,
     assert_same_in_float64,
     assert_strided_is_same,
+    at_cpu_level,
     raises,
     randn,
     run,
@@ -20,7 +23,10 @@ from common import (
 from lumina_kernels import rope3d
 from lumina_kernels.ops.rope3d import rope3d_bwd, rope3d_fwd
 
-kernel = partial(rope3d, backend="triton")
+
+@pytest.fixture(params=BACKENDS)
+def kernel(request):
+    return partial(rope3d, backend=request.param)
 
 
 def make_table(L, K, B=None, per_sample_freq=False):
@@ -158,51 +164,21 @@ def test_compile(per_sample):
 
 
 def test_errors():
-    good = make_inputs() | make_table(5, 12)
-    raises(ValueError, r"q must have shape \(B, L, H, K\)", rope3d, good, q=randn(2, 5, 48))
-    raises(
-        ValueError,
-        r"k must have shape \(2, 5, 2, 12\), got \(2, 6, 2, 12\)",
-        rope3d,
-        good,
-        k=randn(2, 6, 2, 12),
-    )
-    raises(ValueError, "k must have shape", rope3d, good, k=randn(2, 5, 2, 10))
-    raises(TypeError, "k must have the dtype of q", rope3d, good, k=good["k"].float())
+    good, op = make_inputs() | make_table(5, 12), rope3d
+    k, positions = good["k"], good["positions"]
+    raises(ValueError, r"q must have shape \(B, L, H, K\)", op, good, q=randn(2, 5, 48))
+    raises(ValueError, r"\(2, 5, 2, 12\), got \(2, 6, 2, 12\)", op, good, k=randn(2, 6, 2, 12))
+    raises(ValueError, "k must have shape", op, good, k=randn(2, 5, 2, 10))
+    raises(TypeError, "k must have the dtype of q", op, good, k=k.float())
     odd = {"q": randn(2, 5, 4, 11), "k": randn(2, 5, 2, 11)}
-    raises(ValueError, "even head_dim to rotate pairs, got 11", rope3d, good, **odd)
-    raises(
-        ValueError,
-        r"positions must have shape \(5, 3\) or \(2, 5, 3\)",
-        rope3d,
-        good,
-        positions=good["positions"][:, :2],
-    )
-    raises(
-        TypeError,
-        "positions must be integer or floating, got torch.bool",
-        rope3d,
-        good,
-        positions=good["positions"] > 0,
-    )
-    raises(
-        ValueError,
-        r"inv_freq must have shape \(6,\) or \(2, 6\), got \(12,\)",
-        rope3d,
-        good,
-        inv_freq=randn(12),
-    )
-    raises(
-        TypeError,
-        "inv_freq must be float16",
-        rope3d,
-        good,
-        inv_freq=torch.ones(6, device=DEVICE).long(),
-    )
-    raises(ValueError, r"axis must have shape \(6,\)", rope3d, good, axis=good["axis"][:3])
-    raises(TypeError, "axis must be int32 or int64, got torch.float64", rope3d, good, axis=randn(6))
-    raises(ValueError, "'cuda' is not there for this op", rope3d, good, backend="cuda")
-    raises(TypeError, "takes no float64", kernel, good)
+    raises(ValueError, "even head_dim to rotate pairs, got 11", op, good, **odd)
+    raises(ValueError, r"\(5, 3\) or \(2, 5, 3\), got", op, good, positions=positions[:, :2])
+    match = "positions must be integer or floating, got torch.bool"
+    raises(TypeError, match, op, good, positions=positions > 0)
+    raises(ValueError, r"\(6,\) or \(2, 6\), got \(12,\)", op, good, inv_freq=randn(12))
+    raises(TypeError, "inv_freq must be float16", op, good, inv_freq=positions[0].repeat(2))
+    raises(ValueError, r"axis must have shape \(6,\)", op, good, axis=good["axis"][:3])
+    raises(TypeError, "axis must be int32 or int64, got torch.float64", op, good, axis=randn(6))
 
 
 @pytest.mark.skipif(
@@ -215,24 +191,24 @@ def test_axis_out_of_range(column):
     raises((IndexError, RuntimeError), "bounds|out of range", rope3d, good, axis=axis)
 
 
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("kernel, dtype", KERNELS, indirect=["kernel"])
 @TABLES
-def test_kernel_accuracy(table, dtype):
+def test_kernel_accuracy(kernel, table, dtype):
     assert_accurate(fixed(kernel, table), fixed(with_complex_numbers, table), make_inputs(), dtype)
 
 
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("kernel, dtype", KERNELS, indirect=["kernel"])
 @pytest.mark.parametrize(
     "shape", ((1, 1, 1, 1, 2), (1, 33, 1, 1, 48), (2, 5, 3, 1, 72), (1, 3, 12, 5, 88))
 )
-def test_kernel_accuracy_of_shapes(shape, dtype):
+def test_kernel_accuracy_of_shapes(kernel, shape, dtype):
     """Heads and channels that are no powers of two, cut and padded."""
     table = make_table(shape[1], shape[-1], B=shape[0])
     fns = fixed(kernel, table), fixed(with_complex_numbers, table)
     assert_accurate(*fns, make_inputs(*shape), dtype)
 
 
-def test_kernel_takes_views():
+def test_kernel_takes_views(kernel):
     table = make_table(5, 12)
     inputs = {name: tensor.float() for name, tensor in make_inputs().items()}
     assert_strided_is_same(fixed(kernel, table), inputs)
@@ -251,7 +227,7 @@ def test_kernel_takes_views():
         assert torch.equal(out, expected)
 
 
-def test_kernel_takes_any_table():
+def test_kernel_takes_any_table(kernel):
     """Positions of any kind, with gaps, from far away; frequencies with gaps and in float64."""
     inputs = {name: tensor.float() for name, tensor in make_inputs().items()}
     table = make_table(5, 12)
@@ -266,26 +242,28 @@ def test_kernel_takes_any_table():
     ):
         assert torch.equal(kernel(**inputs, **table | same)[0], expected)
     far = table | {"positions": table["positions"] + 100_000}
-    torch.testing.assert_close(kernel(**inputs, **far), rope3d(**inputs, **far))
+    expected = rope3d(**inputs, **far, backend="torch")
+    torch.testing.assert_close(kernel(**inputs, **far), expected)
 
 
 @pytest.mark.parametrize("shape", ((0, 5, 4, 2, 12), (2, 0, 4, 2, 12)))
-def test_kernel_of_nothing(shape):
+def test_kernel_of_nothing(kernel, shape):
     inputs = {name: tensor.float() for name, tensor in make_inputs(*shape).items()}
     results = run(fixed(kernel, make_table(shape[1], 12)), inputs)
     assert results["out 0"].shape == results["dq"].shape == inputs["q"].shape
 
 
-def test_kernel_operators():
+def test_kernel_operators(kernel):
+    backend = kernel.keywords["backend"]
     for table in (make_table(2, 12), make_table(2, 12, 1, True)):
         inputs = [tensor.half().requires_grad_() for tensor in make_inputs(1, 2).values()]
         table = list(table.values())
-        torch.library.opcheck(rope3d_fwd, (*inputs, *table, "triton"))
+        torch.library.opcheck(rope3d_fwd, (*inputs, *table, backend))
         inputs = [tensor.detach() for tensor in inputs]
-        torch.library.opcheck(rope3d_bwd, (*inputs, *table, "triton"))
+        torch.library.opcheck(rope3d_bwd, (*inputs, *table, backend))
 
 
-def test_kernel_compiles():
+def test_kernel_compiles(kernel):
     examples = []
     for B, L, H, G, K in ((2, 5, 6, 4, 16), (4, 2, 3, 2, 20)):
         inputs = {name: tensor.half() for name, tensor in make_inputs(B, L, H, G, K).items()}
@@ -293,8 +271,43 @@ def test_kernel_compiles():
     assert_compiles(lambda inv_freq, **kw: kernel(inv_freq=inv_freq.detach(), **kw), *examples)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("level", CPU_LEVELS)
+def test_every_instruction_set_is_accurate(level, dtype):
+    with at_cpu_level(level):
+        for shape in ((1, 2, 1, 1, 2), (1, 3, 2, 3, 6), (2, 5, 3, 1, 72), (1, 3, 2, 5, 88)):
+            test_kernel_accuracy_of_shapes(partial(rope3d, backend="cpu"), shape, dtype)
+
+
+@pytest.mark.parametrize("level", CPU_LEVELS)
+def test_every_instruction_set_has_sine_and_cosine(level):
+    """Beyond 1.5e6 too: the C++ kernels take the angles of such a token one by one."""
+    far = (10 ** torch.linspace(6, 38, 64)).float()
+    q, table = torch.tensor([1.0, 0.0]).repeat(1, 1, 1, 64), (torch.ones(1, 3), far)
+    with at_cpu_level(level):
+        test_kernel_sine_and_cosine(partial(rope3d, backend="cpu"))
+        out, _ = rope3d(q, q, *table, torch.zeros(64).int(), backend="cpu")
+    exact = torch.stack((far.double().cos(), far.double().sin()), -1).flatten()
+    assert (out.flatten() - exact).abs().max() <= 1.1 * torch.finfo(torch.float32).eps
+
+
+def test_kernel_takes_no_float64(kernel):
+    raises(TypeError, "takes no float64", kernel, make_inputs() | make_table(5, 12))
+
+
 @pytest.mark.parametrize("name", ("positions", "inv_freq"))
-def test_kernel_refuses_gradients_it_does_not_have(name):
+def test_a_learned_table_gets_its_gradient_where_no_kernel_was_asked_for(name):
+    inputs = {key: tensor.float() for key, tensor in make_inputs().items()} | make_table(5, 12)
+    grads = []
+    for backend in (None, "torch"):
+        leaf = inputs[name].float().requires_grad_()
+        rope3d(**inputs | {name: leaf}, backend=backend)[0].square().sum().backward()
+        grads.append(leaf.grad)
+    assert torch.equal(*grads) and grads[0].abs().max() > 0
+
+
+@pytest.mark.parametrize("name", ("positions", "inv_freq"))
+def test_kernel_refuses_gradients_it_does_not_have(kernel, name):
     inputs = {key: tensor.float() for key, tensor in make_inputs().items()} | make_table(5, 12)
     learned = {name: inputs[name].float().requires_grad_()}
     raises(NotImplementedError, f"no gradient of {name}", kernel, inputs, **learned)
@@ -303,24 +316,24 @@ def test_kernel_refuses_gradients_it_does_not_have(name):
 
 
 @pytest.mark.parametrize("column", (-1, 3))
-def test_kernel_marks_an_axis_out_of_range(column):
+def test_kernel_marks_an_axis_out_of_range(kernel, column):
     inputs, table = make_inputs(), make_table(5, 12)
     table["axis"][2] = column
     q, _ = kernel(**{name: tensor.float() for name, tensor in inputs.items()}, **table)
     assert q[..., 4:6].isnan().all() and not q[..., 6:].isnan().any()
 
 
-def test_kernel_sine_and_cosine():
-    """Within 1.1 ulp of 1, near multiples of pi/2 too; bounded beyond 1.6e6; nan for no number."""
-    quarters = torch.arange(-8192, 8192).double() * 121 * (math.pi / 2)
+def test_kernel_sine_and_cosine(kernel):
+    """Within 1.1 ulp of 1, near multiples of pi/2 too; bounded beyond 1.5e6; nan for no number."""
+    quarters = torch.arange(-8192, 8192).double() * 115 * (math.pi / 2)
     spread = (torch.rand(3, 16384, dtype=torch.float64) * 2 - 1) * torch.tensor([[1], [1e3], [1e6]])
-    angles = torch.cat((quarters[None], spread)).float().to(DEVICE)
+    angles = torch.cat((quarters.expand(2, -1), spread)).float().to(DEVICE)
     special = torch.tensor([0.0, 1e-30, 1e7, -3e9, 3e38, math.inf, -math.inf, math.nan])
     angles[0, :8] = special
-    q = torch.tensor([1.0, 0.0], device=DEVICE).repeat(4, 1, 1, 16384)
+    q = torch.tensor([1.0, 0.0], device=DEVICE).repeat(5, 1, 1, 16384)
     axis, positions = torch.zeros(16384, device=DEVICE).int(), torch.ones(1, 3, device=DEVICE)
     out, _ = kernel(q, q, positions, angles, axis)
-    cos, sin = out.view(4, 16384, 2).unbind(-1)
+    cos, sin = out.view(5, 16384, 2).unbind(-1)
     for values, exact in ((cos, angles.double().cos()), (sin, angles.double().sin())):
         error = (values - exact).abs()
         error[0, 2:8] = 0

@@ -3,13 +3,16 @@ from functools import partial
 import pytest
 import torch
 from common import (
+    BACKENDS,
+    CPU_LEVELS,
     DTYPES,
-    KERNEL_DTYPES,
+    KERNELS,
     assert_accurate,
     assert_compiles,
     assert_equal_results,
     assert_same_in_float64,
     assert_strided_is_same,
+    at_cpu_level,
     raises,
     randn,
     run,
@@ -18,7 +21,11 @@ from common import (
 from lumina_kernels import rope3d, rope_table
 from lumina_kernels.ops.rope_table import rope_table_bwd, rope_table_fwd
 
-kernel = partial(rope_table, backend="triton")
+
+@pytest.fixture(params=BACKENDS)
+def kernel(request):
+    return partial(rope_table, backend=request.param)
+
 
 PAIRINGS = ("interleaved", "half")
 
@@ -144,7 +151,10 @@ def test_errors():
     raises(
         ValueError, "pairing must be one of interleaved, half", rope_table, good, pairing="pairs"
     )
-    raises(ValueError, "'cpu' is not there for this op", rope_table, good, backend="cpu")
+
+
+def test_kernel_refuses_what_it_does_not_compute(kernel):
+    good = make_inputs()
     raises(TypeError, "takes no float64", kernel, good)
     low = {name: tensor.float() for name, tensor in good.items()}
     learned = low["sin"].requires_grad_()
@@ -175,20 +185,20 @@ def rounding_matrices(q, k, cos, sin, pairing):
     return q, k
 
 
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("kernel, dtype", KERNELS, indirect=["kernel"])
 @pytest.mark.parametrize("per_sample", (False, True))
 @pytest.mark.parametrize(
     "shape", ((2, 5, 4, 2, 12), (1, 1, 1, 1, 2), (1, 13, 3, 1, 48), (1, 3, 12, 5, 72))
 )
 @pytest.mark.parametrize("pairing", PAIRINGS)
-def test_kernel_accuracy(pairing, shape, per_sample, dtype):
+def test_kernel_accuracy(kernel, pairing, shape, per_sample, dtype):
     inputs, table = heads_and_table(*shape, per_sample=per_sample)
     fns = (with_table(fn, table, pairing) for fn in (kernel, rounding_matrices))
     assert_accurate(*fns, inputs, dtype)
 
 
 @pytest.mark.parametrize("pairing", PAIRINGS)
-def test_kernel_of_queries_alone(pairing):
+def test_kernel_of_queries_alone(kernel, pairing):
     inputs, table = heads_and_table(dtype=torch.float32)
     table |= {"pairing": pairing}
     both = run(lambda q, k: kernel(q, k, **table), inputs)
@@ -198,7 +208,7 @@ def test_kernel_of_queries_alone(pairing):
 
 
 @pytest.mark.parametrize("pairing", PAIRINGS)
-def test_kernel_takes_views(pairing):
+def test_kernel_takes_views(kernel, pairing):
     inputs, table = heads_and_table(dtype=torch.float32)
     table |= {"pairing": pairing}
     assert_strided_is_same(lambda **kw: kernel(**kw, **table), inputs)
@@ -213,25 +223,25 @@ def test_kernel_takes_views(pairing):
 
 
 @pytest.mark.parametrize("shape", ((0, 5, 4, 2), (2, 0, 4, 2)))
-def test_kernel_of_nothing(shape):
+def test_kernel_of_nothing(kernel, shape):
     inputs, table = heads_and_table(*shape, dtype=torch.float32)
     results = run(lambda **kw: kernel(**kw, **table), inputs)
     assert results["out 0"].shape == results["dq"].shape == (*shape[:3], 12)
 
 
 @pytest.mark.parametrize("pairing", PAIRINGS)
-def test_kernel_operators(pairing):
+def test_kernel_operators(kernel, pairing):
     inputs, table = heads_and_table(1, 2, dtype=torch.float16)
     q, k = inputs.values()
     for key in (k, None):
-        args = (q, key, *table.values(), pairing, "triton")
+        args = (q, key, *table.values(), pairing, kernel.keywords["backend"])
         torch.library.opcheck(rope_table_bwd, args)
         leaves = (x if x is None else x.detach().requires_grad_() for x in args[:2])
         torch.library.opcheck(rope_table_fwd, (*leaves, *args[2:]))
 
 
 @pytest.mark.parametrize("pairing", PAIRINGS)
-def test_kernel_compiles(pairing):
+def test_kernel_compiles(kernel, pairing):
     def fn(cos, sin, **inputs):
         return kernel(cos=cos.detach(), sin=sin.detach(), pairing=pairing, **inputs)
 
@@ -240,3 +250,21 @@ def test_kernel_compiles(pairing):
         inputs, table = heads_and_table(*size, dtype=torch.float16)
         examples.append(inputs | table)
     assert_compiles(fn, *examples)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pairing", PAIRINGS)
+@pytest.mark.parametrize("level", CPU_LEVELS)
+def test_every_instruction_set_is_accurate(level, pairing, dtype):
+    with at_cpu_level(level):
+        for shape in ((1, 2, 1, 2, 2), (1, 3, 2, 1, 24), (2, 3, 3, 1, 36), (1, 3, 5, 2, 88)):
+            kernel = partial(rope_table, backend="cpu")
+            test_kernel_accuracy(kernel, pairing, shape, False, dtype)
+
+
+@pytest.mark.parametrize("name", ("cos", "sin"))
+def test_a_learned_table_gets_its_gradient_where_no_kernel_was_asked_for(name):
+    inputs = {key: tensor.float() for key, tensor in make_inputs().items()}
+    inputs[name].requires_grad_()
+    rope_table(**inputs)[0].square().sum().backward()
+    assert inputs[name].grad.abs().max() > 0

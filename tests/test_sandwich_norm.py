@@ -3,14 +3,17 @@ from functools import partial
 import pytest
 import torch
 from common import (
+    BACKENDS,
+    CPU_LEVELS,
     DTYPES,
-    KERNEL_DTYPES,
+    KERNELS,
     assert_accurate,
     assert_compiles,
     assert_equal_results,
     assert_kernel_contract,
     assert_same_in_float64,
     assert_strided_is_same,
+    at_cpu_level,
     raises,
     randn,
     run,
@@ -115,30 +118,74 @@ def test_errors():
         gate=randn(48),
     )
     raises(TypeError, "gate must be float16.*bool", sandwich_norm, good, gate=randn(2, 48) > 0)
-    raises(ValueError, "'cuda' is not there for this op", sandwich_norm, good, backend="cuda")
 
 
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("backend, dtype", KERNELS)
 @pytest.mark.parametrize("per_token", (False, True))
 @pytest.mark.parametrize("B, L, D", ((2, 1, 8), (1, 5, 1), (2, 9, 100), (1, 6, 576), (2, 33, 144)))
-def test_triton_is_accurate(B, L, D, per_token, dtype):
+def test_kernels_are_accurate(B, L, D, per_token, backend, dtype):
     inputs = make_inputs(B, L, D, per_token)
-    assert_accurate(partial(sandwich_norm, backend="triton"), eager, inputs, dtype)
+    assert_accurate(partial(sandwich_norm, backend=backend), eager, inputs, dtype)
 
 
-def test_triton_keeps_the_contract():
-    assert_kernel_contract(sandwich_norm, make_inputs(2, 5, 12), make_inputs(3, 7, 12))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("per_token", (False, True))
+@pytest.mark.parametrize("level", CPU_LEVELS)
+def test_every_instruction_set_is_accurate(level, per_token, dtype):
+    with at_cpu_level(level):
+        for D in (1, 33, 1040):  # 1040: three chunks of rows
+            test_kernels_are_accurate(2, 70, D, per_token, "cpu", dtype)
 
 
-def test_triton_reads_modulations_in_place():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_kernels_keep_the_contract(backend):
+    assert_kernel_contract(
+        sandwich_norm, make_inputs(2, 5, 12), make_inputs(3, 7, 12), backend=backend
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_kernels_read_modulations_in_place(backend):
     inputs = make_inputs(D=16)
     inputs["gate"] = randn(2, 64).chunk(4, 1)[1]
-    fn = partial(sandwich_norm, backend="triton")
+    fn = partial(sandwich_norm, backend=backend)
     assert_accurate(fn, eager, inputs, torch.float32)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("B, L", ((0, 5), (2, 0)))
-def test_triton_takes_nothing(B, L):
+def test_kernels_take_nothing(B, L, backend):
     inputs = {name: tensor.float() for name, tensor in make_inputs(B, L).items()}
-    results = run(partial(sandwich_norm, backend="triton"), inputs)
-    assert_equal_results(results, run(sandwich_norm, inputs))
+    results = run(partial(sandwich_norm, backend=backend), inputs)
+    assert_equal_results(results, run(partial(sandwich_norm, backend="torch"), inputs))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_kernels_mix_dtypes(backend):
+    inputs = {name: tensor.half() for name, tensor in make_inputs().items()}
+    inputs |= {name: inputs[name].float() for name in ("weight", "residual")}
+    expected = run(partial(sandwich_norm, backend="torch"), inputs)
+    for name, value in run(partial(sandwich_norm, backend=backend), inputs).items():
+        assert value.dtype == expected[name].dtype, name
+        torch.testing.assert_close(value, expected[name], msg=name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_kernels_read_any_rows(backend):
+    inputs = {name: tensor.float() for name, tensor in make_inputs(4, 3, 12).items()}
+    inputs |= {name: inputs[name].transpose(0, 1) for name in ("y", "residual")}
+    inputs["gate"] = inputs["gate"][:1, None].expand(3, 4, 12)
+    packed = {name: tensor.contiguous() for name, tensor in inputs.items()}
+    fn = partial(sandwich_norm, backend=backend)
+    assert_equal_results(run(fn, inputs), run(fn, packed))
+
+
+def test_bits_do_not_depend_on_the_number_of_threads():
+    inputs = {name: tensor.bfloat16() for name, tensor in make_inputs(2, 70, 1040).items()}
+    threads, results = torch.get_num_threads(), []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(run(sandwich_norm, inputs))
+    torch.set_num_threads(threads)
+    assert_equal_results(results[1], results[0])
+    assert_equal_results(results[2], results[0])

@@ -3,8 +3,10 @@ from functools import partial
 import pytest
 import torch
 from common import (
+    BACKENDS,
+    CPU_LEVELS,
     DTYPES,
-    KERNEL_DTYPES,
+    KERNELS,
     assert_accurate,
     assert_compiles,
     assert_equal_results,
@@ -12,6 +14,7 @@ from common import (
     assert_rounded_once,
     assert_same_in_float64,
     assert_strided_is_same,
+    at_cpu_level,
     raises,
     randn,
     run,
@@ -112,49 +115,86 @@ def test_errors():
     raises(ValueError, r"next_weight must have shape \(48,\)", chain, good, next_weight=randn(47))
     raises(ValueError, r"next_scale must have shape", chain, good, next_scale=randn(2, 5, 1))
     raises(TypeError, "next_scale must be float16", chain, good, next_scale=torch.ones(2, 48).int())
-    raises(ValueError, "'cpu' is not there for this op", chain, good, backend="cpu")
 
 
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("backend, dtype", KERNELS)
 @pytest.mark.parametrize("per_token", (False, True))
 @pytest.mark.parametrize("B, L, D", ((2, 1, 8), (1, 5, 1), (2, 9, 100), (1, 6, 576), (2, 33, 144)))
-def test_triton_is_accurate(B, L, D, per_token, dtype):
+def test_kernels_are_accurate(B, L, D, per_token, backend, dtype):
     inputs = make_inputs(B, L, D, per_token)
-    assert_accurate(partial(sandwich_norm_chain, backend="triton"), eager, inputs, dtype)
+    assert_accurate(partial(sandwich_norm_chain, backend=backend), eager, inputs, dtype)
 
 
-def test_triton_keeps_the_contract():
-    assert_kernel_contract(sandwich_norm_chain, make_inputs(2, 5, 12), make_inputs(3, 7, 12))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("per_token", (False, True))
+@pytest.mark.parametrize("level", CPU_LEVELS)
+def test_every_instruction_set_is_accurate(level, per_token, dtype):
+    with at_cpu_level(level):
+        for D in (1, 33, 1040):  # 1040: three chunks of rows
+            test_kernels_are_accurate(2, 70, D, per_token, "cpu", dtype)
 
 
-def test_triton_reads_modulations_in_place():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_kernels_keep_the_contract(backend):
+    assert_kernel_contract(
+        sandwich_norm_chain, make_inputs(2, 5, 12), make_inputs(3, 7, 12), backend=backend
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_kernels_read_modulations_in_place(backend):
     inputs = make_inputs(D=16)
     views = randn(2, 32).chunk(2, 1)
     inputs |= dict(zip(("gate", "next_scale"), views, strict=True))
-    fn = partial(sandwich_norm_chain, backend="triton")
+    fn = partial(sandwich_norm_chain, backend=backend)
     assert_accurate(fn, eager, inputs, torch.float32)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("B, L", ((0, 5), (2, 0)))
-def test_triton_takes_nothing(B, L):
+def test_kernels_take_nothing(B, L, backend):
     inputs = {name: tensor.float() for name, tensor in make_inputs(B, L).items()}
-    results = run(partial(sandwich_norm_chain, backend="triton"), inputs)
-    assert_equal_results(results, run(sandwich_norm_chain, inputs))
+    results = run(partial(sandwich_norm_chain, backend=backend), inputs)
+    assert_equal_results(results, run(partial(sandwich_norm_chain, backend="torch"), inputs))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "left_out", (("next_weight",), ("next_scale",), ("next_weight", "next_scale"))
 )
-def test_triton_takes_none(left_out):
+def test_kernels_take_none(left_out, backend):
     inputs = make_inputs() | dict.fromkeys(left_out)
-    assert_accurate(partial(sandwich_norm_chain, backend="triton"), eager, inputs, torch.float32)
+    assert_accurate(partial(sandwich_norm_chain, backend=backend), eager, inputs, torch.float32)
 
 
-def test_triton_mixes_dtypes():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_kernels_mix_dtypes(backend):
     inputs = {name: tensor.half() for name, tensor in make_inputs().items()}
     inputs |= {"weight": inputs["weight"].float(), "residual": inputs["residual"].float()}
-    fn = partial(sandwich_norm_chain, backend="triton")
-    expected = run(sandwich_norm_chain, inputs)
+    fn = partial(sandwich_norm_chain, backend=backend)
+    expected = run(partial(sandwich_norm_chain, backend="torch"), inputs)
     for name, value in run(fn, inputs).items():
         assert value.dtype == expected[name].dtype, name
         torch.testing.assert_close(value, expected[name], msg=name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_kernels_read_any_rows(backend):
+    inputs = {name: tensor.float() for name, tensor in make_inputs(4, 3, 12).items()}
+    inputs |= {name: inputs[name].transpose(0, 1) for name in ("y", "residual")}
+    inputs["gate"] = inputs["gate"][:1, None].expand(3, 4, 12)
+    inputs["next_scale"] = inputs["next_scale"][:1].expand(3, 12)
+    packed = {name: tensor.contiguous() for name, tensor in inputs.items()}
+    fn = partial(sandwich_norm_chain, backend=backend)
+    assert_equal_results(run(fn, inputs), run(fn, packed))
+
+
+def test_bits_do_not_depend_on_the_number_of_threads():
+    inputs = {name: tensor.bfloat16() for name, tensor in make_inputs(2, 70, 1040).items()}
+    threads, results = torch.get_num_threads(), []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(run(sandwich_norm_chain, inputs))
+    torch.set_num_threads(threads)
+    assert_equal_results(results[1], results[0])
+    assert_equal_results(results[2], results[0])

@@ -3,14 +3,17 @@ from functools import partial
 import pytest
 import torch
 from common import (
+    BACKENDS,
+    CPU_LEVELS,
     DTYPES,
-    KERNEL_DTYPES,
+    KERNELS,
     assert_accurate,
     assert_compiles,
     assert_equal_results,
     assert_kernel_contract,
     assert_same_in_float64,
     assert_strided_is_same,
+    at_cpu_level,
     raises,
     randn,
     run,
@@ -71,33 +74,44 @@ def test_errors():
         TypeError, "b must have the dtype of a, torch.float64", swiglu, good, b=good["b"].float()
     )
     raises(TypeError, "a must be float16.*int64", swiglu, good, a=torch.ones(2, 5, 48).long())
-    raises(ValueError, "'cpu' is not there for this op", swiglu, good, backend="cpu")
 
 
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("backend, dtype", KERNELS)
 @pytest.mark.parametrize("shape", ((), (7,), (2, 3, 5), (3, 1100), (2, 2, 1024)))
-def test_triton_is_accurate(shape, dtype):
+def test_kernels_are_accurate(shape, backend, dtype):
     inputs = {"a": 3 * randn(*shape), "b": randn(*shape)}
-    assert_accurate(partial(swiglu, backend="triton"), lambda a, b: F.silu(a) * b, inputs, dtype)
+    assert_accurate(partial(swiglu, backend=backend), lambda a, b: F.silu(a) * b, inputs, dtype)
 
 
-def test_triton_keeps_the_contract():
-    assert_kernel_contract(swiglu, make_inputs(2, 5, 12), make_inputs(3, 7, 12))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("level", CPU_LEVELS)
+def test_every_instruction_set_is_accurate(level, dtype):
+    with at_cpu_level(level):
+        test_kernels_are_accurate((3, 1111), "cpu", dtype)
 
 
-def test_triton_reads_halves_in_place():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_kernels_keep_the_contract(backend):
+    assert_kernel_contract(swiglu, make_inputs(2, 5, 12), make_inputs(3, 7, 12), backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_kernels_read_halves_in_place(backend):
     a, b = randn(2, 5, 32).float().chunk(2, -1)
-    torch.testing.assert_close(swiglu(a, b, backend="triton"), swiglu(a, b))
+    torch.testing.assert_close(swiglu(a, b, backend=backend), swiglu(a, b, backend="torch"))
     a, b = a.transpose(0, 1), b.transpose(0, 1)  # rows that no single step reaches
-    torch.testing.assert_close(swiglu(a, b, backend="triton"), swiglu(a, b))
+    torch.testing.assert_close(swiglu(a, b, backend=backend), swiglu(a, b, backend="torch"))
 
 
-def test_triton_with_large_gates():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_kernels_with_large_gates(backend):
     a = torch.tensor([[[-1e4, -100.0, 0.0, 100.0, 6e4]]], dtype=torch.float16)
-    out = swiglu(a, torch.ones_like(a), backend="triton")
+    out = swiglu(a, torch.ones_like(a), backend=backend)
     assert torch.equal(out, torch.tensor([[[0.0, 0.0, 0.0, 100.0, 6e4]]], dtype=torch.float16))
 
 
-def test_triton_takes_nothing():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_kernels_take_nothing(backend):
     inputs = {name: tensor.float() for name, tensor in make_inputs(B=0).items()}
-    assert_equal_results(run(partial(swiglu, backend="triton"), inputs), run(swiglu, inputs))
+    expected = run(partial(swiglu, backend="torch"), inputs)
+    assert_equal_results(run(partial(swiglu, backend=backend), inputs), expected)

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lumina_kernels.backend import resolve
+from lumina_kernels.backend import launchers, resolve
 from lumina_kernels.ops._checks import check_axes, check_float, check_mask, check_same_dtype
 
-BACKENDS = ("triton",)
+BACKENDS = ("triton", "cuda", "cpu")
 
 
 def context_drop(
@@ -95,8 +95,7 @@ def context_drop_fwd(
     k: Tensor, v: Tensor, grid: list[int], factor: int, key_mask: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Pooled k and v, their mask and counts."""
-    from lumina_kernels.triton import context_drop as kernels
-
+    kernels = launchers("context_drop", backend)
     return kernels.context_drop_fwd(k, v, grid, factor, key_mask)
 
 
@@ -126,8 +125,7 @@ def context_drop_bwd(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """dk and dv: the gradient of a mean, shared out among its tokens."""
-    from lumina_kernels.triton import context_drop as kernels
-
+    kernels = launchers("context_drop", backend)
     return kernels.context_drop_bwd(dk_out, dv_out, counts, grid, factor, key_mask)
 
 

@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from lumina_kernels.backend import resolve
+from lumina_kernels.backend import launchers, resolve
 from lumina_kernels.ops._checks import check_axes, check_float
 from lumina_kernels.ops._gradients import fake_like, from_outputs, to_outputs
 from lumina_kernels.ops.norm_modulate import check_modulation, norm_modulate_ref, per_token
 
-BACKENDS = ("triton",)
+BACKENDS = ("triton", "cuda", "cpu")
 
 
 def gate_residual_norm(
@@ -87,8 +87,7 @@ def gate_residual_norm_fwd(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """new, normed, and float32 statistics of new's rows: rstd and, of a LayerNorm, the mean."""
-    from lumina_kernels.triton import gate_residual_norm as kernels
-
+    kernels = launchers("gate_residual_norm", backend)
     return kernels.gate_residual_norm_fwd(y, residual, gate, weight, bias, scale, shift, eps, kind)
 
 
@@ -113,8 +112,7 @@ def gate_residual_norm_bwd(
     backend: str,
 ) -> list[Tensor]:
     """The gradients of the seven tensors."""
-    from lumina_kernels.triton import gate_residual_norm as kernels
-
+    kernels = launchers("gate_residual_norm", backend)
     grads = kernels.gate_residual_norm_bwd(
         dnew, dnormed, y, residual, gate, weight, bias, scale, shift, statistics
     )

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lumina_kernels.backend import resolve
+from lumina_kernels.backend import launchers, resolve
 from lumina_kernels.ops._checks import (
     check_axes,
     check_float,
@@ -12,7 +12,7 @@ from lumina_kernels.ops._checks import (
     check_same_dtype,
 )
 
-BACKENDS = ("triton",)
+BACKENDS = ("triton", "cuda", "cpu")
 
 # What the tiles of the kernels hold.
 MAX_HEAD_DIM = 256
@@ -181,8 +181,7 @@ def gqa_attention_fwd(
     for float32, or when it is not wanted), and of each branch log2 of the sum of the exponentials
     of a row's scores, (B, G, L, H / G) float32, -inf for a row without a valid key (empty without
     text)."""
-    from lumina_kernels.triton import gqa_attention as kernels
-
+    kernels = launchers("gqa_attention", backend)
     return kernels.gqa_attention_fwd(
         q, k, v, key_mask, scale, text_k, text_v, text_mask, text_gate, bias, with_error
     )
@@ -217,8 +216,7 @@ def gqa_attention_bwd(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, text_k, text_v, text_gate and bias, empty for what is not there."""
-    from lumina_kernels.triton import gqa_attention as kernels
-
+    kernels = launchers("gqa_attention", backend)
     return kernels.gqa_attention_bwd(
         dout, out, error, lse, text_lse, q, k, v, key_mask, scale, text_k, text_v, text_mask,
         text_gate, bias, with_dbias,

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from lumina_kernels.backend import resolve
+from lumina_kernels.backend import launchers, resolve
 from lumina_kernels.ops._checks import check_float, check_floating
 
-BACKENDS = ("triton",)
+BACKENDS = ("triton", "cuda", "cpu")
 
 
 def guided_step(
@@ -30,7 +30,8 @@ def guided_step(
         dt: step in time, a float or a 0-d tensor; negative integrates backwards.
         channels: guide the first `channels` channels only and take the others from v_cond: 3 is
             what the released Lumina-Next does to its 4 latent channels. None guides all.
-        backend: None takes the best one there is; see `lumina_kernels.backend`.
+        backend: None takes the best one there is, "torch" where a gradient is asked for; see
+            `lumina_kernels.backend`.
 
     Returns:
         shaped as x, in x.dtype (v may have another). The arithmetic is float32 (float64 where x or
@@ -42,6 +43,7 @@ def guided_step(
         ValueError: a shape or device does not fit x, channels is not within 0..C, or there is no
             such backend.
         TypeError: x or v is not a floating-point tensor.
+        NotImplementedError: a kernel was asked for by name, and a tensor requires a gradient.
     """
     check_floating("x", x)
     if x.ndim < 2:
@@ -52,7 +54,7 @@ def guided_step(
             raise ValueError(f"{name} must be a number or a 0-d tensor, got {tuple(number.shape)}")
     if channels is not None and not 0 <= channels <= x.shape[1]:
         raise ValueError(f"channels must be within 0..{x.shape[1]}, got {channels}")
-    backend = resolve(backend, BACKENDS, x, v)
+    backend = resolve(backend, BACKENDS, x, v, x=x, v=v, weight=weight, dt=dt)
     if backend == "torch":
         return guided_step_ref(x, v, weight, dt, channels)
     numbers = (*_tensor_and_value(weight, x.device), *_tensor_and_value(dt, x.device))
@@ -92,8 +94,7 @@ def guided_step_fwd(
     backend: str,
 ) -> Tensor:
     """The new state. A value counts where its tensor is None."""
-    from lumina_kernels.triton import guided_step as kernels
-
+    kernels = launchers("guided_step", backend)
     return kernels.guided_step_fwd(x, v, weight, weight_value, dt, dt_value, channels)
 
 

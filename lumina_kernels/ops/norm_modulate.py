@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from lumina_kernels.backend import resolve
+from lumina_kernels.backend import launchers, resolve
 from lumina_kernels.ops._checks import check_axes, check_float
 from lumina_kernels.ops._gradients import fake_like, from_outputs, to_outputs
 
-BACKENDS = ("triton",)
+BACKENDS = ("triton", "cuda", "cpu")
 KINDS = ("rms", "layer")
 
 
@@ -103,8 +103,7 @@ def norm_modulate_fwd(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The output, and float32 statistics of the rows: rstd and, of a LayerNorm, the mean."""
-    from lumina_kernels.triton import norm_modulate as kernels
-
+    kernels = launchers("norm_modulate", backend)
     return kernels.norm_modulate_fwd(x, weight, bias, scale, shift, eps, kind)
 
 
@@ -126,8 +125,7 @@ def norm_modulate_bwd(
     backend: str,
 ) -> list[Tensor]:
     """The gradients of x and of the four parameters."""
-    from lumina_kernels.triton import norm_modulate as kernels
-
+    kernels = launchers("norm_modulate", backend)
     grads = kernels.norm_modulate_bwd(dout, x, weight, bias, scale, shift, statistics)
     return to_outputs(grads, x)
 

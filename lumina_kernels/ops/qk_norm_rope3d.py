@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from lumina_kernels.backend import resolve
+from lumina_kernels.backend import launchers, resolve
 from lumina_kernels.ops._checks import check_float
 from lumina_kernels.ops.norm_modulate import norm_modulate_ref
-from lumina_kernels.ops.rope3d import check_rope3d, refuse_gradients, rope3d_ref
+from lumina_kernels.ops.rope3d import check_rope3d, rope3d_ref
 
-BACKENDS = ("triton",)
+BACKENDS = ("triton", "cuda", "cpu")
 NORMS = ("layer_across_heads", "rms_per_head", "rms_across_heads")
 
 
@@ -55,18 +55,18 @@ def qk_norm_rope3d(
         ValueError: a shape or device does not fit q, a bias comes with an RMS norm, or norm or
             backend is not one there is.
         TypeError: a dtype is not as above.
-        NotImplementedError: positions or inv_freq asks for a gradient and the backend is not
-            "torch".
+        NotImplementedError: positions or inv_freq asks for a gradient and `backend` names a
+            kernel. None takes the definition then.
         RuntimeError, or the device's own failure: an entry of axis is not 0, 1 or 2. The kernels
             give NaN for it.
     """
     check_rope3d(q, k, positions, inv_freq, axis)
     parameters = q_weight, q_bias, k_weight, k_bias
     check_qk_norm(q, k, *parameters, norm)
-    backend = resolve(backend, BACKENDS, q, k, *parameters)
+    constants = {"positions": positions, "inv_freq": inv_freq}
+    backend = resolve(backend, BACKENDS, q, k, *parameters, **constants)
     if backend == "torch":
         return qk_norm_rope3d_ref(q, k, *parameters, positions, inv_freq, axis, eps, norm)
-    refuse_gradients(backend, positions=positions, inv_freq=inv_freq)
     return qk_norm_rope3d_fwd(q, k, *parameters, positions, inv_freq, axis, eps, norm, backend)
 
 
@@ -120,8 +120,7 @@ def qk_norm_rope3d_fwd(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """q and k, normalised and rotated."""
-    from lumina_kernels.triton import qk_norm_rope3d as kernels
-
+    kernels = launchers("qk_norm_rope3d", backend)
     parameters = q_weight, q_bias, k_weight, k_bias
     return kernels.qk_norm_rope3d_fwd(q, k, *parameters, positions, inv_freq, axis, eps, norm)
 
@@ -150,8 +149,7 @@ def qk_norm_rope3d_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dq_weight, dq_bias, dk_weight and dk_bias; an op returns no None, so the gradient
     of a parameter that is None is an empty tensor."""
-    from lumina_kernels.triton import qk_norm_rope3d as kernels
-
+    kernels = launchers("qk_norm_rope3d", backend)
     inputs = q, k, q_weight, q_bias, k_weight, k_bias
     return kernels.qk_norm_rope3d_bwd(dq_out, dk_out, *inputs, positions, inv_freq, axis, eps, norm)
 

@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from lumina_kernels.backend import resolve
+from lumina_kernels.backend import launchers, resolve
 from lumina_kernels.ops.context_drop import check_context_drop, context_drop_ref, windows_of
 from lumina_kernels.ops.qk_norm_rope3d import NORMS, check_qk_norm, qk_norm_rope3d_ref
-from lumina_kernels.ops.rope3d import check_rope3d, refuse_gradients
+from lumina_kernels.ops.rope3d import check_rope3d
 
-BACKENDS = ("triton",)
+BACKENDS = ("triton", "cuda", "cpu")
 
 
 def qk_norm_rope3d_pool(
@@ -62,11 +62,11 @@ def qk_norm_rope3d_pool(
     check_rope3d(q, k, *table)
     check_qk_norm(q, k, *parameters, norm)
     check_context_drop(k, v, grid, factor, key_mask)
-    backend = resolve(backend, BACKENDS, q, k, v, *parameters)
+    constants = {"positions": positions, "inv_freq": inv_freq}
+    backend = resolve(backend, BACKENDS, q, k, v, *parameters, **constants)
     rest = key_mask, eps, norm
     if backend == "torch":
         return qk_norm_rope3d_pool_ref(q, k, v, *parameters, *table, grid, factor, *rest)
-    refuse_gradients(backend, positions=positions, inv_freq=inv_freq)
     return qk_norm_rope3d_pool_fwd(q, k, v, *parameters, *table, list(grid), factor, *rest, backend)
 
 
@@ -105,8 +105,7 @@ def qk_norm_rope3d_pool_fwd(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """q; pooled k and v, their mask and counts."""
-    from lumina_kernels.triton import qk_norm_rope3d_pool as kernels
-
+    kernels = launchers("qk_norm_rope3d_pool", backend)
     inputs = q, k, v, q_weight, q_bias, k_weight, k_bias, positions, inv_freq, axis
     return kernels.qk_norm_rope3d_pool_fwd(*inputs, grid, factor, key_mask, eps, norm)
 
@@ -144,8 +143,7 @@ def qk_norm_rope3d_pool_bwd(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, and the gradients of the parameters, an empty tensor for None."""
-    from lumina_kernels.triton import qk_norm_rope3d_pool as kernels
-
+    kernels = launchers("qk_norm_rope3d_pool", backend)
     douts, parameters = (dq_out, dk_out, dv_out), (q_weight, q_bias, k_weight, k_bias)
     inputs = q, k, *parameters, positions, inv_freq, axis, counts
     return kernels.qk_norm_rope3d_pool_bwd(*douts, *inputs, grid, factor, key_mask, eps, norm)

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from lumina_kernels.backend import resolve
+from lumina_kernels.backend import launchers, resolve
 from lumina_kernels.ops._checks import check_axes, check_float, check_same_dtype, check_shape
 
-BACKENDS = ("triton",)
+BACKENDS = ("triton", "cuda", "cpu")
 
 
 def rope3d(
@@ -40,16 +40,15 @@ def rope3d(
     Raises:
         ValueError: a shape or device does not fit q, or there is no such backend.
         TypeError: a dtype is not as above.
-        NotImplementedError: positions or inv_freq asks for a gradient and the backend is not
-            "torch": the kernels differentiate q and k alone.
+        NotImplementedError: positions or inv_freq asks for a gradient and `backend` names a
+            kernel: they differentiate q and k alone. None takes the definition then.
         RuntimeError, or the device's own failure: an entry of axis is not 0, 1 or 2. The kernels
             give NaN for it.
     """
     check_rope3d(q, k, positions, inv_freq, axis)
-    backend = resolve(backend, BACKENDS, q, k)
+    backend = resolve(backend, BACKENDS, q, k, positions=positions, inv_freq=inv_freq)
     if backend == "torch":
         return rope3d_ref(q, k, positions, inv_freq, axis)
-    refuse_gradients(backend, positions=positions, inv_freq=inv_freq)
     return rope3d_fwd(q, k, positions, inv_freq, axis, backend)
 
 
@@ -90,16 +89,6 @@ def check_heads(q: Tensor, k: Tensor) -> None:
         raise ValueError(f"q must have an even head_dim to rotate pairs, got {K}")
 
 
-def refuse_gradients(backend: str, **tensors: Tensor) -> None:
-    """None of `tensors`, which the kernels do not differentiate, asks for a gradient."""
-    for name, tensor in tensors.items():
-        if tensor.requires_grad and torch.is_grad_enabled():
-            raise NotImplementedError(
-                f"backend {backend!r} computes no gradient of {name}, which requires one: "
-                "detach it or use backend='torch'"
-            )
-
-
 # Registered at import, so that torch.compile knows shapes and gradients before any kernel exists.
 
 
@@ -108,8 +97,7 @@ def rope3d_fwd(
     q: Tensor, k: Tensor, positions: Tensor, inv_freq: Tensor, axis: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
     """q and k rotated."""
-    from lumina_kernels.triton import rope3d as kernels
-
+    kernels = launchers("rope3d", backend)
     return kernels.rope3d_fwd(q, k, positions, inv_freq, axis)
 
 
@@ -118,8 +106,7 @@ def rope3d_bwd(
     dq_out: Tensor, dk_out: Tensor, positions: Tensor, inv_freq: Tensor, axis: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
     """dq and dk: the gradients of the outputs, rotated back."""
-    from lumina_kernels.triton import rope3d as kernels
-
+    kernels = launchers("rope3d", backend)
     return kernels.rope3d_bwd(dq_out, dk_out, positions, inv_freq, axis)
 
 

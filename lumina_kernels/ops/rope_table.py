@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from lumina_kernels.backend import resolve
+from lumina_kernels.backend import launchers, resolve
 from lumina_kernels.ops._checks import check_float
-from lumina_kernels.ops.rope3d import check_heads, refuse_gradients
+from lumina_kernels.ops.rope3d import check_heads
 
-BACKENDS = ("triton",)
+BACKENDS = ("triton", "cuda", "cpu")
 PAIRINGS = ("interleaved", "half")
 
 
@@ -40,8 +40,8 @@ def rope_table(
     Raises:
         ValueError: a shape or device does not fit q, or pairing or backend is not one there is.
         TypeError: an argument is not a floating-point tensor, or q and k differ in dtype.
-        NotImplementedError: cos or sin asks for a gradient and the backend is not "torch": the
-            kernels differentiate q and k alone.
+        NotImplementedError: cos or sin asks for a gradient and `backend` names a kernel: they
+            differentiate q and k alone. None takes the definition then.
     """
     check_heads(q, q if k is None else k)
     B, L, _, K = q.shape
@@ -49,10 +49,9 @@ def rope_table(
     check_float("sin", sin, q.device, (L, K), (B, L, K))
     if pairing not in PAIRINGS:
         raise ValueError(f"pairing must be one of {', '.join(PAIRINGS)}, got {pairing!r}")
-    backend = resolve(backend, BACKENDS, q, k)
+    backend = resolve(backend, BACKENDS, q, k, cos=cos, sin=sin)
     if backend == "torch":
         return rope_table_ref(q, k, cos, sin, pairing)
-    refuse_gradients(backend, cos=cos, sin=sin)
     q_out, k_out = rope_table_fwd(q, k, cos, sin, pairing, backend)
     return q_out, None if k is None else k_out
 
@@ -79,8 +78,7 @@ def rope_table_fwd(
     q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, pairing: str, backend: str
 ) -> tuple[Tensor, Tensor]:
     """q and k rotated."""
-    from lumina_kernels.triton import rope_table as kernels
-
+    kernels = launchers("rope_table", backend)
     q_out, k_out = kernels.rope_table_fwd(q, k, cos, sin, pairing)
     return q_out, q.new_empty(0) if k is None else k_out
 
@@ -90,8 +88,7 @@ def rope_table_bwd(
     dq_out: Tensor, dk_out: Tensor | None, cos: Tensor, sin: Tensor, pairing: str, backend: str
 ) -> tuple[Tensor, Tensor]:
     """dq and dk from the gradients of the outputs."""
-    from lumina_kernels.triton import rope_table as kernels
-
+    kernels = launchers("rope_table", backend)
     dq, dk = kernels.rope_table_bwd(dq_out, dk_out, cos, sin, pairing)
     return dq, dq_out.new_empty(0) if dk_out is None else dk
 

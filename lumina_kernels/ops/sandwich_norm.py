@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from lumina_kernels.backend import resolve
+from lumina_kernels.backend import launchers, resolve
 from lumina_kernels.ops._checks import check_axes, check_float
 from lumina_kernels.ops.norm_modulate import norm_modulate_ref, per_token
 
-BACKENDS = ("triton",)
+BACKENDS = ("triton", "cuda", "cpu")
 
 
 def sandwich_norm(
@@ -72,8 +72,7 @@ def sandwich_norm_fwd(
     y: Tensor, residual: Tensor, weight: Tensor, gate: Tensor, eps: float, backend: str
 ) -> tuple[Tensor, Tensor]:
     """The output, and rstd (B, L) float32, which the gradient needs."""
-    from lumina_kernels.triton import sandwich_norm as kernels
-
+    kernels = launchers("sandwich_norm", backend)
     return kernels.sandwich_norm_fwd(y, residual, weight, gate, eps)
 
 
@@ -87,8 +86,7 @@ def sandwich_norm_bwd(
     dout: Tensor, y: Tensor, weight: Tensor, gate: Tensor, rstd: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dy, dweight and dgate; the gradient of the residual is dout itself."""
-    from lumina_kernels.triton import sandwich_norm as kernels
-
+    kernels = launchers("sandwich_norm", backend)
     return kernels.sandwich_norm_bwd(dout, y, weight, gate, rstd)
 
 

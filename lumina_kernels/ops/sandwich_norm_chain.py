@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from lumina_kernels.backend import resolve
+from lumina_kernels.backend import launchers, resolve
 from lumina_kernels.ops._checks import check_float
 from lumina_kernels.ops._gradients import fake_like, from_outputs, to_outputs
 from lumina_kernels.ops.norm_modulate import norm_modulate_ref
 from lumina_kernels.ops.sandwich_norm import check_sandwich, sandwich_norm_ref
 
-BACKENDS = ("triton",)
+BACKENDS = ("triton", "cuda", "cpu")
 
 
 def sandwich_norm_chain(
@@ -84,8 +84,7 @@ def sandwich_norm_chain_fwd(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """new and normed, and rstd of either norm, (B, L) float32, which the gradients need."""
-    from lumina_kernels.triton import sandwich_norm_chain as kernels
-
+    kernels = launchers("sandwich_norm_chain", backend)
     return kernels.sandwich_norm_chain_fwd(y, residual, weight, gate, next_weight, next_scale, eps)
 
 
@@ -110,8 +109,7 @@ def sandwich_norm_chain_bwd(
     backend: str,
 ) -> list[Tensor]:
     """The gradients of all six tensors."""
-    from lumina_kernels.triton import sandwich_norm_chain as kernels
-
+    kernels = launchers("sandwich_norm_chain", backend)
     grads = kernels.sandwich_norm_chain_bwd(
         dnew, dnormed, y, residual, weight, gate, next_weight, next_scale, rstd, next_rstd
     )

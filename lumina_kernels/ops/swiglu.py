@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lumina_kernels.backend import resolve
+from lumina_kernels.backend import launchers, resolve
 from lumina_kernels.ops._checks import check_float, check_floating, check_same_dtype
 
-BACKENDS = ("triton",)
+BACKENDS = ("triton", "cuda", "cpu")
 
 
 def swiglu(a: Tensor, b: Tensor, *, backend: str | None = None) -> Tensor:
@@ -47,8 +47,7 @@ def swiglu_ref(a, b):
 @torch.library.custom_op("lumina_kernels::swiglu_fwd", mutates_args=())
 def swiglu_fwd(a: Tensor, b: Tensor, backend: str) -> Tensor:
     """The output, contiguous."""
-    from lumina_kernels.triton import swiglu as kernels
-
+    kernels = launchers("swiglu", backend)
     return kernels.swiglu_fwd(a, b)
 
 
@@ -60,8 +59,7 @@ def _(a, b, backend):
 @torch.library.custom_op("lumina_kernels::swiglu_bwd", mutates_args=())
 def swiglu_bwd(dout: Tensor, a: Tensor, b: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """da and db."""
-    from lumina_kernels.triton import swiglu as kernels
-
+    kernels = launchers("swiglu", backend)
     return kernels.swiglu_bwd(dout, a, b)
 
 

@@ -1,17 +1,21 @@
-"""The Triton kernels of gqa_attention. In the interpreter tiles are 16 x 16 and masks are read two
-tiles at a time, so that few keys make many tiles."""
+"""The kernels of gqa_attention. In Triton's interpreter tiles are 16 x 16 and masks are read two
+tiles at a time, so that few keys make many tiles; those of the CPU are 96 keys and 64 rows."""
 
 from functools import partial
 
 import pytest
 import torch
 from common import (
+    BACKENDS,
+    CPU_LEVELS,
     DEVICE,
-    KERNEL_DTYPES,
+    DTYPES,
+    KERNELS,
     assert_accurate,
     assert_compiles,
     assert_equal_results,
     assert_strided_is_same,
+    at_cpu_level,
     raises,
     randn,
     run,
@@ -24,7 +28,14 @@ from lumina_kernels import gqa_attention
 from lumina_kernels.ops.gqa_attention import gqa_attention_bwd, gqa_attention_fwd
 
 EPS = torch.finfo(torch.float32).eps
-op = partial(gqa_attention, backend="triton")
+OPS = [pytest.param(partial(gqa_attention, backend=name), id=name) for name in BACKENDS]
+OPS_AND_DTYPES = [
+    pytest.param(partial(gqa_attention, backend=name), dtype, id=f"{name}-{dtype}")
+    for name, dtype in KERNELS
+]
+
+
+definition = partial(gqa_attention, backend="torch")
 
 
 def eager(
@@ -60,22 +71,37 @@ def _is_float(value):
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("op, dtype", OPS_AND_DTYPES)
 @pytest.mark.parametrize(
     "K, H, G, L, L_kv",
     # head_dims of one part and of two, exact or not, unaligned too; groups of 1, 3, 4 and 8
     ((72, 8, 2, 9, 37), (96, 3, 1, 33, 5), (64, 4, 4, 1, 16), (24, 8, 1, 5, 49), (21, 2, 1, 3, 7)),
 )
-def test_accuracy(K, H, G, L, L_kv, dtype):
+def test_accuracy(op, K, H, G, L, L_kv, dtype):
     inputs = make_inputs(B=2, L=L, L_kv=L_kv, T=6, H=H, G=G, K=K)
     assert_accurate(op, eager, inputs, dtype)
 
 
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("op, dtype", OPS_AND_DTYPES)
 @pytest.mark.parametrize("K", (40, 48, 80, 88, 112, 120, 128, 256))
-def test_other_head_dims(K, dtype):
+def test_other_head_dims(op, K, dtype):
     inputs = make_inputs(B=1, L=2, L_kv=19, H=2, G=1, K=K) | {"key_mask": None, "scale": None}
     assert_accurate(op, eager, inputs | {"text_mask": None}, dtype)
+
+
+@pytest.mark.parametrize("op, dtype", OPS_AND_DTYPES)
+def test_many_tiles(op, dtype):
+    """Several blocks of rows and tiles of keys, whole and cut ones, on every backend."""
+    inputs = make_inputs(B=1, L=90, L_kv=203, T=99, H=3, G=1, K=12) | {"key_mask": None}
+    assert_accurate(op, eager, inputs, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("level", CPU_LEVELS)
+def test_every_instruction_set_is_accurate(level, dtype):
+    inputs = make_inputs(B=2, L=33, L_kv=105, T=6, H=6, G=2, K=72)
+    with at_cpu_level(level):
+        assert_accurate(partial(gqa_attention, backend="cpu"), eager, inputs, dtype)
 
 
 def make_wholes(L_kv, *ranges):
@@ -87,6 +113,7 @@ def make_wholes(L_kv, *ranges):
     return mask
 
 
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(
     "ranges",
     (
@@ -96,7 +123,7 @@ def make_wholes(L_kv, *ranges):
         ((40, 43),),
     ),
 )
-def test_tiles_of_keys(ranges):
+def test_tiles_of_keys(op, ranges):
     inputs = make_inputs(B=2, L=3, L_kv=100, T=40, H=2, G=1, K=8)
     inputs |= {
         "key_mask": make_wholes(100, *ranges),
@@ -105,9 +132,10 @@ def test_tiles_of_keys(ranges):
     assert_accurate(op, eager, inputs, torch.float32)
 
 
+@pytest.mark.parametrize("op", OPS)
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(st.data())
-def test_any_shape_and_mask(data):
+def test_any_shape_and_mask(op, data):
     """Where few keys are left gradients cancel to 0: measured against the largest result."""
     B, G, R = (data.draw(st.integers(1, 2 + i % 2)) for i in range(3))
     L, L_kv, T = (data.draw(st.integers(low, high)) for low, high in ((1, 9), (0, 35), (0, 20)))
@@ -123,47 +151,54 @@ def test_any_shape_and_mask(data):
 
 
 @pytest.mark.parametrize("text", (False, True))
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
-def test_options_are_optional(text, dtype):
+@pytest.mark.parametrize("op, dtype", OPS_AND_DTYPES)
+def test_options_are_optional(op, text, dtype):
     inputs = make_inputs(B=2, L=5, L_kv=17, H=4, K=24, text=text)
     plain = {name: None for name in inputs if name.endswith("mask") or name == "scale"}
     assert_accurate(op, eager, inputs | plain, dtype)
 
 
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("scale", (-0.4, 0.0))
-def test_scale_may_have_any_sign(scale):
+def test_scale_may_have_any_sign(op, scale):
     inputs = make_inputs(B=2, L=3, L_kv=37, H=2, G=1, K=24) | {"scale": scale}
-    assert_accurate(op, gqa_attention, inputs, torch.float32)
+    assert_accurate(op, definition, inputs, torch.float32)
 
 
-def test_a_large_negative_scale_does_not_overflow():
+@pytest.mark.parametrize("op", OPS)
+def test_a_large_negative_scale_does_not_overflow(op):
     inputs = make_kernel_inputs(text=False) | {"scale": -40.0, "key_mask": None}
-    torch.testing.assert_close(op(**inputs), gqa_attention(**inputs), rtol=0, atol=1e-3)
+    torch.testing.assert_close(
+        op(**inputs), gqa_attention(**inputs, backend="torch"), rtol=0, atol=1e-3
+    )
 
 
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("op, dtype", OPS_AND_DTYPES)
 @pytest.mark.parametrize("shape", ((21,), (5, 21), (4, 1, 21), (2, 1, 1, 21), (2, 4, 5, 21)))
-def test_bias(shape, dtype):
+def test_bias(op, shape, dtype):
     inputs = make_inputs(B=2, L=5, L_kv=21, H=4, G=2, K=24, text=len(shape) < 3)
     inputs |= {"bias": randn(*shape)}
     assert_accurate(op, eager, inputs, dtype)
 
 
-def test_bias_of_minus_infinity():
+@pytest.mark.parametrize("op", OPS)
+def test_bias_of_minus_infinity(op):
     """Rows that lose all keys, or those of the first tile; and no mask beside the bias."""
     inputs = make_inputs(B=2, L=4, L_kv=21, H=4, G=2, K=24) | {"key_mask": None}
     bias = randn(2, 4, 4, 21)
     bias[:, :, 1] = bias[:, 2, :, :17] = bias[1, :, :, 20] = -torch.inf
-    assert_accurate(op, gqa_attention, inputs | {"bias": bias}, torch.float32)
+    assert_accurate(op, definition, inputs | {"bias": bias}, torch.float32)
 
 
-def test_bias_may_have_another_dtype():
+@pytest.mark.parametrize("op", OPS)
+def test_bias_may_have_another_dtype(op):
     inputs = make_kernel_inputs(torch.float16) | {"bias": randn(1, 1, 1, 37).float()}
     results = run(op, inputs)
     assert results["dbias"].dtype == torch.float32 and results["dq"].dtype == torch.float16
 
 
-def test_masked_rows_give_zero_and_zero_gradients():
+@pytest.mark.parametrize("op", OPS)
+def test_masked_rows_give_zero_and_zero_gradients(op):
     for masked in (
         {"key_mask": torch.zeros(2, 37, dtype=torch.bool, device=DEVICE)},
         {"bias": torch.full((2, 1, 1, 37), -torch.inf, device=DEVICE)},
@@ -172,8 +207,9 @@ def test_masked_rows_give_zero_and_zero_gradients():
         assert all(value.eq(0).all() for value in results.values())
 
 
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("big", (1e3, 3e38))
-def test_masked_keys_do_not_matter(big):
+def test_masked_keys_do_not_matter(op, big):
     inputs = make_kernel_inputs()
     other = dict(inputs)
     for prefix, mask in (("", "key_mask"), ("text_", "text_mask")):
@@ -182,11 +218,12 @@ def test_masked_keys_do_not_matter(big):
     assert_equal_results(run(op, other), run(op, inputs))
 
 
-def test_logsumexp():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_logsumexp(backend):
     inputs = make_kernel_inputs()
     q, k, scale, mask = (inputs[name] for name in ("q", "k", "scale", "key_mask"))
     _, error, lse, text_lse = gqa_attention_fwd(
-        q, k, inputs["v"], mask, scale, None, None, None, None, None, True, "triton"
+        q, k, inputs["v"], mask, scale, None, None, None, None, None, True, backend
     )
     scores = torch.einsum("blgrk,bmgk->bglrm", q.unflatten(2, (2, 2)), k) * scale
     scores = scores.masked_fill(~mask[:, None, None, None], -torch.inf)
@@ -194,7 +231,8 @@ def test_logsumexp():
     assert lse[1].eq(-torch.inf).all() and text_lse.numel() == error.numel() == 0
 
 
-def test_keys_with_a_mean_keep_dq_accurate():
+@pytest.mark.parametrize("op", OPS)
+def test_keys_with_a_mean_keep_dq_accurate(op):
     """dq is the small difference of large sums: an error of dout . out, such as the rounding of
     out, would stand before the mean of the keys."""
     inputs = make_inputs(B=1, L=4, L_kv=128, H=2, G=1, K=24, text=False) | {"key_mask": None}
@@ -205,7 +243,8 @@ def test_keys_with_a_mean_keep_dq_accurate():
     assert error.square().mean().sqrt() < 0.01 * exact["dq"].square().mean().sqrt()
 
 
-def test_strided():
+@pytest.mark.parametrize("op", OPS)
+def test_strided(op):
     assert_strided_is_same(op, make_kernel_inputs())
     inputs = make_kernel_inputs(K=16)  # as a fused projection and a transpose give them
     q, k, v = randn(2, 5, 8 * 16).float().split((4 * 16, 2 * 16, 2 * 16), -1)
@@ -217,13 +256,15 @@ def test_strided():
     assert_equal_results(run(op, inputs), run(op, contiguous))
 
 
-def test_a_last_dimension_with_a_step():
+@pytest.mark.parametrize("op", OPS)
+def test_a_last_dimension_with_a_step(op):
     inputs = make_kernel_inputs(text=False)
     wide = inputs["k"].repeat_interleave(2, -1)[..., ::2]
     assert_equal_results(run(op, inputs | {"k": wide}), run(op, inputs))
 
 
-def test_nothing_to_attend_from_or_to():
+@pytest.mark.parametrize("op", OPS)
+def test_nothing_to_attend_from_or_to(op):
     results = run(op, make_kernel_inputs(B=0))
     assert results["out 0"].shape == (0, 5, 4, 24) and results["dtext_gate"].eq(0).all()
     results = run(op, make_kernel_inputs(L=0))
@@ -232,27 +273,31 @@ def test_nothing_to_attend_from_or_to():
     assert all(value.eq(0).all() for value in results.values())
 
 
-def test_deterministic():
+@pytest.mark.parametrize("op", OPS)
+def test_deterministic(op):
     inputs = make_kernel_inputs(torch.float16) | {"bias": randn(1, 4, 1, 37).half()}
     assert_equal_results(run(op, inputs), run(op, inputs))
 
 
-def test_autocast_changes_nothing():
+@pytest.mark.parametrize("op", OPS)
+def test_autocast_changes_nothing(op):
     inputs = make_kernel_inputs(torch.float32)
     with torch.autocast(DEVICE, torch.bfloat16):
         out = op(**inputs)
     assert torch.equal(out, op(**inputs))
 
 
-def test_the_error_is_kept_for_a_gradient_only():
+@pytest.mark.parametrize("op", OPS)
+def test_the_error_is_kept_for_a_gradient_only(op):
     inputs = make_kernel_inputs(torch.float16)
     with torch.no_grad():
         out = op(**inputs)
     assert torch.equal(out, run(op, inputs)["out 0"])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("options", ((), ("text",), ("bias",), ("text", "bias")))
-def test_opcheck(options):
+def test_opcheck(options, backend):
     dtype = torch.float16 if options else torch.float32
     inputs = make_kernel_inputs(dtype, L_kv=5, text="text" in options)
     names = "q k v key_mask scale text_k text_v text_mask text_gate bias".split()
@@ -260,26 +305,28 @@ def test_opcheck(options):
         inputs["bias"] = randn(1, 4, 1, 5).half()
     args = [inputs.get(name) for name in names]
     leaves = [x.requires_grad_() if _is_float(x) else x for x in args]
-    torch.library.opcheck(gqa_attention_fwd, (*leaves, True, "triton"))
+    torch.library.opcheck(gqa_attention_fwd, (*leaves, True, backend))
     args = [x.detach() if _is_float(x) else x for x in leaves]
-    saved = gqa_attention_fwd(*args, True, "triton")
-    given = (torch.ones_like(saved[0]), *saved, *args, "bias" in options, "triton")
+    saved = gqa_attention_fwd(*args, True, backend)
+    given = (torch.ones_like(saved[0]), *saved, *args, "bias" in options, backend)
     torch.library.opcheck(gqa_attention_bwd, given)
 
 
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("text", (False, True))
-def test_compile(text):
+def test_compile(op, text):
     sizes = ((2, 3, 9, 5, 8, 4, 12), (3, 5, 11, 7, 8, 4, 12), (4, 5, 19, 7, 6, 3, 20))
     examples = (make_inputs(*size, text=text) for size in sizes)
     examples = ({n: v.float() if _is_float(v) else v for n, v in x.items()} for x in examples)
     assert_compiles(op, *examples)
 
 
-def test_errors():
+@pytest.mark.parametrize("op", OPS)
+def test_errors(op):
     raises(TypeError, "no float64", op, make_inputs())
     good = make_kernel_inputs()
     raises(TypeError, "no float64", op, good, bias=randn(37))
     raises(TypeError, "no float64", op, good, text_gate=randn(4))
     raises(ValueError, "head_dim of at most 256, got 257", op, make_kernel_inputs(K=257))
     wide = {n: v for n, v in make_kernel_inputs(K=257).items()}
-    assert gqa_attention(**wide).shape == (2, 5, 4, 257)
+    assert op(**wide, backend=None).shape == (2, 5, 4, 257)

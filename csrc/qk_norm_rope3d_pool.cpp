@@ -1,0 +1,135 @@
+// CPU kernel of qk_norm_rope3d_pool: a window's keys are normalised, turned and added up in the
+// cache. The backward is that of qk_norm_rope3d, where k reads its window's gradient, and of
+// context_drop for v.
+#define LUMINA_FILE "qk_norm_rope3d_pool.cpp"
+#include "qk_norm_rope3d.h"
+
+#ifndef LUMINA_LEVEL
+namespace lumina_kernels {
+
+struct QkNormPool {
+  Angles angles;
+  Norm norm;
+  Normed q, k;
+  Windows windows;
+  Mask mask;
+  Rows v, q_out, k_out, v_out;
+  bool* mask_out;
+  float* counts;
+  int64_t K;
+};
+
+}  // namespace lumina_kernels
+#endif
+
+#include "levels.h"
+#ifdef LUMINA_LEVEL
+namespace lumina_kernels::LUMINA_LEVEL {
+namespace {
+
+// turn(norm(q)) for the tokens of a window; over the valid ones the means of turn(norm(k)) and of
+// v, 0 where there is none; their number
+void qk_norm_pool(const QkNormPool& op, int64_t b, int64_t window) {
+  const int64_t K = op.K, H = op.q.heads, G = op.k.heads, room = padded(std::max(H, G) * K);
+  float* memory = scratch(turns_size(K) + 3 * room);
+  const Turns turns = turns_in(memory, K);
+  float *row = memory + turns_size(K), *key = row + room, *sums = key + room;
+  const Row key_row{reinterpret_cast<char*>(key), Dtype::kFloat};
+  for (int64_t i = 0; i < G * K; i += kWidth) store(sums + i, Vec{});
+  op.windows.for_tokens(window, [&](int64_t l) {
+    make_turns(op.angles, b, l, turns);
+    norm_turn(heads_at(op.q.x, b, l, H, K), op.q.weight(), op.q.bias(), op.norm, turns, K,
+              op.q_out(b, l), row);
+    if (!op.mask(b, l)) return;
+    norm_turn(heads_at(op.k.x, b, l, G, K), op.k.weight(), op.k.bias(), op.norm, turns, K, key_row,
+              row);
+    for (int64_t i = 0; i < G * K; i += kWidth) store(sums + i, load(sums + i) + load(key + i));
+  });
+  const std::vector<int64_t>& tokens = valid_tokens(op.windows, op.mask, b, window);
+  const float count = static_cast<float>(tokens.size());
+  const Vec size = broadcast(std::max(count, 1.f));
+  const Row k_out = op.k_out(b, window);
+  for_whole_vectors(
+      G * K, [&](int64_t i, int64_t count) { store(k_out, i, load(sums + i) / size, count); });
+  mean_of(op.v, b, tokens, G, K, op.v_out(b, window));
+  op.mask_out[b * op.windows.count() + window] = !tokens.empty();
+  op.counts[b * op.windows.count() + window] = count;
+}
+
+}  // namespace
+}  // namespace lumina_kernels::LUMINA_LEVEL
+#else
+namespace lumina_kernels {
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> qk_norm_rope3d_pool_fwd(
+    const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& q_weight,
+    const OptionalTensor& q_bias, const OptionalTensor& k_weight, const OptionalTensor& k_bias,
+    const Tensor& positions, const Tensor& inv_freq, const Tensor& axis,
+    const std::vector<int64_t>& grid, int64_t factor, const OptionalTensor& key_mask, double eps,
+    const std::string& norm_name) {
+  const Windows windows(grid, factor);
+  const Norm norm(norm_name, eps);
+  const int64_t B = k.size(0), H = q.size(2), G = k.size(2), K = k.size(3);
+  const int64_t count = windows.count();
+  Tensor q_out = empty_as(q), k_out = empty(k, {B, count, G, K}, k.scalar_type());
+  Tensor v_out = empty(v, {B, count, G, K}, v.scalar_type());
+  Tensor mask = empty(k, {B, count}, ScalarType::Bool);
+  Tensor counts = empty(k, {B, count}, ScalarType::Float);
+  const QkNormPool op{Angles(positions, inv_freq, axis),
+                      norm,
+                      Normed(q, q_weight, q_bias, norm),
+                      Normed(k, k_weight, k_bias, norm),
+                      windows,
+                      Mask(key_mask),
+                      rows_of(v),
+                      rows_of(q_out),
+                      rows_of(k_out),
+                      rows_of(v_out),
+                      static_cast<bool*>(mask.data_ptr()),
+                      static_cast<float*>(counts.data_ptr()),
+                      K};
+  parallel_rows(B * count, 2 * windows.work((H + 2 * G) * K),
+                [&](int64_t n) { LUMINA_CALL(qk_norm_pool, op, n / count, n % count); });
+  return {q_out, k_out, v_out, mask, counts};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> qk_norm_rope3d_pool_bwd(
+    const Tensor& dq_out, const Tensor& dk_out, const Tensor& dv_out, const Tensor& q,
+    const Tensor& k, const OptionalTensor& q_weight, const OptionalTensor& q_bias,
+    const OptionalTensor& k_weight, const OptionalTensor& k_bias, const Tensor& positions,
+    const Tensor& inv_freq, const Tensor& axis, const Tensor& counts,
+    const std::vector<int64_t>& grid, int64_t factor, const OptionalTensor& key_mask, double eps,
+    const std::string& norm) {
+  const Tensor sizes = torch::stable::contiguous(counts);
+  const Pool pool{Windows(grid, factor), Mask(key_mask),
+                  static_cast<const float*>(sizes.data_ptr())};
+  const Angles angles(positions, inv_freq, axis, -1);
+  const auto [dq, dk, dq_weight, dq_bias, dk_weight, dk_bias] = qk_norm_bwd(
+      dq_out, dk_out, q, k, q_weight, q_bias, k_weight, k_bias, angles, Norm(norm, eps), &pool);
+  const Tensor dv = window_means_bwd(dv_out, sizes, pool.windows, pool.mask);
+  return {dq, dk, dv, dq_weight, dq_bias, dk_weight, dk_bias};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(lumina_kernels_cpp, m) {
+  m.def(
+      "qk_norm_rope3d_pool_fwd(Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? q_bias,"
+      " Tensor? k_weight, Tensor? k_bias, Tensor positions, Tensor inv_freq, Tensor axis,"
+      " int[] grid, int factor, Tensor? key_mask, float eps, str norm)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "qk_norm_rope3d_pool_bwd(Tensor dq_out, Tensor dk_out, Tensor dv_out, Tensor q, Tensor k,"
+      " Tensor? q_weight, Tensor? q_bias, Tensor? k_weight, Tensor? k_bias, Tensor positions,"
+      " Tensor inv_freq, Tensor axis, Tensor counts, int[] grid, int factor, Tensor? key_mask,"
+      " float eps, str norm) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lumina_kernels_cpp, CPU, m) {
+  m.impl("qk_norm_rope3d_pool_fwd", TORCH_BOX(&qk_norm_rope3d_pool_fwd));
+  m.impl("qk_norm_rope3d_pool_bwd", TORCH_BOX(&qk_norm_rope3d_pool_bwd));
+}
+
+}  // namespace lumina_kernels
+#endif

@@ -1,0 +1,79 @@
+// CPU kernels of rope3d: a token's cosines and sines once, then all its heads of q and of k.
+#define LUMINA_FILE "rope3d.cpp"
+#include "rope.h"
+
+#ifndef LUMINA_LEVEL
+namespace lumina_kernels {
+
+struct Rope3d {
+  Angles angles;
+  Rows q, k;
+  Row q_out, k_out;
+  int64_t L, H, G, K;
+};
+
+}  // namespace lumina_kernels
+#endif
+
+#include "levels.h"
+#ifdef LUMINA_LEVEL
+namespace lumina_kernels::LUMINA_LEVEL {
+namespace {
+
+// (a, b) -> (a cos - b sin, a sin + b cos) with the angle sign * position[axis] * inv_freq, for
+// token l of `count` samples from b on, which share the angles
+void rope3d(const Rope3d& op, int64_t b, int64_t l, int64_t count) {
+  const auto [L, H, G, K] = std::tuple{op.L, op.H, op.G, op.K};
+  const Turns turns = turns_in(scratch(turns_size(K)), K);
+  make_turns(op.angles, b, l, turns);
+  for (const int64_t end = b + count; b < end; ++b) {
+    turn_heads(heads_at(op.q, b, l, H, K), turns, K, op.q_out + (b * L + l) * (H * K));
+    turn_heads(heads_at(op.k, b, l, G, K), turns, K, op.k_out + (b * L + l) * (G * K));
+  }
+}
+
+}  // namespace
+}  // namespace lumina_kernels::LUMINA_LEVEL
+#else
+namespace lumina_kernels {
+namespace {
+
+std::tuple<Tensor, Tensor> rotate(const Tensor& q, const Tensor& k, const Angles& angles) {
+  Tensor q_out = empty_as(q), k_out = empty_as(k);
+  const int64_t B = q.size(0), L = q.size(1), H = q.size(2), G = k.size(2), K = q.size(3);
+  if (B * L * K == 0) return {q_out, k_out};
+  const Rope3d op{angles, rows_of(q), rows_of(k), row_of(q_out), row_of(k_out), L, H, G, K};
+  for_tokens(angles.shared(), B, L, (H + G) * K,
+             [&](int64_t b, int64_t l, int64_t count) { LUMINA_CALL(rope3d, op, b, l, count); });
+  return {q_out, k_out};
+}
+
+std::tuple<Tensor, Tensor> rope3d_fwd(const Tensor& q, const Tensor& k, const Tensor& positions,
+                                      const Tensor& inv_freq, const Tensor& axis) {
+  return rotate(q, k, Angles(positions, inv_freq, axis));
+}
+
+std::tuple<Tensor, Tensor> rope3d_bwd(const Tensor& dq_out, const Tensor& dk_out,
+                                      const Tensor& positions, const Tensor& inv_freq,
+                                      const Tensor& axis) {
+  return rotate(dq_out, dk_out, Angles(positions, inv_freq, axis, -1));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(lumina_kernels_cpp, m) {
+  m.def(
+      "rope3d_fwd(Tensor q, Tensor k, Tensor positions, Tensor inv_freq, Tensor axis)"
+      " -> (Tensor, Tensor)");
+  m.def(
+      "rope3d_bwd(Tensor dq_out, Tensor dk_out, Tensor positions, Tensor inv_freq, Tensor axis)"
+      " -> (Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lumina_kernels_cpp, CPU, m) {
+  m.impl("rope3d_fwd", TORCH_BOX(&rope3d_fwd));
+  m.impl("rope3d_bwd", TORCH_BOX(&rope3d_bwd));
+}
+
+}  // namespace lumina_kernels
+#endif

@@ -1,0 +1,190 @@
+// CPU kernels of sandwich_norm_chain: a row stays in the nearest cache through both norms.
+#define LUMINA_FILE "sandwich_norm_chain.cpp"
+#include "norm.h"
+#ifndef LUMINA_LEVEL
+namespace lumina_kernels {
+namespace {
+
+struct SandwichNormChainFwd {
+  Chunks chunks;
+  Rows y, residual, new_, normed;
+  float *rstd, *next_rstd;
+  Gate gate;
+  Modulation next;
+  float eps;
+};
+
+struct SandwichNormChainBwd {
+  Chunks chunks;
+  Rows dnew, dnormed, y, residual, dy, dresidual;
+  Rows rstd, next_rstd;
+  Gate gate;
+  GateGrads gate_grads;
+  Modulation next;
+  ModulationGrads next_grads;
+  Partials partials;
+};
+
+constexpr int64_t kGateSum = ModulationGrads::kSums;
+
+}  // namespace
+}  // namespace lumina_kernels
+#endif
+#include "levels.h"
+
+#ifdef LUMINA_LEVEL
+namespace lumina_kernels::LUMINA_LEVEL {
+namespace {
+
+// new = residual + tanh(gate) * y * rstd * weight,
+// normed = new * next_rstd * next_weight * (1 + next_scale)
+void sandwich_norm_chain_fwd(const SandwichNormChainFwd& op, Chunk chunk, float* scratch) {
+  const int64_t D = op.chunks.D, b = chunk.b, width = op.chunks.width;
+  float *opening = scratch, *factor = opening + width, *next_factor = factor + width;
+  float *next_offset = next_factor + width, *values = next_offset + width;
+  for (int64_t l = chunk.first; l < chunk.end; ++l) {
+    const bool first = l == chunk.first;
+    if (first || op.gate.per_token) read(op.gate, b, l, D, opening, factor);
+    if (first || op.next.per_token) read(op.next, b, l, D, next_factor, next_offset);
+    const Row y = op.y(b, l), residual = op.residual(b, l);
+    const Row new_ = op.new_(b, l), normed = op.normed(b, l);
+    const float rstd =
+        rms_rstd(D, op.eps, [&](int64_t i, int64_t count) { return load(y, i, count); });
+    const float next_rstd = rms_rstd(D, op.eps, [&](int64_t i, int64_t count) {
+      const Vec n = load(y, i, count) * rstd;
+      const Vec value = load(residual, i, count) + n * load(factor + i);
+      store(values + i, value);
+      store(new_, i, value, count);
+      return value;
+    });
+    for_vectors(D, [&](int64_t i, int64_t count) {
+      store(normed, i, load(values + i) * next_rstd * load(next_factor + i), count);
+    });
+    op.rstd[b * op.chunks.L + l] = rstd;
+    op.next_rstd[b * op.chunks.L + l] = next_rstd;
+  }
+}
+
+// dresidual = dnew + that of the next norm's input, with `new` computed again rather than read
+// rounded; dy from it as in sandwich_norm. partials: sums over the chunk's rows, modulate_bwd and
+// sandwich_bwd.
+void sandwich_norm_chain_bwd(const SandwichNormChainBwd& op, Chunk chunk, float* scratch) {
+  const int64_t D = op.chunks.D, b = chunk.b, width = op.chunks.width;
+  float *opening = scratch, *factor = opening + width, *next_factor = factor + width;
+  float *next_offset = next_factor + width, *values = next_offset + width;
+  ModulationRow next(op.next, op.next_grads, op.partials, chunk, next_factor);
+  GateRow row(op.gate, op.partials(b, chunk.index, kGateSum), opening, factor, D);
+  for (int64_t l = chunk.first; l < chunk.end; ++l) {
+    const bool first = l == chunk.first;
+    if (first || op.gate.per_token) read(op.gate, b, l, D, opening, factor);
+    if (first || op.next.per_token) read(op.next, b, l, D, next_factor, next_offset);
+    if (op.gate.per_token) row.dgate = op.gate_grads.gate(b, l);
+    next.move_to(op.next, op.next_grads, b, l);
+    const Row dnew = op.dnew(b, l), dnormed = op.dnormed(b, l), y = op.y(b, l);
+    const Row residual = op.residual(b, l), dy = op.dy(b, l), dresidual = op.dresidual(b, l);
+    const float rstd = *float_at(op.rstd, b, l), next_rstd = *float_at(op.next_rstd, b, l);
+    NormBwd next_norm, norm;
+    for_vectors(D, [&](int64_t i, int64_t count) {
+      const Vec new_ = load(residual, i, count) + load(y, i, count) * rstd * load(factor + i);
+      const Vec n = new_ * next_rstd;
+      store(values + i, n);
+      next_norm.add(modulate_bwd(next, i, count, load(dnormed, i, count), n), n);
+    });
+    next_norm.finish(D, false, next_rstd);
+    for_vectors(D, [&](int64_t i, int64_t count) {
+      const Vec dn = load(dnormed, i, count) * load(next_factor + i);
+      const Vec d = load(dnew, i, count) + next_norm(dn, load(values + i));
+      store(values + i, d);
+      store(dresidual, i, d, count);
+      const Vec n = load(y, i, count) * rstd;
+      norm.add(sandwich_bwd(row, i, count, d, n), n);
+    });
+    norm.finish(D, false, rstd);
+    for_vectors(D, [&](int64_t i, int64_t count) {
+      const Vec d = load(values + i) * load(factor + i);
+      store(dy, i, norm(d, load(y, i, count) * rstd), count);
+    });
+  }
+}
+
+}  // namespace
+}  // namespace lumina_kernels::LUMINA_LEVEL
+#else
+namespace lumina_kernels {
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> sandwich_norm_chain_fwd(
+    const Tensor& y, const Tensor& residual, const Tensor& weight, const Tensor& gate,
+    const OptionalTensor& next_weight, const OptionalTensor& next_scale, double eps) {
+  Tensor new_ = empty_as(residual), normed = empty_as(residual);
+  Tensor rstd = empty(y, {y.size(0), y.size(1)}, ScalarType::Float), next_rstd = empty_as(rstd);
+  if (y.numel() == 0) return {new_, normed, rstd, next_rstd};
+  const SandwichNormChainFwd op{Chunks(y),
+                                rows_of(y),
+                                rows_of(residual),
+                                rows_of(new_),
+                                rows_of(normed),
+                                floats_of(rstd),
+                                floats_of(next_rstd),
+                                Gate(weight, gate),
+                                Modulation(next_weight, {}, next_scale, {}),
+                                static_cast<float>(eps)};
+  parallel_chunks(op.chunks, 5, [&](Chunk chunk, float* scratch) {
+    LUMINA_CALL(sandwich_norm_chain_fwd, op, chunk, scratch);
+  });
+  return {new_, normed, rstd, next_rstd};
+}
+
+std::vector<Tensor> sandwich_norm_chain_bwd(const Tensor& dnew, const Tensor& dnormed,
+                                            const Tensor& y, const Tensor& residual,
+                                            const Tensor& weight, const Tensor& gate,
+                                            const OptionalTensor& next_weight,
+                                            const OptionalTensor& next_scale, const Tensor& rstd,
+                                            const Tensor& next_rstd) {
+  Tensor dy = empty_as(y), dresidual = empty_as(residual);
+  if (y.numel() == 0) return zero_grads({dy, dresidual}, {weight, gate, next_weight, next_scale});
+  const Chunks chunks(y);
+  const SandwichNormChainBwd op{chunks,
+                                rows_of(dnew),
+                                rows_of(dnormed),
+                                rows_of(y),
+                                rows_of(residual),
+                                rows_of(dy),
+                                rows_of(dresidual),
+                                rows_of(rstd),
+                                rows_of(next_rstd),
+                                Gate(weight, gate),
+                                GateGrads(weight, gate),
+                                Modulation(next_weight, {}, next_scale, {}),
+                                ModulationGrads(next_weight, {}, next_scale, {}, y),
+                                Partials(y, chunks, kGateSum + 1)};
+  parallel_chunks(chunks, 5, [&](Chunk chunk, float* scratch) {
+    LUMINA_CALL(sandwich_norm_chain_bwd, op, chunk, scratch);
+  });
+  parallel_columns(chunks.D, op.partials.work(), [&](int64_t begin, int64_t end) {
+    LUMINA_CALL(finish, op.next, op.next_grads, op.partials, begin, end);
+    LUMINA_CALL(finish, op.gate, op.gate_grads, op.partials, kGateSum, begin, end);
+  });
+  const std::vector<Tensor>& next = op.next_grads.tensors;
+  return {dy, dresidual, op.gate_grads.dweight, op.gate_grads.dgate, next[0], next[2]};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(lumina_kernels_cpp, m) {
+  m.def(
+      "sandwich_norm_chain_fwd(Tensor y, Tensor residual, Tensor weight, Tensor gate, "
+      "Tensor? next_weight, Tensor? next_scale, float eps) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "sandwich_norm_chain_bwd(Tensor dnew, Tensor dnormed, Tensor y, Tensor residual, "
+      "Tensor weight, Tensor gate, Tensor? next_weight, Tensor? next_scale, Tensor rstd, "
+      "Tensor next_rstd) -> Tensor[]");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lumina_kernels_cpp, CPU, m) {
+  m.impl("sandwich_norm_chain_fwd", TORCH_BOX(&sandwich_norm_chain_fwd));
+  m.impl("sandwich_norm_chain_bwd", TORCH_BOX(&sandwich_norm_chain_bwd));
+}
+
+}  // namespace lumina_kernels
+#endif
