@@ -24,7 +24,7 @@ TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # 2.10, the oldest torch t
 CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall"]
 CXX_FLAGS += ["-Wno-psabi", "-Wno-unknown-pragmas"]
 CXX_FLAGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # of GCC 12's own AVX-512 header
-NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-warn-spills"]
 
 
 def asked(name: str) -> bool:
@@ -54,7 +54,7 @@ def arch_flags(nvcc: Path) -> list[str]:
     flags = []
     for arch in (chosen or ARCHS).split(";"):
         number = arch.replace(".", "").removesuffix("+PTX")
-        if not arch or (not chosen and f"sm_{number}" not in known):
+        if not arch or (not chosen and f"sm_{number.rstrip('a')}" not in known):
             continue
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if arch.endswith("+PTX"):

@@ -13,6 +13,7 @@ from lumina_kernels.ops._checks import (
 )
 
 BACKENDS = ("triton", "cuda", "cpu")
+BACKENDS_WITH_GRADIENT = ("triton", "cpu")
 
 # What the tiles of the kernels hold.
 MAX_HEAD_DIM = 256
@@ -59,17 +60,18 @@ def gqa_attention(
         ValueError: a shape or device does not fit q, text_k, text_v and text_gate do not come
             together, or there is no such backend.
         TypeError: a mask is not bool, or a dtype differs from that of q.
+        NotImplementedError: a tensor requires a gradient and backend is "cuda", which has none.
     """
     _check(q, k, v, key_mask, bias)
     _check_text(q, k, text_k, text_v, text_mask, text_gate)
-    backend = _resolve(backend, q, text_gate, bias)
+    floats = (q, k, v, text_k, text_v, text_gate, bias)
+    with_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in floats)
+    backend = _resolve(backend, q, text_gate, bias, with_grad)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     inputs = q, k, v, key_mask, scale, text_k, text_v, text_mask, text_gate, bias
     if backend == "torch":
         return gqa_attention_ref(*inputs)
-    floats = (q, k, v, text_k, text_v, text_gate, bias)
-    with_error = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in floats)
-    return gqa_attention_fwd(*inputs, with_error, backend)[0]
+    return gqa_attention_fwd(*inputs, with_grad, backend)[0]
 
 
 def gqa_attention_ref(
@@ -93,12 +95,18 @@ def gqa_attention_ref(
     return out.to(q.dtype)
 
 
-def _resolve(backend, q, text_gate, bias) -> str:
+def _resolve(backend, q, text_gate, bias, with_grad) -> str:
     wide = q.shape[-1] > MAX_HEAD_DIM
-    name = resolve(backend, () if wide and backend is None else BACKENDS, q, text_gate, bias)
+    able = () if wide else BACKENDS_WITH_GRADIENT if with_grad else BACKENDS
+    name = resolve(backend, BACKENDS if backend else able, q, text_gate, bias)
     if wide and name != "torch":
         raise ValueError(
             f"backend {name!r} takes a head_dim of at most {MAX_HEAD_DIM}, got {q.shape[-1]}"
+        )
+    if with_grad and name not in ("torch", *BACKENDS_WITH_GRADIENT):
+        raise NotImplementedError(
+            f"backend {name!r} computes no gradients of gqa_attention, which a tensor requires: "
+            f"use one of {', '.join(('torch', *BACKENDS_WITH_GRADIENT))}"
         )
     return name
 

@@ -1,0 +1,88 @@
+// CUDA launchers of gate_residual_norm.
+#include "gate_residual_norm.cuh"
+#include "modulation_launch.h"
+
+namespace lumina_kernels {
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> gate_residual_norm_fwd(
+    const Tensor& y, const Tensor& residual, const Tensor& gate, const OptionalTensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& scale, const OptionalTensor& shift,
+    double eps, std::string kind) {
+  const int64_t B = y.size(0), L = y.size(1), D = y.size(2);
+  const bool layer = kind == "layer";
+  Tensor out = empty_as(residual), normed = empty_as(residual);
+  Tensor statistics = empty(y, {1 + layer, B, L}, ScalarType::Float);
+  if (out.numel() == 0) return {out, normed, statistics};
+  const Tensor ys = packed(y), residuals = packed(residual), gates = packed(gate);
+  const PackedModulation modulation(weight, bias, scale, shift);
+  const GateResidualNormFwd p{rows_of(ys),
+                              rows_of(residuals),
+                              rows_of(gates),
+                              modulation.rows(),
+                              values_of(out),
+                              values_of(normed),
+                              pointer_to<float>(statistics),
+                              B,
+                              L,
+                              static_cast<int>(D),
+                              static_cast<float>(eps),
+                              layer};
+  LUMINA_LAUNCH_ROWS(y, B * L, D, gate_residual_norm_fwd_kernel, p);
+  return {out, normed, statistics};
+}
+
+std::vector<Tensor> gate_residual_norm_bwd(const Tensor& dnew, const Tensor& dnormed,
+                                           const Tensor& y, const Tensor& residual,
+                                           const Tensor& gate, const OptionalTensor& weight,
+                                           const OptionalTensor& bias, const OptionalTensor& scale,
+                                           const OptionalTensor& shift, const Tensor& statistics) {
+  const int64_t B = y.size(0), L = y.size(1), D = y.size(2);
+  Tensor dy = empty_as(y), dresidual = empty_as(residual);
+  if (dy.numel() == 0) {
+    return {dy,
+            dresidual,
+            zeros_as(gate),
+            zeros_as(weight, y),
+            zeros_as(bias, y),
+            zeros_as(scale, y),
+            zeros_as(shift, y)};
+  }
+  const int64_t chunk = row_chunk(B * L, D), chunks = ceil_div(L, chunk);
+  const Tensor partial = empty(y, {B, chunks, 3, D}, ScalarType::Float);
+  const OptionalTensor dgate = gradient_per_token(gate), dscale = gradient_per_token(scale);
+  const Tensor dnews = packed(dnew), dnormeds = packed(dnormed), ys = packed(y);
+  const Tensor residuals = packed(residual), gates = packed(gate);
+  const PackedModulation modulation(weight, bias, scale, shift);
+  const GateResidualNormBwd p{rows_of(dnews),
+                              rows_of(dnormeds),
+                              rows_of(ys),
+                              rows_of(residuals),
+                              rows_of(gates),
+                              modulation.rows(),
+                              pointer_to<const float>(statistics),
+                              values_of(dy),
+                              values_of(dresidual),
+                              values_of(dgate),
+                              values_of(dscale),
+                              pointer_to<float>(partial),
+                              B,
+                              L,
+                              chunk,
+                              static_cast<int>(D),
+                              statistics.size(0) == 2};
+  LUMINA_LAUNCH_ROWS(y, B * chunks, D, gate_residual_norm_bwd_kernel, p);
+  auto grads = modulation_grads(partial, weight, bias, scale, shift, dnormed);
+  if (dscale) grads[2] = *dscale;
+  const Tensor dgates = dgate ? *dgate : sample_sums(partial, 1, gate);
+  return {dy, dresidual, dgates, grads[0], grads[1], grads[2], grads[3]};
+}
+
+}  // namespace
+
+LUMINA_CUDA_LIBRARY(m) {
+  m.impl("gate_residual_norm_fwd", TORCH_BOX(&gate_residual_norm_fwd));
+  m.impl("gate_residual_norm_bwd", TORCH_BOX(&gate_residual_norm_bwd));
+}
+
+}  // namespace lumina_kernels

@@ -1,0 +1,83 @@
+// CUDA kernel of qk_norm_rope3d_pool: a block has one window of tokens.
+//
+// It normalises and turns all heads of q and k of each of them, writes q, and keeps k as sums in
+// registers, so that the whole k is never written. The backward is that of qk_norm_rope3d, where k
+// reads the gradient of its window, and of context_drop for v.
+#pragma once
+
+#include "qk_norm.cuh"
+#include "window.cuh"
+
+namespace lumina_kernels {
+
+constexpr NormLimits kPoolLimits{4, 256, 384, 0};
+
+struct QkNormRope3dPool {
+  Heads q, k, v, q_out, k_out, v_out;
+  NormParameters parameters;
+  RopeTable table;
+  NormShape shape;  // a block has one slot
+  Global<unsigned char> mask_out;
+  Global<float> counts;
+  Windows windows;
+};
+
+// turn(norm(q)) for the tokens of a window; over the valid ones the means of turn(norm(k)) and of
+// v, 0 where there is none; their number
+template <int N>
+__global__ void __launch_bounds__(kPoolLimits.bound(N), N < 4 ? 2 : 1)
+    qk_norm_rope3d_pool_kernel(const QkNormRope3dPool p) {
+  LUMINA_DYNAMIC_SHARED(float, memory);
+  const NormShared shared = norm_shared<N>(p.shape, memory);
+  const RowLayout& layout = p.shape.layout;
+  const RowPlace at = row_place(layout);
+  const Window window = window_at(p.windows, blockIdx.x);
+  float sums[N][8] = {}, count = 0.0f;  // of k; unused for heads of q
+  for (int i = 0; i < window.height * window.width; ++i) {
+    const int y = i / window.width;
+    const int64_t l = window.first + static_cast<int64_t>(y) * p.windows.grid_w + i -
+                      static_cast<int64_t>(y) * window.width;
+    const Token token{0, window.b, l};
+    const bool keep = p.windows.keeps(window.b, l);
+    float x[N][8];
+    load_heads(x, p.q, p.k, token, true, keep, p.shape, at);
+    if (i > 0) __syncthreads();  // what the last token's means wrote and read
+    fill_turns(p.table, token, 1.0f, 0, p.shape.K, layout, at, shared.turns);
+    norm_turn(x, p.parameters, p.shape, at, shared);
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      const int head = at.head + n * layout.step;
+      if (head < p.shape.H) {
+        store8(p.q_out.values, p.q_out.at(window.b, l, head) + 8 * at.piece,
+               channels(p.shape, at, n), x[n]);
+      } else if (keep) {
+#pragma unroll
+        for (int j = 0; j < 8; ++j) sums[n][j] += x[n][j];
+      }
+    }
+    count += keep ? 1.0f : 0.0f;
+  }
+  const float share = share_of(count);
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    const int head = at.head + n * layout.step - p.shape.H;
+    if (head < 0) continue;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) sums[n][j] *= share;
+    store8(p.k_out.values, p.k_out.at(window.b, window.number, head) + 8 * at.piece,
+           channels(p.shape, at, n), sums[n]);
+  }
+  for (int i = static_cast<int>(threadIdx.x); i < p.shape.G * layout.pieces; i += layout.threads) {
+    const int head = i / layout.pieces, column = 8 * (i - head * layout.pieces);
+    float mean[8];
+    window_mean(p.v, head, column, p.shape.K - column, p.windows, window, mean);
+    store8(p.v_out.values, p.v_out.at(window.b, window.number, head) + column, p.shape.K - column,
+           mean);
+  }
+  if (threadIdx.x == 0) {
+    p.mask_out[blockIdx.x] = count > 0.0f;
+    p.counts[blockIdx.x] = count;
+  }
+}
+
+}  // namespace lumina_kernels

@@ -1,0 +1,68 @@
+// What the launchers that rotate heads share: their tensors as kernel arguments.
+#pragma once
+
+#include "launch.h"
+#include "rope.cuh"
+
+namespace lumina_kernels {
+
+// Of a packed tensor (B, L, H, K). The caller keeps the tensor until the launch.
+inline Heads heads_of(const Tensor& x) {
+  return {values_of(x), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+inline Heads heads_of(const OptionalTensor& x) {
+  return x ? heads_of(*x) : Heads{values_of(x), 0, 0, 0};
+}
+
+inline Numbers numbers_of(const Tensor& x, const char* name) {
+  const auto data = pointer_to<const unsigned char>(x);
+  switch (x.scalar_type()) {
+    case ScalarType::Double:
+      return {data, Number::kDouble};
+    case ScalarType::Float:
+      return {data, Number::kFloat};
+    case ScalarType::Half:
+      return {data, Number::kHalf};
+    case ScalarType::BFloat16:
+      return {data, Number::kBFloat16};
+    case ScalarType::Long:
+      return {data, Number::kInt64};
+    case ScalarType::Int:
+      return {data, Number::kInt32};
+    case ScalarType::Short:
+      return {data, Number::kInt16};
+    case ScalarType::Char:
+      return {data, Number::kInt8};
+    case ScalarType::Byte:
+      return {data, Number::kUInt8};
+    default:
+      STD_TORCH_CHECK(false, name,
+                      " must be float16, bfloat16, float32, float64, uint8 or int8 to "
+                      "int64");
+      return {data, Number::kFloat};
+  }
+}
+
+// Positions (L, 3) or (B, L, 3), frequencies (K / 2,) or (B, K / 2) and axes (K / 2,).
+inline RopeTable rope_table_of(const Tensor& positions, const Tensor& inv_freq,
+                               const Tensor& axis) {
+  const int64_t p = positions.dim(), f = inv_freq.dim();
+  return {numbers_of(positions, "positions"),
+          numbers_of(inv_freq, "inv_freq"),
+          numbers_of(axis, "axis"),
+          p == 2 ? 0 : positions.stride(0),
+          positions.stride(p - 2),
+          positions.stride(p - 1),
+          f == 1 ? 0 : inv_freq.stride(0),
+          inv_freq.stride(f - 1),
+          axis.stride(0)};
+}
+
+// Kernels divide the numbers of tokens in 32 bits.
+inline void check_tokens(int64_t tokens) {
+  STD_TORCH_CHECK(tokens < (int64_t{1} << 31), "batch times length must be less than 2^31, got ",
+                  tokens);
+}
+
+}  // namespace lumina_kernels

@@ -1,0 +1,119 @@
+// CUDA kernels of sandwich_norm: a row stays in registers between statistic and output.
+#pragma once
+
+#include "sandwich_norm_row.cuh"
+
+namespace lumina_kernels {
+
+struct SandwichNormFwd {
+  Rows y;
+  Sandwich sandwich;
+  Values out;
+  Global<float> rstd;  // (B, L)
+  int64_t B, L;
+  int D;
+  float eps;
+};
+
+struct SandwichNormBwd {
+  Rows dout, y;
+  Sandwich sandwich;  // without residual
+  Global<const float> rstd;
+  Values dy, dgate;       // dgate only where gate has a row per token
+  Global<float> partial;  // (B, chunks, D)
+  int64_t B, L, chunk;
+  int D;
+};
+
+// The second stage; gate and dgate are (B, D), or null where gate has a row per token.
+struct SandwichNormGate {
+  Partials partials;
+  Values weight;
+  Rows gate;
+  Values dweight, dgate;
+};
+
+// out = residual + tanh(gate) * y * rstd * weight,  rstd = 1 / sqrt(mean(y²) + eps)
+template <int kPieces, bool kWide>
+__global__ void __launch_bounds__(row_threads(kPieces))
+    sandwich_norm_fwd_kernel(const SandwichNormFwd p) {
+  const int64_t row = row_number();
+  if (row >= p.B * p.L) return;
+  const int64_t b = divide(row, p.L), l = row - b * p.L;
+  const Spans spans = row_spans<kPieces, kWide>(p.D);
+  const auto load = [&](int base, float (&y)[kPieces][8]) {
+    load_span(p.y.values, p.y.row(b, l), base, p.D, y);
+  };
+  RowSum sum;
+  float y[kPieces][8];
+  const float rstd = norm_statistics<kWide>(load, p.D, p.eps, false, sum, y).y;
+  for (int base = 0; base < spans.end; base += spans.size) {
+    if (kWide) load(base, y);
+    for_columns<kPieces>([&](int j, int k) { y[j][k] *= rstd; });
+    sandwich(p.sandwich, b, l, base, p.D, y);
+    store_span(p.out, row * p.D, base, p.D, y);
+  }
+  if (threadIdx.x == 0) p.rstd[row] = rstd;
+}
+
+// With n = y * rstd, d = dout * tanh(gate) * weight: dy = rstd * (d - n * mean(d * n));
+// partial: sums over `chunk` rows, see sandwich_bwd.
+template <int kPieces, bool kWide>
+__global__ void __launch_bounds__(row_threads(kPieces))
+    sandwich_norm_bwd_kernel(const SandwichNormBwd p) {
+  const int64_t number = row_number(), chunks = ceil_div(p.L, p.chunk);
+  if (number >= p.B * chunks) return;
+  const int64_t sample = divide(number, chunks), start = (number - sample * chunks) * p.chunk;
+  const int64_t end = min(start + p.chunk, p.L);
+  const int D = p.D;
+  const Spans spans = row_spans<kPieces, kWide>(D);
+  const Global<float> partial = p.partial + number * D;
+  float gate_sum[kPieces][8], d[kPieces][8], n[kPieces][8];
+  clear(gate_sum);
+  RowSum sum;
+  for (int64_t l = start; l < end; ++l) {
+    const int64_t b = anew(sample), row = b * p.L + l;
+    const float rstd = p.rstd[row];
+    const auto gradient = [&](int base) {
+      load_span(p.dout.values, p.dout.row(b, l), base, D, d);
+      load_span(p.y.values, p.y.row(b, l), base, D, n);
+      for_columns<kPieces>([&](int j, int k) { n[j][k] *= rstd; });
+      sandwich_bwd(p.sandwich, p.dgate, b, l, row, base, D, n, d, gate_sum);
+    };
+    float along = 0.0f;
+    for (int base = 0; base < spans.end; base += spans.size) {
+      gradient(base);
+      for_columns<kPieces>([&](int j, int k) { along += d[j][k] * n[j][k]; });
+      if (kWide) {
+        store_sums(partial, base, D, gate_sum);
+        clear(gate_sum);
+      }
+    }
+    along = sum(along) / static_cast<float>(D);
+    for (int base = 0; base < spans.end; base += spans.size) {
+      if (kWide) gradient(base);
+      norm_bwd(d, n, rstd, along, 0.0f);
+      store_span(p.dy, row * D, base, D, d);
+    }
+  }
+  if (!kWide) store_sums(partial, 0, D, gate_sum);
+}
+
+// Of the sums S of dout * n over a sample's rows: dgate = (1 - tanh(gate)²) * weight * S,
+// dweight = sum_b tanh(gate) * S; without gate, S has that factor and dweight = sum_b S.
+__global__ void __launch_bounds__(kSumColumns* kSumSlices)
+    sandwich_norm_gate_kernel(const SandwichNormGate p) {
+  const int D = p.partials.D;
+  const int column = static_cast<int>(blockIdx.x) * kSumColumns + static_cast<int>(threadIdx.x);
+  const auto finish = [&](int64_t b, float (&S)[1]) {
+    if (!is_there(p.gate)) return;
+    const float g = tanhf(load1(p.gate.values, p.gate.row(b, 0) + column));
+    store1(p.dgate, b * D + column, (1.0f - g * g) * load1(p.weight, column) * S[0]);
+    S[0] *= g;
+  };
+  float dweight[1];
+  sum_partials(p.partials, column, finish, dweight);
+  if (threadIdx.y == 0 && column < D) store1(p.dweight, column, dweight[0]);
+}
+
+}  // namespace lumina_kernels

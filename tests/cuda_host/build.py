@@ -1,0 +1,113 @@
+"""Builds and loads the CUDA sources for the host; `cuda_host.h` says what it checks."""
+
+import ctypes
+import functools
+import hashlib
+import re
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch.utils.cpp_extension import include_paths, library_paths
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
+RUNTIME = [HERE / "cuda_host.cpp", HERE / "memory.cpp"]
+NAMESPACE = "lumina_kernels_cuda_host"
+FLAGS = [
+    "-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas",
+    "-DLUMINA_CUDA_HOST", "-DTORCH_TARGET_VERSION=0x020a000000000000",
+]  # fmt: skip
+COUNTERS = ("launches", "bytes_read", "bytes_written", "bank_conflicts")
+
+
+class Host:
+    """The loaded library: which kernels ran, and what they did."""
+
+    def __init__(self, path):
+        self._library = ctypes.CDLL(str(path))
+        self._library.cuda_host_executed.restype = ctypes.c_char_p
+        for name in COUNTERS:
+            getattr(self._library, f"cuda_host_{name}").restype = ctypes.c_uint64
+
+    def executed(self) -> set[str]:
+        """Names of the kernels that were launched in this process."""
+        return set(self._library.cuda_host_executed().decode().split())
+
+    def count(self, name: str) -> int:
+        """One of `COUNTERS`, since the process began."""
+        return getattr(self._library, f"cuda_host_{name}")()
+
+
+def kernel_names() -> set[str]:
+    """Every `__global__` function in csrc/."""
+    found = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\([^{;]*?\)\s+)?(\w+)\s*\(")
+    sources = [path.read_text() for path in sorted(CSRC.glob("*.cu*"))]
+    names = [name for source in sources for name in found.findall(source)]
+    assert len(names) == sum(source.count("__global__") for source in sources), names
+    return set(names)
+
+
+@functools.cache
+def load() -> Host:
+    """The ops of all csrc/*.cu under `torch.ops.lumina_kernels_cuda_host`, on CPU tensors."""
+    sources = [p for p in sorted(CSRC.glob("*.cu")) if p.stem != "extension"]  # Python's module
+    _define([source.stem for source in sources])
+    return Host(build(sources, CSRC))
+
+
+def build(sources, csrc: Path) -> Path:
+    """The shared library of some .cu files, with the headers of `csrc`; kept for the next time."""
+    cache = Path(tempfile.gettempdir()) / f"lumina_kernels_cuda_host-{Path.home().name}"
+    cache.mkdir(exist_ok=True)
+    headers = sorted((*csrc.glob("*.cuh"), *csrc.glob("*launch.h"), *HERE.glob("*.h")))
+    common = "".join((*FLAGS, torch.__version__, *(path.read_text() for path in headers)))
+    with ThreadPoolExecutor(2) as pool:
+        objects = pool.map(
+            lambda source: _compile(source, csrc, cache, common), [*RUNTIME, *sources]
+        )
+        objects = sorted(objects)
+    library = cache / f"{_digest(*map(str, objects))}.so"
+    libraries = [f"-L{path}" for path in library_paths()] + ["-ltorch_cpu", "-ltorch", "-lc10"]
+    _run(library, ["g++", "-shared", *map(str, objects), *libraries])
+    return library
+
+
+def _compile(source, csrc, cache, common):
+    path = cache / f"{source.stem}-{_digest(common, source.read_text())}.o"
+    includes = [f"-I{csrc}", *(f"-isystem{path}" for path in include_paths())]
+    forced = ["-include", str(HERE / "cuda_host.h")]
+    _run(path, ["g++", *FLAGS, *includes, *forced, "-x", "c++", "-c", str(source)])
+    return path
+
+
+def _run(path, command):
+    """Run a compiler whose output is `path`, unless that is there."""
+    if path.exists():
+        return
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=path.suffix, delete=False) as part:
+        done = subprocess.run([*command, "-o", part.name], capture_output=True, text=True)
+    if done.returncode != 0:
+        Path(part.name).unlink(missing_ok=True)
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+    Path(part.name).rename(path)
+
+
+def _digest(*parts):
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _define(ops):
+    """The schemas of `lumina_kernels_cpp`, out of the sources that define them."""
+    library = torch.library.Library(NAMESPACE, "DEF")
+    _define.library = library  # its end would undefine them
+    for op in ops:
+        for schema in _schemas(op) if (CSRC / f"{op}.cpp").exists() else ():
+            library.define(schema)
+
+
+def _schemas(op):
+    strings = re.findall(r'm\.def\(\s*((?:"[^"]*"\s*)+)\)', (CSRC / f"{op}.cpp").read_text())
+    return ["".join(re.findall(r'"([^"]*)"', string)) for string in strings]

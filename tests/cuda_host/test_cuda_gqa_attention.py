@@ -1,0 +1,372 @@
+"""gqa_attention forward. Tiles are 64, 32 or 16 keys; masks are read 1024 keys at a time."""
+
+import ctypes
+from functools import partial
+
+import pytest
+import torch
+from common import DTYPES, assert_as_accurate, compiled, randn
+from cuda_host.backend import cuda_host  # noqa: F401
+from cuda_host.build import CSRC, build
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_gqa_attention import make_inputs
+from test_gqa_attention_kernels import eager, make_wholes
+
+from lumina_kernels import gqa_attention
+from lumina_kernels.ops.gqa_attention import gqa_attention_fwd
+
+pytestmark = pytest.mark.usefixtures("cuda_host")
+HEAD_DIMS = (24, 40, 48, 64, 72, 80, 88, 96, 112, 120, 128)
+LOG2E = 1.4426950408889634
+op = partial(gqa_attention, backend="cuda")
+
+
+@pytest.fixture(autouse=True)
+def without_gradients():
+    with torch.no_grad():
+        yield
+
+
+def to(inputs, dtype):
+    floats = {n for n, v in inputs.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+    return {n: v.to(dtype) if n in floats else v for n, v in inputs.items()}
+
+
+def saved(inputs, with_error=True):
+    """What the forward keeps: out, error, lse, text_lse."""
+    names = "q k v key_mask scale text_k text_v text_mask text_gate bias".split()
+    scale = inputs["q"].shape[-1] ** -0.5 if inputs["scale"] is None else inputs["scale"]
+    args = [inputs.get(name) for name in names]
+    args[4] = scale
+    return gqa_attention_fwd(*args, with_error, "cuda")
+
+
+def logsumexp(q, k, mask=None, scale=None, bias=None):
+    """(B, G, L, R), in base 2."""
+    R = q.shape[2] // k.shape[2]
+    scores = torch.einsum("blhk,bmhk->bhlm", q, k.repeat_interleave(R, 2))
+    scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = scores if bias is None else scores + bias
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
+    return (scores.logsumexp(-1) * LOG2E).unflatten(1, (-1, R)).transpose(2, 3)
+
+
+def assert_lse(lse, low, high):
+    assert torch.equal(lse == -torch.inf, high == -torch.inf)
+    finite = high.isfinite()
+    assert_as_accurate("lse", lse[finite], low[finite], high[finite])
+
+
+def assert_forward(inputs, dtype):
+    """The accuracy rule for the output, and for both lse against float32's."""
+    rounded = to(inputs, dtype)
+    wide, float32 = to(rounded, torch.float64), to(rounded, torch.float32)
+    out, error, lse, text_lse = saved(rounded)
+    assert out.dtype == dtype and error.numel() == (0 if dtype == torch.float32 else out.numel())
+    assert_as_accurate("out", out, eager(**rounded), gqa_attention(**wide))
+    given = (logsumexp(*(x.get(n) for n in ("q", "k", "key_mask", "scale", "bias")))
+             for x in (float32, wide))  # fmt: skip
+    assert_lse(lse, *given)
+    if "text_k" not in inputs:
+        assert text_lse.numel() == 0
+        return
+    given = (logsumexp(*(x.get(n) for n in ("q", "text_k", "text_mask"))) for x in (float32, wide))
+    assert_lse(text_lse, *given)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("K", (*HEAD_DIMS, 1, 21, 100, 256))
+def test_head_dims(K, dtype):
+    """Several tiles, the last ones cut, of keys with holes; the last sample has none."""
+    inputs = make_inputs(B=2, L=9, L_kv=150, T=37, H=8, G=2, K=K)
+    inputs["text_mask"] = None
+    assert_forward(inputs, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "H, G, L, L_kv, T", ((3, 1, 55, 64, 5), (4, 4, 65, 65, 1), (8, 1, 5, 63, 64), (4, 1, 33, 1, 65))
+)
+def test_groups_and_lengths(H, G, L, L_kv, T, dtype):
+    """165, 65, 40 and 132 rows of a kv head, where blocks have 128, 64 or 32."""
+    inputs = make_inputs(B=2, L=L, L_kv=L_kv, T=T, H=H, G=G, K=72)
+    assert_forward(inputs | {"scale": None}, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "ranges",
+    (
+        ((0, 300),),  # full tiles and a ragged last one
+        ((0, 131),),  # a prefix: full tiles, one cut, others off
+        ((0, 128),),
+        ((0, 16), (128, 135), (299, 300)),  # tiles off in the middle, one key in the last tile
+        ((150, 152),),
+    ),
+)
+def test_tiles_of_keys(ranges, dtype):
+    inputs = make_inputs(B=2, L=3, L_kv=300, T=140, H=2, G=1, K=72)
+    inputs |= {"key_mask": make_wholes(300, *ranges), "text_mask": make_wholes(140, (3, 5))}
+    assert_forward(inputs, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("L_kv, masked", ((2208, True), (2205, True), (2205, False)))
+def test_windows_of_masks(L_kv, masked, dtype):
+    """16-byte reads of the mask, and single bytes where rows are not aligned."""
+    inputs = make_inputs(B=2, L=2, L_kv=L_kv, H=2, G=1, K=24, text=False) | {"key_mask": None}
+    if masked:
+        inputs["key_mask"] = make_wholes(L_kv, (1000, 1030), (2047, 2049), (L_kv - 1, L_kv))
+    assert_forward(inputs, dtype)
+
+
+@settings(
+    max_examples=20,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(st.data())
+def test_any_shape_and_mask(data):
+    B, G, R = (data.draw(st.integers(1, 2 + i % 2)) for i in range(3))
+    L, L_kv, T = (data.draw(st.integers(low, high)) for low, high in ((1, 9), (0, 140), (0, 70)))
+    inputs = make_inputs(B, L, L_kv, T, R * G, G, data.draw(st.sampled_from((5, 8, 72))))
+    for name, length in (("key_mask", L_kv), ("text_mask", T)):
+        bits = data.draw(st.lists(st.booleans(), min_size=B * length, max_size=B * length))
+        inputs[name] = torch.tensor(bits, dtype=torch.bool).view(B, length)
+    dtype = data.draw(st.sampled_from(DTYPES))
+    rounded = to(inputs, dtype)
+    # Of few numbers eager's may be exact by chance: two roundings of the largest instead, for the
+    # weights and for the result.
+    high = gqa_attention(**to(rounded, torch.float64))
+    largest = max(1.0, high.abs().max().item())
+    assert (op(**rounded) - high).abs().max() <= 2 * torch.finfo(dtype).eps * largest + 1e-5
+
+
+@pytest.mark.parametrize("text", (False, True))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_options_are_optional(text, dtype):
+    inputs = make_inputs(B=2, L=5, L_kv=17, H=4, K=24, text=text)
+    plain = {name: None for name in inputs if name.endswith("mask") or name == "scale"}
+    assert_forward(inputs | plain, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", ((71,), (5, 71), (4, 1, 71), (2, 1, 1, 71), (2, 4, 5, 71)))
+def test_bias(shape, dtype):
+    inputs = make_inputs(B=2, L=5, L_kv=71, H=4, G=2, K=72, text=len(shape) != 3)
+    assert_forward(inputs | {"bias": randn(*shape)}, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("K", (*HEAD_DIMS, 21, 256))
+def test_bias_at_other_head_dims(K, dtype):
+    inputs = make_inputs(B=1, L=40, L_kv=70, H=2, G=1, K=K, text=False) | {"key_mask": None}
+    assert_forward(inputs | {"bias": randn(2, 40, 70)}, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bias_of_minus_infinity_and_of_another_dtype(dtype):
+    """Rows that lose all keys, or those of the first tile; and no mask beside the bias."""
+    inputs = make_inputs(B=2, L=4, L_kv=81, H=4, G=2, K=24) | {"key_mask": None}
+    bias = randn(2, 4, 4, 81)
+    bias[:, :, 1] = bias[:, 2, :, :70] = bias[1, :, :, 80] = -torch.inf
+    for bias_dtype in DTYPES:
+        inputs["bias"] = bias.to(bias_dtype).double()
+        given = to(inputs, dtype) | {"bias": bias.to(bias_dtype)}
+        exact = gqa_attention(**to(given, torch.float64))
+        assert_as_accurate("out", op(**given), eager(**to(inputs, dtype)), exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", (-0.4, 0.0, -40.0))
+def test_scale_may_have_any_sign(scale, dtype):
+    inputs = make_inputs(B=2, L=3, L_kv=80, H=2, G=1, K=72) | {"scale": scale}
+    inputs["q"] = inputs["q"] / max(1, abs(scale))
+    assert_forward(inputs, dtype)
+    assert_forward(inputs | {"bias": randn(2, 3, 80)}, dtype)
+
+
+def test_gate_may_have_another_dtype():
+    inputs = to(make_inputs(B=2, L=5, K=72), torch.float16)
+    wide = inputs | {"text_gate": inputs["text_gate"].float()}
+    assert torch.equal(op(**inputs), op(**wide))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scores_that_rise_tile_by_tile(dtype):
+    """Every tile takes over from those before it, up to exponents far out of float32's range."""
+    inputs = make_inputs(B=1, L=5, L_kv=200, H=2, G=1, K=24, text=False) | {"key_mask": None}
+    inputs["q"] = inputs["q"].abs()
+    inputs["k"] = torch.linspace(-30, 30, 200, dtype=torch.float64)[None, :, None, None].expand(
+        1, 200, 1, 24
+    )
+    assert_forward(inputs, dtype)
+    assert_forward(inputs | {"k": inputs["k"].flip(1)}, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_without_keys_give_zero(dtype):
+    for masked in (
+        {"key_mask": torch.zeros(3, 70, dtype=torch.bool)},
+        {"bias": torch.full((3, 1, 1, 70), -torch.inf, dtype=torch.float64)},
+    ):
+        inputs = make_inputs(L_kv=70, K=72, text=False) | {"key_mask": None} | masked
+        out, error, lse, _ = saved(to(inputs, dtype))
+        assert out.eq(0).all() and error.eq(0).all() and lse.eq(-torch.inf).all()
+
+
+@pytest.mark.parametrize("dtype, big", ((torch.float32, 3e38), (torch.float16, 6e4)))
+def test_masked_keys_do_not_matter(dtype, big):
+    inputs = to(make_inputs(B=2, L=5, L_kv=150, T=70, K=72), dtype)
+    other = dict(inputs)
+    for prefix, mask in (("", "key_mask"), ("text_", "text_mask")):
+        for name in (prefix + "k", prefix + "v"):
+            other[name] = inputs[name].masked_fill(~inputs[mask][:, :, None, None], big)
+    assert torch.equal(op(**other), op(**inputs))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("K", (72, 64, 21))
+def test_strided(K, dtype):
+    """Every way to lie in memory gives the same bits: of one projection, heads first, with a step,
+    or one element off from where 16-byte accesses may begin."""
+    inputs = to(make_inputs(B=2, L=5, L_kv=70, T=9, H=4, G=2, K=K), dtype)
+    expected = saved(inputs)
+    heads = [name for name in ("q", "k", "v", "text_k", "text_v")]
+
+    def shifted(x):
+        return torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)
+
+    def of_one_projection(x):
+        return torch.cat((x, torch.full_like(x, torch.nan)), 2).chunk(2, 2)[0]
+
+    ways = (
+        of_one_projection,
+        lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+        lambda x: x.repeat_interleave(2, -1)[..., ::2],
+        shifted,
+        lambda x: torch.cat((x, torch.full_like(x, torch.nan)), -1)[..., :K],
+    )
+    for way in ways:
+        strided = inputs | {name: way(inputs[name]) for name in heads}
+        strided["key_mask"] = inputs["key_mask"].t().contiguous().t()
+        strided["text_mask"] = shifted(inputs["text_mask"])
+        strided["text_gate"] = inputs["text_gate"].repeat_interleave(2)[::2]
+        for value, other in zip(saved(strided), expected, strict=True):
+            assert torch.equal(value, other)
+
+
+def test_expanded_and_strided_bias():
+    inputs = to(make_inputs(B=2, L=5, L_kv=7, H=4, G=2, K=24), torch.float32)
+    bias = randn(7, 5).float().t().expand(2, 4, 5, 7)
+    assert torch.equal(op(**inputs, bias=bias), op(**inputs, bias=bias.contiguous()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_to_attend_from_or_to(dtype):
+    for sizes in ({"B": 0}, {"L": 0}):
+        out, error, lse, text_lse = saved(to(make_inputs(**sizes), dtype))
+        assert out.numel() == error.numel() == lse.numel() == text_lse.numel() == 0
+    out, _, lse, text_lse = saved(to(make_inputs(L_kv=0, T=0), dtype))
+    assert out.eq(0).all() and lse.eq(-torch.inf).all() and text_lse.eq(-torch.inf).all()
+
+
+@pytest.mark.parametrize("K", (72, 21))
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_error_is_what_rounding_lost(dtype, K):
+    """One key and one token of text: weights of 1, and no error but that of the last rounding."""
+    inputs = to(make_inputs(B=2, L=9, L_kv=1, T=1, K=K), dtype)
+    inputs |= {"key_mask": None, "text_mask": None}
+    out, error, *_ = saved(inputs)
+    v, text = (inputs[n].float().repeat_interleave(4, 2) for n in ("v", "text_v"))
+    exact = v + inputs["text_gate"].float().tanh()[:, None] * text
+    unit = out.float().abs() * torch.finfo(dtype).eps / 2 / 127
+    assert (out.float() + error * unit - exact).abs().le(0.51 * unit + 1e-6).all()
+    assert (error != 0).float().mean() > 0.9
+    assert saved(inputs, False)[1].numel() == 0
+
+
+def test_same_bits_again():
+    inputs = to(make_inputs(B=2, L=9, L_kv=150, T=70, K=72), torch.bfloat16)
+    for value, other in zip(saved(inputs), saved(inputs), strict=True):
+        assert torch.equal(value, other)
+
+
+def test_registration_and_compile():
+    graphs = []
+    fast = compiled(op, graphs)
+    for size in ((2, 3, 9, 5, 8, 4, 12), (3, 5, 11, 7, 8, 4, 12), (4, 5, 19, 7, 6, 3, 20)):
+        inputs = to(make_inputs(*size), torch.float32)
+        assert torch.equal(fast(**inputs), op(**inputs))
+    assert len(graphs) == 1
+    half = to(inputs, torch.float16)
+    args = [half[n] for n in inputs]
+    torch.library.opcheck(gqa_attention_fwd, (*args, None, True, "cuda"))
+
+
+def test_ldmatrix_has_no_bank_conflicts(cuda_host):  # noqa: F811
+    before = cuda_host.count("bank_conflicts")
+    for K in (*HEAD_DIMS, 256):
+        for text in (False, True):
+            op(**to(make_inputs(B=1, L=9, L_kv=70, T=9, H=4, G=1, K=K, text=text), torch.float16))
+    assert cuda_host.count("bank_conflicts") == before
+
+
+def test_masked_tiles_are_not_read(cuda_host):  # noqa: F811
+    """A prefix of valid keys costs what those keys alone cost, but for the mask."""
+    inputs = to(make_inputs(B=1, L=32, L_kv=1024, H=4, G=1, K=72, text=False), torch.float16)
+    inputs["key_mask"] = torch.arange(1024)[None] < 512
+    alone = {n: inputs[n][:, :512] for n in ("k", "v")} | {"key_mask": None}
+
+    def bytes_read(inputs):
+        before = cuda_host.count("bytes_read")
+        op(**inputs)
+        return cuda_host.count("bytes_read") - before
+
+    assert bytes_read(inputs) < 1.05 * bytes_read(inputs | alone)
+
+
+@pytest.fixture(scope="module")
+def probe(tmp_path_factory):
+    """Constants of the headers."""
+    source = tmp_path_factory.mktemp("probe") / "probe.cu"
+    source.write_text("""
+        #include "gqa_attention.cuh"
+        #pragma GCC visibility push(default)
+        extern "C" double useful_fraction(int K) {
+          return lumina_kernels::attention_useful_fraction(K);
+        }
+    """)
+    library = ctypes.CDLL(str(build([source], CSRC)))
+    library.useful_fraction.restype = ctypes.c_double
+    return library
+
+
+def test_useful_fraction(probe):
+    """80 columns for q kᵀ and 72 for the product with v make 0.947."""
+    assert probe.useful_fraction(72) == 2 * 72 / (80 + 72) > 0.94
+    for K in HEAD_DIMS:
+        assert probe.useful_fraction(K) == (1 if K % 16 == 0 else 2 * K / (2 * K + 8))
+        assert probe.useful_fraction(K) > 0.85
+    assert probe.useful_fraction(100) == 2 * 100 / 224
+
+
+def test_all_kernels_ran(cuda_host):  # noqa: F811
+    assert {"gqa_attention_fwd_kernel", "gqa_attention_float_fwd_kernel"} <= cuda_host.executed()
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="head_dim of at most 256, got 257"):
+        op(**to(make_inputs(K=257), torch.float32))
+    with pytest.raises(TypeError, match="no float64"):
+        op(**make_inputs())
+
+
+def test_gradients_are_refused():
+    inputs = to(make_inputs(), torch.float32)
+    inputs["v"].requires_grad_()
+    with torch.enable_grad(), pytest.raises(NotImplementedError, match="use one of torch, triton"):
+        op(**inputs)
