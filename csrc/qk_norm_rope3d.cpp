@@ -48,11 +48,15 @@ void qk_norm(const QkNorm& op, int64_t b, int64_t l, int64_t count) {
   const Turns turns = turns_in(memory, K);
   float* row = memory + turns_size(K);
   make_turns(op.angles, b, l, turns);
+  const auto turn = [&](const Normed& from, Row out) {
+    const int64_t size = from.heads * K, at = (b * L + l) * size;
+    if (l + 1 < L) prefetch(heads_at(from.x, b, l + 1, from.heads, K), out + (at + size));
+    norm_turn(heads_at(from.x, b, l, from.heads, K), from.weight(), from.bias(), op.norm, turns, K,
+              out + at, row);
+  };
   for (const int64_t end = b + count; b < end; ++b) {
-    norm_turn(heads_at(op.q.x, b, l, H, K), op.q.weight(), op.q.bias(), op.norm, turns, K,
-              op.q_out + (b * L + l) * (H * K), row);
-    norm_turn(heads_at(op.k.x, b, l, G, K), op.k.weight(), op.k.bias(), op.norm, turns, K,
-              op.k_out + (b * L + l) * (G * K), row);
+    turn(op.q, op.q_out);
+    turn(op.k, op.k_out);
   }
 }
 

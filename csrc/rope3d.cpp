@@ -26,9 +26,14 @@ void rope3d(const Rope3d& op, int64_t b, int64_t l, int64_t count) {
   const auto [L, H, G, K] = std::tuple{op.L, op.H, op.G, op.K};
   const Turns turns = turns_in(scratch(turns_size(K)), K);
   make_turns(op.angles, b, l, turns);
+  const auto turn = [&](const Rows& x, int64_t heads, Row out) {
+    const int64_t at = (b * L + l) * (heads * K);
+    if (l + 1 < L) prefetch(heads_at(x, b, l + 1, heads, K), out + (at + heads * K));
+    turn_heads(heads_at(x, b, l, heads, K), turns, K, out + at);
+  };
   for (const int64_t end = b + count; b < end; ++b) {
-    turn_heads(heads_at(op.q, b, l, H, K), turns, K, op.q_out + (b * L + l) * (H * K));
-    turn_heads(heads_at(op.k, b, l, G, K), turns, K, op.k_out + (b * L + l) * (G * K));
+    turn(op.q, H, op.q_out);
+    turn(op.k, G, op.k_out);
   }
 }
 

@@ -301,6 +301,22 @@ def test_deterministic(op):
     assert_equal_results(run(op, inputs), run(op, inputs))
 
 
+@pytest.mark.skipif(not CPU_LEVELS, reason="the C++ kernels are not built")
+def test_threads_change_no_bit():
+    """One block of rows or keys becomes several where several threads want work."""
+    op, threads = partial(gqa_attention, backend="cpu"), torch.get_num_threads()
+    inputs = make_inputs(B=1, L=150, L_kv=300, T=70, H=2, G=1, K=24)
+    inputs = {n: v.bfloat16() if _is_float(v) else v for n, v in inputs.items()}
+    inputs["key_mask"] = inputs["text_mask"] = None
+    try:
+        torch.set_num_threads(1)
+        expected = run(op, inputs)
+        torch.set_num_threads(3)
+        assert_equal_results(run(op, inputs), expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_autocast_changes_nothing(op):
     inputs = make_kernel_inputs(torch.float32)
