@@ -33,6 +33,7 @@ test: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/* tests/cuda_host/*.h tests/cuda_host/*.c*)
 
 bench: install
 	$(BIN)/python -m pytest benchmarks
