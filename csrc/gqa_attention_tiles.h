@@ -102,16 +102,6 @@ LUMINA_INLINE Vec exp2_of_negative(Vec x) {
 #endif
 }
 
-LUMINA_INLINE Vec larger(Vec a, Vec b) {
-#if LUMINA_WIDTH == 16
-  return (Vec)_mm512_max_ps((__m512)a, (__m512)b);
-#elif LUMINA_WIDTH == 8
-  return (Vec)_mm256_max_ps((__m256)a, (__m256)b);
-#else
-  return max(a, b);
-#endif
-}
-
 // Two rows of numbers as units of two, or each as it is.
 template <class Unit>
 LUMINA_INLINE void store_units(float* out, Vec first, Vec second) {
@@ -137,7 +127,7 @@ void softmax(float* s, int64_t keys, int64_t padded, float scale, float* m, floa
   for (int64_t row = 0; row < kRows; row += kWidth) {
     const Vec before = load(m + row);
     Vec top = before;
-    for (int64_t n = 0; n < keys; ++n) top = larger(top, load(s + n * kRows + row) * scale);
+    for (int64_t n = 0; n < keys; ++n) top = max(top, load(s + n * kRows + row) * scale);
     store(m + row, top);
     top = top == infinite ? Vec{} : top;  // no valid key so far
     const Vec old = exp2_of_negative(before - top);

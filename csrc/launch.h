@@ -113,8 +113,10 @@ void launch(const char* name, const Tensor& like, const LaunchConfig& config,
                                     static_cast<int>(config.shared_bytes)),
                name);
   }
-  kernel<<<config.grid, config.block, config.shared_bytes, current_stream(device)> > >(
+  // clang-format off: it takes a header for plain C++, and >>> apart
+  kernel<<<config.grid, config.block, config.shared_bytes, current_stream(device)>>>(
       static_cast<Parameters>(arguments)...);
+  // clang-format on
   check_cuda(cudaGetLastError(), name);
 }
 

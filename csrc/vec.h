@@ -12,8 +12,27 @@ LUMINA_INLINE Vec broadcast(float value) { return value - Vec{}; }
 LUMINA_INLINE Vec as_float(IntVec bits) { return (Vec)bits; }
 LUMINA_INLINE IntVec as_int(Vec value) { return (IntVec)value; }
 
-LUMINA_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
-LUMINA_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
+// b where one of them is NaN. By name: GCC 12 makes a comparison and a choice of the general form.
+LUMINA_INLINE Vec max(Vec a, Vec b) {
+#if LUMINA_WIDTH == 16
+  return (Vec)_mm512_max_ps((__m512)a, (__m512)b);
+#elif LUMINA_WIDTH == 8
+  return (Vec)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+LUMINA_INLINE Vec min(Vec a, Vec b) {
+#if LUMINA_WIDTH == 16
+  return (Vec)_mm512_min_ps((__m512)a, (__m512)b);
+#elif LUMINA_WIDTH == 8
+  return (Vec)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
 LUMINA_INLINE Vec abs(Vec a) { return as_float(as_int(a) & 0x7fffffff); }
 
 // ---- 16 bits to float32 and back, to nearest even ----
