@@ -4,7 +4,8 @@ Both use PyTorch's stable ABI and Python's limited API: all that is needed of to
 and one wheel serves Python >= 3.10 and torch >= 2.10. No GPU is needed to build.
 
 TORCH_CUDA_ARCH_LIST, MAX_JOBS, CXX, CXXFLAGS and CUDA_HOME are honoured. FORCE_CUDA=1 makes a
-missing nvcc an error, LUMINA_KERNELS_SKIP_CUDA_BUILD=1 leaves CUDA out.
+missing nvcc an error, LUMINA_KERNELS_SKIP_CUDA_BUILD=1 leaves CUDA out. In a checkout
+`python setup.py build_ext --inplace` compiles only what changed.
 """
 
 import os

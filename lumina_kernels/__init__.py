@@ -1,4 +1,5 @@
-"""Fused operations for diffusion transformers: plain PyTorch that defines them, and Triton kernels.
+"""Fused operations for diffusion transformers: plain PyTorch that defines them, and kernels in
+Triton, CUDA C++ and, for the CPU, C++.
 
 Alphabet of the shapes: `B` batch, `L` image tokens, `T` text tokens, `D` width, `H` query heads,
 `G` key/value heads, `K` head_dim, `F` FFN width. Heads are `(B, L, H, K)`, without transposes.
