@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 
@@ -32,7 +33,7 @@ def report() -> str:
     if not torch.cuda.is_available():
         why = "torch is built without CUDA" if torch.version.cuda is None else "no GPU is visible"
         lines.append(f"cuda            none: {why}")
-    if "cpu" not in backend.MISSING:
+    if find_spec("lumina_kernels._C"):
         native = import_module("lumina_kernels._C")
         lines.append(f"cpu kernels     {native.cpu_level()}, of {', '.join(native.cpu_levels())}")
     lines += [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ]
