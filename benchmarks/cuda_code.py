@@ -9,7 +9,7 @@ import argparse
 import re
 from importlib.util import find_spec
 
-from lumina_kernels.aot import _tool
+from lumina_kernels.aot import tool
 
 
 def kernels() -> list[dict]:
@@ -17,7 +17,7 @@ def kernels() -> list[dict]:
     library = find_spec("lumina_kernels._C_cuda")
     if library is None:
         raise FileNotFoundError("lumina_kernels._C_cuda is not built, it needs nvcc")
-    usage = _tool("cuobjdump", "--dump-resource-usage", library.origin)
+    usage = tool("cuobjdump", "--dump-resource-usage", library.origin)
     rows, arch = [], None
     for line in usage.splitlines():
         if found := re.match(r"arch = sm_(\w+)", line):

@@ -20,7 +20,7 @@ struct Chunks {
     constexpr int64_t kValues = 32768;
     width = (D + 15) / 16 * 16;
     rows = std::min(L, std::max<int64_t>(1, kValues / D));
-    count = (L + rows - 1) / rows;
+    count = ceil_div(L, rows);
   }
 };
 
@@ -45,7 +45,7 @@ void parallel_chunks(const Chunks& chunks, int64_t buffers, const F& f) {
 template <class F>
 void parallel_columns(int64_t D, int64_t work, const F& f) {
   constexpr int64_t kColumns = 64;
-  parallel_rows((D + kColumns - 1) / kColumns, kColumns * work,
+  parallel_rows(ceil_div(D, kColumns), kColumns * work,
                 [&](int64_t i) { f(i * kColumns, std::min((i + 1) * kColumns, D)); });
 }
 

@@ -61,6 +61,8 @@ inline Dtype dtype_of(const Tensor& tensor) {
   }
 }
 
+inline int64_t ceil_div(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
 inline int64_t size_of(Dtype dtype) { return dtype == Dtype::kFloat ? 4 : 2; }
 
 // Contiguous values of one dtype; null where an optional tensor is not there.
@@ -145,7 +147,7 @@ void parallel_rows(int64_t count, int64_t work, const F& f) {
 template <class F>
 void parallel_pieces(int64_t rows, int64_t length, const F& f) {
   constexpr int64_t kPiece = 4096;
-  const int64_t pieces = (length + kPiece - 1) / kPiece;
+  const int64_t pieces = ceil_div(length, kPiece);
   parallel_rows(rows * pieces, std::min(length, kPiece), [&](int64_t i) {
     const int64_t first = i % pieces * kPiece;
     f(i / pieces, first, std::min(kPiece, length - first));

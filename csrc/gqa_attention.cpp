@@ -84,7 +84,7 @@ void forward_block(const Attention& a, const Outputs& outs, int64_t b, int64_t g
                    int64_t rows) {
   static thread_local Scratch scratch;
   const int64_t units = units_of<Unit>(a.K), channels = round_up(a.K, kStep);
-  const int64_t blocks = (rows + kRows - 1) / kRows, branches = a.gate.empty() ? 1 : 2;
+  const int64_t blocks = ceil_div(rows, kRows), branches = a.gate.empty() ? 1 : 2;
   scratch.reserve(blocks * kRows * (units + branches * (channels + 2)) +
                   kKeys * (units + channels) + kRows * (kKeys + 1) + 16 * (blocks * 6 + 8));
   float* q = scratch.take(blocks * kRows * units);

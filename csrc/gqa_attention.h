@@ -142,13 +142,13 @@ class Scratch {
  public:
   float* take(int64_t count) {
     float* start = memory_.get() + used_;
-    used_ += (count + 15) / 16 * 16;
+    used_ += ceil_div(count, 16) * 16;
     return start;
   }
   void reserve(int64_t count) {
     used_ = 0;
     if (count <= size_) return;
-    const size_t bytes = sizeof(float) * ((count + 15) / 16 * 16);
+    const size_t bytes = sizeof(float) * (ceil_div(count, 16) * 16);
     memory_.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
     STD_TORCH_CHECK(memory_ != nullptr, "out of memory: ", bytes, " bytes");
     size_ = count;
@@ -165,8 +165,8 @@ template <class F>
 void parallel_blocks(const Attention& a, int64_t count, const F& f) {
   const int64_t heads = a.B * a.G, enough = 4 * torch::stable::get_num_threads();
   int64_t size = 256;
-  while (size > 64 && heads * ((count + size - 1) / size) < enough) size /= 2;
-  const int64_t blocks = (count + size - 1) / size;
+  while (size > 64 && heads * ceil_div(count, size) < enough) size /= 2;
+  const int64_t blocks = ceil_div(count, size);
   torch::stable::parallel_for(0, heads * blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i % blocks * size;

@@ -115,7 +115,7 @@ template <class Unit>
 void row_blocks(const Gradients& a, int64_t b, int64_t g, int64_t first, int64_t rows) {
   static thread_local Scratch scratch;
   const int64_t units = units_of<Unit>(a.K), channels = round_up(a.K, kStep);
-  const int64_t count = (rows + kRows - 1) / kRows;
+  const int64_t count = ceil_div(rows, kRows);
   scratch.reserve(count * kRows * (2 * units + channels + 6) +
                   kKeys * (2 * units + channels + 2 * kRows));
   const auto take = [&](int64_t lines) { return scratch.take(kRows * lines); };
@@ -201,7 +201,7 @@ void key_blocks(const Gradients& a, bool is_text, int64_t b, int64_t g, const in
   static thread_local Scratch scratch;
   const Keys& keys = is_text ? a.text : a.image;
   const int64_t units = units_of<Unit>(a.K), channels = round_up(a.K, kStep);
-  std::vector<KeyBlock> blocks((count + kRows - 1) / kRows);
+  std::vector<KeyBlock> blocks(ceil_div(count, kRows));
   scratch.reserve(blocks.size() * kRows * 2 * (units + channels) +
                   kKeys * (2 * units + 2 * channels + 2 * kRows + 3));
   const auto take = [&](int64_t lines) { return scratch.take(kRows * lines); };

@@ -37,7 +37,7 @@ LUMINA_INLINE Vec repeat(const float* unit) {
 #endif
 }
 
-LUMINA_INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+LUMINA_INLINE int64_t round_up(int64_t n, int64_t step) { return ceil_div(n, step) * step; }
 
 // acc[i][j] += sum over units u of a[u][rows j] * b[i * b_step + u * b_unit]
 template <class Unit>
@@ -232,7 +232,7 @@ LUMINA_INLINE float exact_product(Row a, Row b, const int8_t* error, int64_t K) 
 
 template <class Unit>
 LUMINA_INLINE int64_t units_of(int64_t K) {
-  return (K + Unit::kPer - 1) / Unit::kPer;
+  return ceil_div(K, Unit::kPer);
 }
 
 // One row of K values as units.

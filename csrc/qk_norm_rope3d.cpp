@@ -204,11 +204,11 @@ Tensor parameter_grad(const OptionalTensor& parameter, const NormedBwd& side, in
   if (!parameter) return empty(like, {0}, ScalarType::Float);
   Tensor grad = empty_as(*parameter);
   const int64_t width = parameter->size(0), all = side.from.heads * op.K;
-  const int64_t chunks = (op.tokens + op.chunk - 1) / op.chunk;
+  const int64_t chunks = ceil_div(op.tokens, op.chunk);
   const int64_t step = op.norm.per_head ? width : side.sums * all;
   const int64_t count = op.norm.per_head ? chunks * side.from.heads : chunks;
   const float* first = side.partials.data() + index * all;
-  parallel_rows((width + kColumns - 1) / kColumns, count * kColumns, [&](int64_t n) {
+  parallel_rows(ceil_div(width, kColumns), count * kColumns, [&](int64_t n) {
     const int64_t at = n * kColumns;
     LUMINA_CALL(sum_rows, first + at, step, count, row_of(grad) + at,
                 std::min(kColumns, width - at));
@@ -236,8 +236,8 @@ SixTensors qk_norm_bwd(const Tensor& dq_out, const Tensor& dk_out, const Tensor&
                        const Angles& angles, Norm norm, const Pool* pool) {
   Tensor dq = empty_as(q), dk = empty_as(k);
   const int64_t tokens = q.size(0) * q.size(1);
-  const int64_t chunk = std::max(kLeastTokens, (tokens + kMostChunks - 1) / kMostChunks);
-  const int64_t chunks = (tokens + chunk - 1) / chunk;
+  const int64_t chunk = std::max(kLeastTokens, ceil_div(tokens, kMostChunks));
+  const int64_t chunks = ceil_div(tokens, chunk);
   QkNormBwd op{angles,
                norm,
                q.size(1),

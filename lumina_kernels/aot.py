@@ -129,9 +129,9 @@ def _row(op, arch, head_dim, dtype, call, **figures) -> dict:
 def _read(files: dict[str, Path], useful: float) -> dict:
     """`useful`: share of the products of the kernel's own tiles that is not padding."""
     metadata = json.loads(files[".json"].read_text())
-    usage = _tool("cuobjdump", "--dump-resource-usage", files[".cubin"])
+    usage = tool("cuobjdump", "--dump-resource-usage", files[".cubin"])
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    code = _tool("nvdisasm", "-c", files[".cubin"])
+    code = tool("nvdisasm", "-c", files[".cubin"])
     mma, issued = _tensor_cores(code, metadata["num_warps"])
     dots = _DOT.findall(files[".ttir"].read_text())
     wanted = sum(2 * int(m) * int(k) * int(n) for m, k, n in dots)
@@ -172,7 +172,8 @@ def _wide_share(code: str, kinds: tuple[str, ...]) -> float | None:
     return sum(w * n for w, n in accesses.items() if w >= 16) / total if total else None
 
 
-def _tool(name: str, *args) -> str:
+def tool(name: str, *args) -> str:
+    """What one of NVIDIA's tools that Triton brings prints."""
     import triton
 
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name

@@ -170,6 +170,19 @@ def compiled(fn, graphs):
     return torch.compile(fn, fullgraph=True, dynamic=True, backend=keep)
 
 
+def assert_threads_change_nothing(fn, inputs):
+    """One, two and three threads give the same bits, gradients included."""
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(run(fn, inputs))
+    finally:
+        torch.set_num_threads(threads)
+    assert_equal_results(results[1], results[0])
+    assert_equal_results(results[2], results[0])
+
+
 @contextmanager
 def at_cpu_level(name):
     """The C++ kernels use another instruction set than the best one."""

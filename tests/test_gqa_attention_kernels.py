@@ -16,6 +16,7 @@ from common import (
     assert_compiles,
     assert_equal_results,
     assert_strided_is_same,
+    assert_threads_change_nothing,
     at_cpu_level,
     raises,
     randn,
@@ -304,17 +305,10 @@ def test_deterministic(op):
 @pytest.mark.skipif(not CPU_LEVELS, reason="the C++ kernels are not built")
 def test_threads_change_no_bit():
     """One block of rows or keys becomes several where several threads want work."""
-    op, threads = partial(gqa_attention, backend="cpu"), torch.get_num_threads()
     inputs = make_inputs(B=1, L=150, L_kv=300, T=70, H=2, G=1, K=24)
     inputs = {n: v.bfloat16() if _is_float(v) else v for n, v in inputs.items()}
     inputs["key_mask"] = inputs["text_mask"] = None
-    try:
-        torch.set_num_threads(1)
-        expected = run(op, inputs)
-        torch.set_num_threads(3)
-        assert_equal_results(run(op, inputs), expected)
-    finally:
-        torch.set_num_threads(threads)
+    assert_threads_change_nothing(partial(gqa_attention, backend="cpu"), inputs)
 
 
 @pytest.mark.parametrize("op", OPS)
