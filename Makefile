@@ -36,4 +36,4 @@ lint: install
 	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/* tests/cuda_host/*.h tests/cuda_host/*.c*)
 
 bench: install
-	$(BIN)/python -m pytest benchmarks
+	$(BIN)/python -m benchmarks.report --quick --out report

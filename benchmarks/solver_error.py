@@ -29,20 +29,23 @@ NFE = (4, 8, 12, 20, 40)
 TOLERANCES = (0.1, 0.03, 0.01)
 
 
-def drawer(guidance: float, count: int, dtype: torch.dtype = torch.float32):
+def drawer(guidance: float, count: int, dtype=torch.float32, device="cpu", backend=None):
     """A function of the settings of lumina.sample -> (pictures, NFE), always of the same noise."""
-    model = lumina.load(lumina.COMPACT, dtype=dtype)
-    encoder = lumina.load_caption_encoder(lumina.COMPACT, dtype=dtype)
+    model = lumina.load(lumina.COMPACT, dtype=dtype, device=device, backend=backend)
+    encoder = lumina.load_caption_encoder(lumina.COMPACT, dtype=dtype, device=device)
     captions, negative = encoder(list(PROMPTS[:count])), encoder([""])
-    noise = torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    noise = noise_of(count).to(device)
 
     def draw(**settings):
-        result = lumina.sample(
-            model, *captions, *negative, size=(32, 32), latents=noise, guidance=guidance, **settings
-        )
+        settings = {"size": (32, 32), "latents": noise, "guidance": guidance} | settings
+        result = lumina.sample(model, *captions, *negative, **settings)
         return result.latents, result.nfe
 
     return draw
+
+
+def noise_of(count: int) -> torch.Tensor:
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 def rms(a, b):

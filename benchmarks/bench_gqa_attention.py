@@ -1,0 +1,187 @@
+"""gqa_attention: self-attention with grouped queries, ragged key masks and the text branch."""
+
+import warnings
+from importlib import import_module
+
+import torch
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+import lumina_kernels as lk
+from benchmarks.measure import Absent, Case, as_tuple, ours
+from benchmarks.shapes import BACKWARD_SHAPES, CPU, CUDA, LUMINA_NEXT, OP_SHAPES, QUARTER
+
+SHAPES = (
+    # 515 GFLOP would take a CPU seconds.
+    *(shape.but(devices=CUDA) if shape.model == "z-image" else shape for shape in OP_SHAPES),
+    LUMINA_NEXT.but(valid=0.75),
+    LUMINA_NEXT.but(valid=0.5, devices=CUDA),
+    QUARTER.but(side=32, valid=0.75, devices=CPU),
+    QUARTER.but(side=32, valid=0.5, devices=CPU),
+    QUARTER.but(valid=0.75, devices=CPU),
+    QUARTER.but(valid=0.5, devices=CPU),
+    LUMINA_NEXT.but(text=True, devices=CUDA),
+    QUARTER.but(side=32, text=True, devices=CPU),
+    *BACKWARD_SHAPES,
+)
+SDPA = {
+    "sdpa-flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa-math": SDPBackend.MATH,
+}
+FLASH_ATTN = {
+    "flash-attn-2": "flash_attn.flash_attn_interface",
+    "flash-attn-3": "flash_attn_interface",
+    "flash-attn-4": "flash_attn.cute",
+}
+PEERS = (*SDPA, "flex", *FLASH_ATTN, "sage")
+MOST_SCORES = 2**31  # bytes that sdpa-math may hold of them
+
+
+def case(shape, device) -> Case:
+    B, L, H, G, K, randn = shape.B, shape.L, shape.H, shape.G, shape.K, shape.randn(device)
+    keys, T, key_mask = round(shape.valid * L), shape.text * shape.T, None
+    inputs = {"q": randn(B, L, H, K), "k": randn(B, L, G, K), "v": randn(B, L, G, K)}
+    if keys < L:
+        inputs["key_mask"] = key_mask = (torch.arange(L, device=device) < keys).repeat(B, 1)
+    if T:
+        inputs |= {"text_k": randn(B, T, G, K), "text_v": randn(B, T, G, K), "text_gate": randn(H)}
+
+    def peer(make, *arguments):
+        return lambda: accepted([with_text(way) for way in make(*arguments)], inputs)
+
+    numbers = 2 * B * L * (H + G) * K + 2 * B * T * G * K + H * shape.text
+    return Case(
+        inputs=inputs,
+        ours=ours(gqa_attention, device),
+        # Not every kernel that takes a mask on a GPU takes groups, and the math fallback is slow.
+        eager=with_text(sdpa_of_repeated if device == "cuda" and keys < L else sdpa),
+        peers={
+            **{name: peer(sdpa_on, backend, shape) for name, backend in SDPA.items()},
+            "flex": peer(flex, key_mask),
+            **{name: peer(flash_attn, module, device) for name, module in FLASH_ATTN.items()},
+            "sage": peer(sage, device),
+        },
+        own_result=("sage",),  # of products in 8 bits
+        bytes=0 if shape.backward else numbers * inputs["q"].itemsize + (keys < L) * B * L,
+        flops=0 if shape.backward else 4 * B * H * L * (keys + T) * K,
+        backward=shape.backward,
+    )
+
+
+def gqa_attention(**arguments):
+    try:
+        return lk.gqa_attention(**arguments)
+    except NotImplementedError as error:  # no gradient
+        raise Absent(str(error)) from None
+
+
+def with_text(attend):
+    """Self-attention by `attend`, and the gated attention to the text by another call of it."""
+
+    def attend_to_both(q, k, v, key_mask=None, text_k=None, text_v=None, text_gate=None):
+        out = attend(q, k, v, key_mask)
+        if text_k is None:
+            return out
+        return out + text_gate.tanh()[:, None] * attend(q, text_k, text_v, None)
+
+    return attend_to_both
+
+
+def accepted(ways, inputs):
+    """The first of `ways` that takes these inputs; Absent with their reasons where none does."""
+    refusals = []
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for attend in ways:
+            try:
+                has_gradient = attend(**inputs).requires_grad
+            except (AssertionError, RuntimeError, ValueError) as error:
+                refusals.append(error)
+                continue
+            if inputs["q"].requires_grad and not has_gradient:
+                raise Absent("it has no gradient")
+            return attend
+    texts = (str(z) or repr(z) for z in (*refusals, *(z.message for z in said)))
+    lines = (text.partition("\n")[0].partition(" (Triggered")[0] for text in texts)
+    # SDPA also names the kernels that it was told to leave out.
+    raise Absent("; ".join(dict.fromkeys(z for z in lines if not z.endswith(("disabled.", ":")))))
+
+
+def sdpa(q, k, v, key_mask):
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    mask = None if key_mask is None else key_mask[:, None, None]
+    grouped = q.shape[1] > k.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+    return out.transpose(1, 2)
+
+
+def sdpa_of_repeated(q, k, v, key_mask):
+    """With keys and values copied for every query head, as diffusers' Lumina-Next has them."""
+    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
+    return sdpa(q, k, v, key_mask)
+
+
+def sdpa_on(backend, shape):
+    """SDPA by one of its kernels, and the same of repeated keys for one that takes no groups."""
+    scores = 4 * shape.B * shape.H * shape.L**2
+    if backend == SDPBackend.MATH and scores > MOST_SCORES:
+        raise Absent(f"its scores take {scores / 2**30:.0f} GiB")
+
+    def on_backend(attend):
+        def call(*arguments):
+            with sdpa_kernel(backend):
+                return attend(*arguments)
+
+        return call
+
+    return on_backend(sdpa), on_backend(sdpa_of_repeated)
+
+
+def flex(key_mask):
+    compiled, blocks = torch.compile(flex_attention, dynamic=False), None
+    if key_mask is not None:
+        B, L = key_mask.shape
+        blocks = create_block_mask(
+            lambda b, h, row, key: key_mask[b, key], B, None, L, L, device=key_mask.device
+        )
+
+    def attend(q, k, v, key_mask):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        mask = None if key_mask is None else blocks
+        return compiled(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
+
+    return (attend,)
+
+
+def flash_attn(module, device):
+    if device != "cuda":
+        raise Absent("flash-attn's kernels run on a GPU alone")
+    flash_attn_func = import_module(module).flash_attn_func
+
+    def attend(q, k, v, key_mask):
+        if key_mask is not None:
+            raise Absent("flash_attn_func takes no key mask")
+        return as_tuple(flash_attn_func(q, k, v))[0]  # beside it, version 4 has the log-sum-exp
+
+    return (attend,)
+
+
+def sage(device):
+    if device != "cuda":
+        raise Absent("SageAttention's kernels run on a GPU alone")
+    from sageattention import sageattn
+
+    def attend(q, k, v, key_mask):
+        if key_mask is not None:
+            raise Absent("sageattn takes no key mask")
+        # It subtracts the mean from k in place, which the other variants need.
+        return sageattn(q, k.clone(), v, tensor_layout="NHD")
+
+    return (attend,)
+
+
+def test_gqa_attention(compare):
+    compare(case)

@@ -1,0 +1,86 @@
+"""rope3d: the rotation of queries and keys by their place in the picture."""
+
+import torch
+
+import lumina_kernels as lk
+from benchmarks.measure import Absent, Case, ours
+from benchmarks.shapes import BACKWARD_SHAPES, OP_SHAPES
+from lumina.rope import positions, rope_axes, rope_frequencies
+
+SHAPES = (*OP_SHAPES, *BACKWARD_SHAPES)
+PEERS = ("liger", "flash-attn")
+
+
+def case(shape, device) -> Case:
+    B, L, H, G, K, randn = shape.B, shape.L, shape.H, shape.G, shape.K, shape.randn(device)
+    q, k = randn(B, L, H, K), randn(B, L, G, K)
+    place = places(shape, device)
+    angle = angles(**place)
+    table = complex_table(angle)
+
+    def eager(q, k):
+        return rotate(q, table), rotate(k, table)
+
+    numbers, coordinates = 2 * B * L * (H + G) * K, 3 * L
+    return Case(
+        inputs={"q": q, "k": k},
+        ours=ours(lk.rope3d, device, **place),
+        eager=eager,
+        peers={
+            "liger": lambda: liger(q, k, angle, shape.backward),
+            "flash-attn": lambda: flash_attn(angle),
+        },
+        bytes=0 if shape.backward else numbers * q.itemsize + coordinates * 8,
+        backward=shape.backward,
+    )
+
+
+def places(shape, device) -> dict:
+    """What the op needs to rotate an image of this shape, with Lumina-Next's axes."""
+    axes = ("h", "w")
+    return {
+        "positions": positions(1, shape.side, shape.side, device),
+        "inv_freq": rope_frequencies(shape.K, axes, device=device),
+        "axis": rope_axes(shape.K, axes, device=device),
+    }
+
+
+def angles(positions, inv_freq, axis):
+    """(L, K/2)"""
+    return positions[:, axis] * inv_freq
+
+
+def complex_table(angle):
+    """What the pipelines of diffusers make once for all steps, (L, 1, K/2)."""
+    return torch.polar(torch.ones_like(angle), angle)[:, None]
+
+
+def rotate(x, table):
+    """The product of complex numbers as which diffusers' Lumina-Next rotates."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * table).flatten(3).to(x.dtype)
+
+
+def liger(q, k, angle, backward):
+    if not angle.is_cuda:
+        raise Absent("Liger's kernels run on a GPU alone")
+    if backward:
+        raise Absent("Liger's kernel writes over q and k, which the other variants need")
+    from liger_kernel.ops.llama4_rope import LigerLlama4RopeFunction as Rotation
+
+    table, own_q, own_k = complex_table(angle)[:, 0], q.clone(), k.clone()
+    # Turned further by every call, numbers of the same size.
+    return lambda q, k: Rotation.apply(own_q, own_k, table)
+
+
+def flash_attn(angle):
+    if not angle.is_cuda:
+        raise Absent("flash-attn's rotation runs on a GPU alone")
+    from flash_attn.layers.rotary import apply_rotary_emb
+
+    cos, sin = angle.cos(), angle.sin()
+    return lambda q, k: tuple(apply_rotary_emb(x, cos, sin, interleaved=True) for x in (q, k))
+
+
+def test_rope3d(compare):
+    compare(case)

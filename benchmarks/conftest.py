@@ -1,0 +1,170 @@
+"""pytest's part of the benchmarks: a test is one variant of a case.
+
+    pytest benchmarks --benchmark-only -k quick
+    pytest benchmarks/bench_swiglu.py --benchmark-json=swiglu.json --device cpu
+
+A `bench_<op>.py` has SHAPES, PEERS (variants besides ours, eager and torch.compile) and a function
+that makes the `Case` of a shape. pytest-benchmark calls one function over and over; the variants of
+a case have to take turns. So the first test of a case measures all of them, with
+`benchmarks/measure.py`, and pytest-benchmark reads their times off a clock that repeats them.
+"""
+
+import gc
+import json
+import time
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from benchmarks.machine import describe
+from benchmarks.measure import Absent, columns, keep_freed_memory, measure, variants
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("lumina benchmarks")
+    group.addoption("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    group.addoption("--seconds", type=float, default=2.0, help="of a case's rounds (default: 2)")
+    group.addoption("--budget", type=float, help="seconds after which the rest is skipped")
+    group.addoption("--rows", help="append the outcome of every test to this file, as JSON lines")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "quick: one small shape of everything, three minutes in all")
+    config.started = time.monotonic()
+    keep_freed_memory()
+    if config.getoption("--device") is None:
+        config.option.device = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def pytest_generate_tests(metafunc):
+    """A test for each shape of this device and each variant, in this order."""
+    if "compare" not in metafunc.fixturenames:
+        return
+    device, module = metafunc.config.option.device, metafunc.module
+    metafunc.parametrize(
+        ("shape", "variant"),
+        [
+            pytest.param(shape, variant, id=f"{shape}-{variant}", marks=marks(shape))
+            for shape in module.SHAPES
+            if device in shape.devices
+            for variant in variants_of(module, shape, device)
+        ],
+    )
+
+
+def pytest_collection_modifyitems(items):
+    """Every file's first shapes first: where the budget ends, every op has been measured."""
+    order = {}
+    for item in items:
+        shapes = order.setdefault(item.path, [])
+        if hasattr(item, "callspec") and item.callspec.params["shape"] not in shapes:
+            shapes.append(item.callspec.params["shape"])
+    items.sort(
+        key=lambda item: (
+            order[item.path].index(item.callspec.params["shape"])
+            if hasattr(item, "callspec")
+            else 0
+        )
+    )
+
+
+def variants_of(module, shape, device) -> tuple[str, ...]:
+    """Those of a file that compares something else than implementations, else the usual ones."""
+    if hasattr(module, "variants"):
+        return module.variants(shape)
+    return variants(device, module.PEERS, shape.quick)
+
+
+def marks(shape) -> list:
+    return [pytest.mark.benchmark(timer=clock), *[pytest.mark.quick] * shape.quick]
+
+
+class Clock:
+    """Stands still but for what `advance` adds."""
+
+    __name__ = "interleaved"
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+    def advance(self, seconds):
+        self.now += seconds
+
+
+clock = Clock()
+measured = {}  # the case that was measured last: (file, shape) -> its rows by variant
+
+
+@pytest.fixture
+def compare(request, benchmark, shape, variant):
+    """A function that takes what makes the case, and gives pytest-benchmark this variant's row."""
+    option, key = request.config.option, (request.path, shape)
+    names = variants_of(request.module, shape, option.device)
+
+    def check(make_case):
+        if key not in measured:
+            budget = option.budget
+            if budget is not None and time.monotonic() - request.config.started > budget:
+                pytest.skip(f"the {budget:.0f} seconds of --budget were over")
+            measured.clear()
+            gc.collect()
+            torch.manual_seed(0)
+            try:
+                case = make_case(shape, option.device)
+                rows = measure(case, option.device, option.seconds, shape.quick)
+                measured[key] = case, rows
+            except Exception as error:  # of all its variants alike
+                measured[key] = None, dict.fromkeys(names, error)
+        case, rows = measured[key]
+        row = rows[variant]
+        if isinstance(row, (Absent, ImportError)):
+            pytest.skip(str(row))
+        if isinstance(row, Exception):
+            raise row
+        op = request.path.stem.removeprefix("bench_")
+        benchmark.group = f"{op} {shape}"
+        benchmark.extra_info |= {"op": op, "shape": str(shape), **asdict(shape), "L": shape.L}
+        benchmark.extra_info |= columns(case, variant, rows)
+        times = iter(row.seconds)
+        benchmark.pedantic(lambda: clock.advance(next(times)), rounds=len(row.seconds))
+
+    return check
+
+
+@pytest.hookimpl
+def pytest_benchmark_update_machine_info(config, machine_info):
+    machine_info |= describe(config.option.device)
+
+
+def pytest_collection_finish(session):
+    """--rows: what is about to be measured, and on what machine."""
+    device = session.config.option.device
+    ids = [item.nodeid for item in session.items]
+    _append(session.config, {"machine": describe(device), "device": device, "tests": ids})
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    """--rows: how a test ended, with its row if it has one."""
+    report = (yield).get_result()
+    if report.when == "setup" and report.passed or report.when == "teardown" and not report.failed:
+        return
+    line = {"test": item.nodeid, "outcome": report.outcome}
+    stats = getattr(item.funcargs.get("benchmark"), "stats", None)
+    if report.outcome == "skipped":
+        line["reason"] = report.longrepr[2].removeprefix("Skipped: ")
+    elif report.outcome == "failed":
+        line["reason"] = call.excinfo.exconly().splitlines()[0]
+    elif stats is not None:
+        line["row"] = stats.as_dict(include_data=True)
+    _append(item.config, line)
+
+
+def _append(config, line) -> None:
+    if config.option.rows:
+        with open(config.option.rows, "a") as file:
+            file.write(json.dumps(line, default=str) + "\n")

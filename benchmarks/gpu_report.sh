@@ -1,0 +1,78 @@
+#!/usr/bin/env bash
+# On a machine with a GPU, torch, triton, pytest, pytest-benchmark and matplotlib: builds the kernels,
+# runs the GPU tests, writes the speed report into DIR. No network; at most nine minutes.
+#   [PYTHON=python3] [LUMINA_COMMIT=hash] benchmarks/gpu_report.sh DIR
+# Ends with 1 where the build, a test or a row failed, after all that could be done was done.
+set -euo pipefail
+[ $# = 1 ] || { echo "usage: benchmarks/gpu_report.sh DIR" >&2; exit 2; }
+mkdir -p "$1/logs"
+out=$(cd "$1" && pwd)
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+total=540 # seconds
+failed=()
+
+step() { echo "== $1 (${SECONDS} s)"; }
+
+# The GPU's own architecture, as setup.py writes it.
+arch=$("$python" - <<'PYTHON'
+import sys
+
+try:
+    import torch
+except ImportError as error:
+    sys.exit(f"gpu_report.sh: {error}")
+if not torch.cuda.is_available():
+    sys.exit("gpu_report.sh: torch finds no CUDA GPU here")
+major, minor = torch.cuda.get_device_capability()
+print(f"{major}.{minor}" + "a" * (major in (9, 10)))
+PYTHON
+)
+
+step "build for sm_$arch"
+TORCH_CUDA_ARCH_LIST=$arch timeout 180 "$python" setup.py -q build_ext --inplace \
+    >"$out/logs/build.txt" 2>&1 || failed+=("the build")
+
+# The accuracy of every op's GPU kernels in float32 (dtype0, dtype3) and bfloat16 (dtype2, dtype5),
+# not float16; a process a file, so that compilers and launches fill the cores.
+step "tests"
+chosen='accura and (triton or cuda) and not dtype1 and not dtype4 and (not float16 or bfloat16)'
+tests=()
+for path in lumina_kernels/ops/[a-z]*.py; do
+    op=$(basename "$path" .py)
+    kernels=tests/test_${op}_kernels.py
+    if [ -e "$kernels" ]; then tests+=("$kernels"); else tests+=("tests/test_$op.py"); fi
+done
+run_tests() { # file
+    local name
+    name=$(basename "$1" .py)
+    timeout 150 "$python" -m pytest "$1" -k "$chosen" -p no:cacheprovider \
+        --junitxml="$out/logs/$name.xml" >"$out/logs/$name.txt" 2>&1
+}
+jobs=()
+for file in "${tests[@]}"; do
+    run_tests "$file" &
+    jobs+=($!)
+done
+for i in "${!jobs[@]}"; do
+    wait "${jobs[$i]}" || failed+=("${tests[$i]} (exit code $?)") # 124: not done in time
+done
+
+if command -v compute-sanitizer >/dev/null; then
+    step "compute-sanitizer"
+    timeout 40 compute-sanitizer --error-exitcode 9 "$python" -m pytest tests/test_swiglu.py \
+        tests/test_norm_modulate.py -k "$chosen and cuda" -x -p no:cacheprovider \
+        >"$out/logs/sanitizer.txt" 2>&1 || [ $? = 124 ] || failed+=("compute-sanitizer")
+fi
+
+# 40 seconds: to collect, to end the last case, to draw.
+step "report"
+"$python" -m benchmarks.report --device cuda --budget $((total - SECONDS - 40)) --out "$out" ||
+    failed+=("a row of the report")
+
+step "done"
+if [ ${#failed[@]} != 0 ]; then
+    printf 'failed: %s\n' "${failed[@]}" | tee "$out/logs/failed.txt"
+    echo "see $out/logs"
+    exit 1
+fi

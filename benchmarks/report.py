@@ -1,0 +1,231 @@
+"""Measures everything and writes what came out, as a table, as a text and as pictures.
+
+    python -m benchmarks.report --quick --out report
+
+pytest measures, as a child: where it dies it is started again with the tests that are left, so that
+a crash costs the rows of one case. DIR gets report.json (in pytest-benchmark's format), report.csv,
+report.md and PNG files; what pytest printed is in DIR/logs.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+
+import pytest_benchmark
+import torch
+from tqdm import tqdm
+
+from benchmarks import plots
+from benchmarks.tables import OUT_OF_BUDGET, csv_text, markdown
+
+ROOT = Path(__file__).resolve().parents[1]
+# After one of these every call in the same process fails.
+POISONED = ("CUDA error", "illegal memory access")
+GRACE = 12  # seconds after the budget in which the last case may end
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.report", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--quick", action="store_true", help="one small shape of everything")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="default: cuda where there is one"
+    )
+    parser.add_argument("--budget", type=float, help="seconds after which the rest is left out")
+    parser.add_argument("--seconds", type=float, help="of a case's rounds")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="where it is written"
+    )
+    args = parser.parse_args()
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA GPU here")
+    budget = args.budget or (150 if args.quick else 400 if device == "cuda" else math.inf)
+    arguments = ["benchmarks", "--device", device]
+    arguments += ["-k", "quick"] if args.quick else []
+    arguments += ["--seconds", str(args.seconds or (1 if args.quick else 2))]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leaves a report too
+    report = run(arguments, args.out, budget)
+    report["command"] = shlex.join(["python", "-m", "benchmarks.report", *sys.argv[1:]])
+    write(report, args.out)
+    failed = sum(entry["outcome"] == "failed" for entry in report["not_measured"])
+    print(f"{args.out / 'report.md'}: {len(report['benchmarks'])} rows, {failed} failed")
+    return 1 if failed else 0
+
+
+class Progress:
+    """The lines that pytest writes about its tests, on a bar."""
+
+    def __init__(self):
+        self.head, self.lines, self.bar = None, {}, tqdm(unit="test", desc="collecting")
+        self.collected = False  # by the child that runs
+
+    def add(self, line: dict) -> None:
+        self.collected = True
+        if "tests" not in line:
+            self.bar.update(line["test"] not in self.lines)
+            self.lines[line["test"]] = line
+        elif self.head is None:
+            self.head, self.cases = line, split(line["tests"])
+            self.bar.reset(total=len(line["tests"]))
+            self.bar.set_description("measuring")
+        if self.left():
+            self.bar.set_postfix_str(case_name(self.cases[self.left()[0]][0]))
+
+    def left(self) -> list[str]:
+        return [test for test in self.head["tests"] if test not in self.lines]
+
+    def give_up(self, tests: list[str], outcome: str, reason: str) -> None:
+        for test in tests:
+            self.add({"test": test, "outcome": outcome, "reason": reason})
+
+
+def run(arguments: list[str], out: Path, budget: float = math.inf) -> dict:
+    """Measures the tests that pytest collects with these arguments. Returns the report.
+
+    Args:
+        arguments: of pytest.
+        out: folder whose logs/pytest.txt gets what pytest prints.
+        budget: seconds after which tests are left out.
+
+    Raises:
+        SystemExit: pytest could not collect any test.
+    """
+    log_path, end, progress = out / "logs" / "pytest.txt", time.monotonic() + budget, Progress()
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    with log_path.open("w") as log, progress.bar:
+        try:
+            while progress.head is None or progress.left():
+                reason, code = run_child(arguments, log, progress, end)
+                if progress.head is None:
+                    sys.exit(f"pytest measured nothing ({reason}), see {log_path}")
+                left = progress.left()
+                if time.monotonic() > end + GRACE:
+                    progress.give_up(left, "skipped", OUT_OF_BUDGET)
+                elif left:
+                    case = progress.cases[left[0]][0]
+                    same = [test for test in left if progress.cases[test][0] == case]
+                    progress.give_up(same if progress.collected else left, "failed", reason)
+        except KeyboardInterrupt:
+            if progress.head is None:
+                raise
+            progress.give_up(progress.left(), "failed", "interrupted")
+            code = 0
+    report = report_of(progress)
+    if code == 1 and not any(entry["outcome"] == "failed" for entry in report["not_measured"]):
+        entry = {"test": "collection", "case": "", "variant": "the tests", "outcome": "failed"}
+        report["not_measured"].append(entry | {"reason": f"a file did not load, see {log_path}"})
+    return report
+
+
+def run_child(arguments: list[str], log, progress: Progress, end: float) -> tuple[str, int]:
+    """Runs what is left, until it ends or has to be ended. Why it did, and its exit code."""
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Path(folder) / "rows.jsonl"
+        rows.touch()
+        progress.collected = False
+        command = [sys.executable, "-m", "pytest", *arguments, "--benchmark-only", "-q"]
+        command += ["--continue-on-collection-errors", "--rows", str(rows)]
+        command += [f"--deselect={test}" for test in progress.lines]
+        command += [f"--budget={max(0, end - time.monotonic())}"] if end < math.inf else []
+        log.flush()
+        # A session of its own: torch's compile workers end with it.
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            for line in follow(process, rows, end + GRACE):
+                if any(text in line.get("reason", "") for text in POISONED):
+                    progress.add(line)
+                    return f"after {line['reason']}", 0
+                progress.add(line)
+        finally:
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            code = process.wait()
+    name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    return f"the process died: {name}", code
+
+
+def follow(process: subprocess.Popen, path: Path, end: float):
+    """The JSON lines that a process writes, until it has ended or the time is over."""
+    with path.open() as file:
+        text, ended = "", False
+        while not ended and time.monotonic() < end:
+            ended = process.poll() is not None
+            *lines, text = (text + file.read()).split("\n")
+            yield from map(json.loads, lines)
+            time.sleep(0 if ended else 0.1)
+
+
+def split(tests: list[str]) -> dict[str, tuple[str, str]]:
+    """Test -> what all tests of its case begin with, and its variant. Every case has "eager"."""
+    cases = [test.removesuffix("eager]") for test in tests if test.endswith("-eager]")]
+    found = {}
+    for test in tests:
+        case = max((case for case in cases if test.startswith(case)), key=len, default=test)
+        found[test] = case, test.removeprefix(case).removesuffix("]")
+    return found
+
+
+def case_name(start: str) -> str:
+    """Op and shape of a case, of what its tests begin with."""
+    parts = re.fullmatch(r".*?bench_(\w+)\.py::\w+\[(.*)-", start)
+    return " ".join(parts.groups()) if parts else start
+
+
+def report_of(progress: Progress) -> dict:
+    """What is known, in pytest-benchmark's format."""
+    lines, rows, others = progress.lines.values(), [], []
+    for line in lines:
+        if "row" in line:
+            rows.append(line["row"])
+        elif line["outcome"] != "passed":
+            case, variant = progress.cases[line["test"]]
+            reason = line.get("reason", "")
+            line["reason"] = OUT_OF_BUDGET if "--budget" in reason else reason
+            others.append(line | {"case": case_name(case), "variant": variant})
+    machine = progress.head["machine"]
+    return {
+        "machine_info": machine,
+        "commit_info": {"id": machine.get("commit")},
+        "benchmarks": rows,
+        "datetime": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "version": pytest_benchmark.__version__,
+        "device": progress.head["device"],
+        "not_measured": others,
+    }
+
+
+def write(report: dict, out: Path) -> None:
+    """report.json, report.csv, report.md and the plots that there are rows for."""
+    out.mkdir(parents=True, exist_ok=True)
+    rows = ",\n".join(json.dumps(row) for row in report["benchmarks"])
+    rest = json.dumps({name: z for name, z in report.items() if name != "benchmarks"}, indent=1)
+    put(out / "report.json", f'{rest[:-2]},\n "benchmarks": [\n{rows}\n]}}\n')
+    put(out / "report.csv", csv_text(report))
+    put(out / "report.md", markdown(report, plots.draw_all(report, out)))
+
+
+def put(path: Path, text: str) -> None:
+    """A file is there whole or not at all."""
+    draft = path.with_name(path.name + ".tmp")
+    draft.write_text(text)
+    draft.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""`benchmarks/measure.py`: the order of calls, what is measured of them, and what is reported."""
+
+import time
+
+import pytest
+import torch
+
+from benchmarks.measure import (
+    CLONE,
+    MATMUL,
+    MAX_BATCHES,
+    MIN_BATCHES,
+    Absent,
+    Case,
+    Row,
+    columns,
+    difference,
+    matmul_size,
+    measure,
+    peak_bytes,
+)
+
+MIB = 2**20
+
+
+def double(x):
+    return 2 * x
+
+
+def case(**arguments) -> Case:
+    """Of functions of one x."""
+    return Case(**({"inputs": {"x": torch.randn(64)}, "compiled": False} | arguments))
+
+
+def test_variants_take_turns_in_batches_with_inputs_at_new_addresses():
+    calls = []
+
+    def noted(name):
+        def function(x):
+            calls.append((name, x.data_ptr()))
+            return 2 * x
+
+        return function
+
+    names = ["eager", "ours", "peer"]
+    ours, peers = {"ours": noted("ours")}, {"peer": lambda: noted("peer")}
+    rows = measure(case(ours=ours, eager=noted("eager"), peers=peers), "cpu", 0.0)
+    assert list(rows) == names
+    for row in rows.values():
+        assert [len(batch) for batch in row.batches] == [1] * MIN_BATCHES
+    # Of each variant its result and its memory, then rounds: of the first batch three, two of them
+    # to warm up, of the others two.
+    rounds = calls[2 * len(names) :]
+    assert [name for name, _ in rounds] == names * (3 + 2 * (MIN_BATCHES - 1))
+    batches = [rounds[:9], *(rounds[start : start + 6] for start in range(9, len(rounds), 6))]
+    addresses = [{address for _, address in batch} for batch in batches]
+    assert all(len(batch) == 1 for batch in addresses)
+    assert all(a != b for a, b in zip(addresses, addresses[1:], strict=False))
+
+
+def test_a_variant_that_fails_leaves_the_others():
+    def broken(x):
+        raise RuntimeError("broken")
+
+    def absent():
+        raise Absent("only on the moon")
+
+    def not_installed():
+        import a_package_that_nobody_has  # noqa: F401
+
+    peers = {
+        "wrong": lambda: lambda x: 2.01 * x,
+        "short": lambda: lambda x: (),
+        "absent": absent,
+        "not installed": not_installed,
+    }
+    ours = {"ours": broken, "right": double}
+    rows = measure(case(ours=ours, eager=double, peers=peers), "cpu", 0.0)
+    assert {name for name, row in rows.items() if isinstance(row, Row)} == {"right", "eager"}
+    assert rows["right"].difference == 0
+    assert isinstance(rows["ours"], RuntimeError)
+    assert isinstance(rows["wrong"], AssertionError) and isinstance(rows["short"], AssertionError)
+    assert isinstance(rows["absent"], Absent) and str(rows["absent"]) == "only on the moon"
+    assert isinstance(rows["not installed"], ImportError)
+
+
+def test_a_wrong_gradient_is_caught():
+    ours = {"right": double, "wrong": lambda x: x + x.detach()}
+    rows = measure(case(ours=ours, eager=double, backward=True), "cpu", 0.0)
+    assert isinstance(rows["right"], Row)
+    assert isinstance(rows["wrong"], AssertionError)
+
+
+def test_a_result_of_its_own_is_not_compared():
+    own = case(ours={}, eager=double, peers={"sum": lambda: lambda x: x.sum()}, own_result=("sum",))
+    rows = measure(own, "cpu", 0.0)
+    assert rows["sum"].difference is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_difference_is_relative(dtype):
+    x = torch.randn(10000).to(dtype)
+    allowed = {torch.float32: 1e-4, torch.bfloat16: 3e-2}[dtype]
+    near, far = (x.double() * (1 + factor * allowed) for factor in (0.9, 1.1))
+    assert difference("near", (near,), (x,)) == pytest.approx(0.9 * allowed, rel=0.01)
+    with pytest.raises(AssertionError, match="far differs from eager"):
+        difference("far", (far,), (x,))
+
+
+@pytest.mark.parametrize(
+    ("function", "held"),
+    [
+        (lambda x: x.clone(), 1),
+        (lambda x: x.clone().ndim and x.clone(), 1),  # the first is gone before the second
+        (lambda x: torch.add(x.clone(), x.clone()), 3),
+        (lambda x: x.view(-1), 0),
+    ],
+)
+def test_peak_bytes(function, held):
+    x = torch.randn(MIB // 4)
+    assert peak_bytes(lambda: function(x), "cpu") == held * MIB
+
+
+def test_a_time_that_is_known():
+    def wait(x):
+        end = time.perf_counter() + 0.02
+        while time.perf_counter() < end:
+            pass
+        return 2 * x
+
+    rows = measure(case(ours={"ours": wait}, eager=double), "cpu", 0.3)
+    assert rows["ours"].median == pytest.approx(0.02, rel=0.2)
+    # 0.3 seconds are about 15 rounds, in as many batches as there may be.
+    assert len(rows["ours"].batches) == MAX_BATCHES and len(rows["ours"].batches[0]) <= 3
+    assert columns(case(ours={}, eager=double), "ours", rows)["x eager"] < 0.5
+
+
+def test_columns():
+    ceilings = {CLONE: [0.1, 0.5, 0.9], MATMUL: [0.25]}
+    ours = Row([[1.0, 2.0], [2.0, 3.0], [2.0]], 3 * MIB, 1e-3, ceilings)
+    rows = {
+        "ours": ours,
+        "eager": Row([[6.0], [6.0], [9.0]], MIB, None, ceilings),
+        "compile": RuntimeError("it did not compile"),
+    }
+    measured = case(ours={}, eager=double, bytes=4 * 10**9, flops=10**12, info={"": {"nfe": 8}})
+    figures = columns(measured, "ours", rows)
+    rate = 2 * matmul_size("cpu") ** 3 / 0.25
+    assert figures == {
+        "variant": "ours",
+        "bytes": 4 * 10**9,
+        "flops": 10**12,
+        "GB/s": 2.0,
+        "clone GB/s": 8.0,
+        "of clone": 0.25,
+        "TFLOP/s": 0.5,
+        "matmul TFLOP/s": rate / 1e12,
+        "of matmul": 0.5e12 / rate,
+        "peak MiB": 3.0,
+        "difference": 1e-3,
+        "batch medians": [1.5, 2.5, 2.0],
+        "ceilings' batch medians": ceilings,
+        "x eager": 3.0,
+        "x compile": None,
+        "nfe": 8,
+    }
+    # It does other work: the bytes and FLOPs of the case are not its own.
+    measured.own_result = ("ours",)
+    figures = columns(measured, "ours", rows)
+    assert figures["GB/s"] is figures["TFLOP/s"] is figures["of clone"] is None
+    assert figures["x eager"] == 3.0
