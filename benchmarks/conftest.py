@@ -30,7 +30,6 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "quick: one small shape of everything, three minutes in all")
     config.started = time.monotonic()
     keep_freed_memory()
     if config.getoption("--device") is None:
@@ -160,7 +159,7 @@ def pytest_runtest_makereport(item, call):
     elif report.outcome == "failed":
         line["reason"] = call.excinfo.exconly().splitlines()[0]
     elif stats is not None:
-        line["row"] = stats.as_dict(include_data=True)
+        line["row"] = stats.as_dict(include_data=False)
     _append(item.config, line)
 
 

@@ -23,6 +23,10 @@ from torch.nn import functional as F
 # CPU, and that shows as a difference between batches. The slower a case, the fewer it gets.
 MIN_BATCHES, MAX_BATCHES = 3, 9
 MAX_ROUNDS = 20  # of a batch
+# Every call on a CPU finds its inputs in memory, not in caches that may be shared with neighbours:
+# the calls go round copies of the inputs that together have so many bytes. (On a GPU the caches are
+# written over.) Code stays where it is, as in a program that goes on calling.
+COLD, MAX_COPIES = 96 << 20, 48
 # Relative RMS distance of a variant from eager PyTorch. In 16 bits, eager's own roundings.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 CLONE, MATMUL = "clone", "matmul"
@@ -133,7 +137,7 @@ def measure(
         for name, make in functions.items():
             try:
                 function = make()
-                call = caller(function, case)
+                call = caller(function, case, case.inputs)
                 results = call()  # compiles
                 expected = results if name == "eager" else expected
                 differences[name] = None
@@ -183,9 +187,8 @@ def compiled(function: Callable, mode: str) -> Callable:
     return torch.compile(function, dynamic=False, mode=mode)
 
 
-def caller(function: Callable, case: Case) -> Callable:
-    """A call of a variant on the case's inputs as they are now; it returns a tuple of tensors."""
-    inputs = case.inputs
+def caller(function: Callable, case: Case, inputs: dict) -> Callable:
+    """A call of a variant on these inputs; it returns a tuple of tensors."""
     if not case.backward:
         return lambda: as_tuple(function(**inputs))
     leaves = [z.requires_grad_() for z in inputs.values() if is_float(z)]
@@ -204,11 +207,14 @@ def run_batches(case: Case, functions: dict, device: str, seconds: float) -> tup
     dtype = next(z.dtype for z in case.inputs.values() if is_float(z))
     batches, done, count, rounds = {}, 0, MIN_BATCHES, 1
     while done < count:
-        case.inputs = {name: elsewhere(value) for name, value in case.inputs.items()}
-        calls = {name: caller(function, case) for name, function in functions.items()}
-        calls |= ceiling_calls(case, dtype, device)
+        inputs = [
+            {name: elsewhere(value) for name, value in case.inputs.items()}
+            for _ in range(copies_of(case, device))
+        ]
+        calls = {name: [caller(f, case, z) for z in inputs] for name, f in functions.items()}
+        calls |= ceiling_calls(case, dtype, device, len(inputs))
         if device == "cuda" and not (case.model or case.backward):
-            calls = {name: graphed(call) for name, call in calls.items()}
+            calls = {name: [graphed(call) for call in same] for name, same in calls.items()}
         if done:
             time_calls(calls, 1)  # the first call finds its memory
         else:
@@ -226,15 +232,21 @@ def run_batches(case: Case, functions: dict, device: str, seconds: float) -> tup
     return batches, ceilings
 
 
-def ceiling_calls(case: Case, dtype: torch.dtype, device: str) -> dict[str, Callable]:
+def copies_of(case: Case, device: str) -> int:
+    size = sum(value.nbytes for value in case.inputs.values() if isinstance(value, Tensor))
+    return 1 if device == "cuda" else min(MAX_COPIES, -(-COLD // max(1, size)))
+
+
+def ceiling_calls(case: Case, dtype: torch.dtype, device: str, copies: int) -> dict[str, list]:
     calls = {}
     if case.bytes:
-        source = torch.zeros(case.bytes // 2, dtype=torch.uint8, device=device)
-        calls[CLONE] = source.clone
+        # Not zeros: unwritten pages of those are all one page.
+        sources = torch.ones(copies, case.bytes // 2, dtype=torch.uint8, device=device)
+        calls[CLONE] = [source.clone for source in sources]
     if case.flops:
         n = matmul_size(device)
         x, weight = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        calls[MATMUL] = lambda: F.linear(x, weight)
+        calls[MATMUL] = [lambda: F.linear(x, weight)]
     return calls
 
 
@@ -259,17 +271,15 @@ def keep_freed_memory() -> None:
     mallopt(M_MMAP_MAX, 0)
 
 
-def cpu_rounds(calls: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
-    """Before each call the caches are written over: what a shared cache still holds of the inputs
-    depends on the neighbours, and doubled some times."""
-    scrap = torch.empty(64 << 20, dtype=torch.uint8)
-    times = {name: [] for name in calls}
+def cpu_rounds(calls: dict[str, list[Callable]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call; `calls` has the same call on several copies of its inputs."""
+    times, turn = {name: [] for name in calls}, 0
     gc.collect()
     gc.disable()
     try:
         for _ in range(rounds):
-            for name, call in calls.items():
-                scrap.zero_()
+            for name, same in calls.items():
+                call, turn = same[turn % len(same)], turn + 1
                 start = time.perf_counter()
                 call()
                 times[name].append(time.perf_counter() - start)
@@ -278,13 +288,13 @@ def cpu_rounds(calls: dict[str, Callable], rounds: int) -> dict[str, list[float]
     return times
 
 
-def cuda_rounds(calls: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
+def cuda_rounds(calls: dict[str, list[Callable]], rounds: int) -> dict[str, list[float]]:
     """Between events on the stream. Before each call the L2 cache is written over, which also gives
     the host a head start, so that the time is the GPU's."""
     scrap = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
     events = {name: [] for name in calls}
     for _ in range(rounds):
-        for name, call in calls.items():
+        for name, (call,) in calls.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             scrap.zero_()
             start.record()

@@ -30,7 +30,7 @@ from pathlib import Path
 from statistics import NormalDist, mean, median, variance
 
 ALPHA = 0.01  # chance that noise makes any row slower
-RUN_TO_RUN = 0.025  # of the ops in quick reports, one after another on an idle CPU
+RUN_TO_RUN = 0.02  # of the ops in quick reports, one after another on an idle CPU
 
 
 class BadInput(Exception):

@@ -37,13 +37,16 @@ def machine_name(report: dict) -> str:
 
 
 def main_rows(report: dict) -> dict[str, list[dict]]:
-    """Op -> the rows of its first shape: reports begin with those that say most."""
+    """Op -> the rows of its first shape of Lumina-Next, or of its first if it has none."""
     ops = {}
     for row in report["benchmarks"]:
         info = row["extra_info"]
         if info["op"] != "sample" and not info["backward"]:
             ops.setdefault(info["op"], {}).setdefault(info["shape"], []).append(row)
-    return {op: next(iter(shapes.values())) for op, shapes in ops.items()}
+    return {
+        op: next((z for name, z in shapes.items() if "lumina-next" in name), [*shapes.values()][0])
+        for op, shapes in ops.items()
+    }
 
 
 def csv_text(report: dict) -> str:

@@ -7,13 +7,16 @@ import torch
 
 from benchmarks.measure import (
     CLONE,
+    COLD,
     MATMUL,
     MAX_BATCHES,
+    MAX_COPIES,
     MIN_BATCHES,
     Absent,
     Case,
     Row,
     columns,
+    copies_of,
     difference,
     matmul_size,
     measure,
@@ -52,10 +55,15 @@ def test_variants_take_turns_in_batches_with_inputs_at_new_addresses():
     # to warm up, of the others two.
     rounds = calls[2 * len(names) :]
     assert [name for name, _ in rounds] == names * (3 + 2 * (MIN_BATCHES - 1))
-    batches = [rounds[:9], *(rounds[start : start + 6] for start in range(9, len(rounds), 6))]
-    addresses = [{address for _, address in batch} for batch in batches]
-    assert all(len(batch) == 1 for batch in addresses)
-    assert all(a != b for a, b in zip(addresses, addresses[1:], strict=False))
+    addresses = [address for _, address in rounds]
+    timed = [addresses[6:9], addresses[12:15], addresses[18:21]]
+    assert len({address for batch in timed for address in batch}) == 9
+
+
+def test_copies_of_the_inputs_do_not_fit_into_a_cache():
+    x = torch.empty(COLD // 10 + 1, dtype=torch.uint8)
+    assert copies_of(case(ours={}, eager=double, inputs={"x": x, "n": 3}), "cpu") == 10
+    assert copies_of(case(ours={}, eager=double, inputs={"x": x[:1]}), "cpu") == MAX_COPIES
 
 
 def test_a_variant_that_fails_leaves_the_others():

@@ -12,7 +12,7 @@ OURS, REFERENCES = "lumina-cpu", ("eager", "compile")
 PLANTED = 7  # the case whose row of ours is slowed
 
 
-def rows(seed, noise, cases=60, slow=None, drift=0.0, runs=0.02, batches=9):
+def rows(seed, noise, cases=60, slow=None, drift=0.0, runs=0.016, batches=9):
     """The "benchmarks" of a report.
 
     Args:
