@@ -104,7 +104,7 @@ def speedup(report: dict) -> Figure | None:
     axes.set_xscale("log")
     plain(axes.xaxis)
     # Room for the names of packages at both ends.
-    axes.set(xlim=(min(values) / 1.8, max(values) * 1.8), ylim=(y - 0.8, -1))
+    axes.set(xlim=(min(values) / 3, max(values) * 2), ylim=(y - 0.8, -1))
     axes.set(xlabel="times as fast as eager PyTorch", title=f"{usual}, {machine_name(report)}")
     axes.set_yticks(middles, labels)
     axes.grid(False, axis="y")
@@ -218,9 +218,10 @@ def memory(report: dict) -> Figure | None:
 
 def quality(report: dict) -> Figure | None:
     rows = [row for row in report["benchmarks"] if row["extra_info"].get("error")]
-    rows = [row for row in rows if row["group"] == rows[0]["group"]]
     if not rows:
         return None
+    group = statistics.mode(row["group"] for row in rows)
+    rows = [row for row in rows if row["group"] == group]
     solvers, schedules = (
         dict(zip(dict.fromkeys(row["extra_info"][name] for row in rows), signs, strict=False))
         for name, signs in (("solver", list(COLOURS.values())[1:]), ("schedule", MARKERS))

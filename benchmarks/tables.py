@@ -37,16 +37,19 @@ def machine_name(report: dict) -> str:
 
 
 def main_rows(report: dict) -> dict[str, list[dict]]:
-    """Op -> the rows of its first shape of Lumina-Next, or of its first if it has none."""
+    """Op -> the rows of the shape that says most: Lumina-Next's at 1024 pixels or the next smaller,
+    else the longest of those up to there."""
     ops = {}
     for row in report["benchmarks"]:
         info = row["extra_info"]
         if info["op"] != "sample" and not info["backward"]:
             ops.setdefault(info["op"], {}).setdefault(info["shape"], []).append(row)
-    return {
-        op: next((z for name, z in shapes.items() if "lumina-next" in name), [*shapes.values()][0])
-        for op, shapes in ops.items()
-    }
+    return {op: max(shapes.values(), key=how_telling) for op, shapes in ops.items()}
+
+
+def how_telling(rows: list[dict]) -> tuple:
+    info = rows[0]["extra_info"]
+    return info["model"] == "lumina-next", info["L"] * (info["L"] <= 4096)
 
 
 def csv_text(report: dict) -> str:
