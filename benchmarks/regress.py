@@ -10,8 +10,9 @@ product, which do not change with this package. For batch b of a run,
 
     y_b = log(our median in b) - median over the references of log(their median in b).
 
-The change is the mean y of the new run less that of the base. Its noise has two parts, added in
-quadrature: the standard error of that difference times a quantile of Student's t; and what differs
+The change is the mean y of the new run less that of the base, the lowest and the highest fifth of
+the batches left out, in which something else ran. Its noise has two parts, added in quadrature: the
+standard error of that difference, after Yuen, times a quantile of Student's t; and what differs
 between runs of one commit and no batch shows (where a process has its code and its memory), with a
 standard deviation of RUN_TO_RUN in each run, times the normal quantile. The quantiles are such that
 in 99 of 100 comparisons no row exceeds its noise by chance. Slower or faster: the change is beyond
@@ -25,6 +26,7 @@ import json
 import math
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist, mean, median, variance
@@ -106,12 +108,14 @@ def changes(base: dict[str, Row], new: dict[str, Row]) -> list[Change]:
     for name in ours:
         others = [other for other in cases[base[name].group] if not base[other].ours]
         before, after = (relative(z[name], [z[other] for other in others]) for z in (base, new))
-        error = math.sqrt(sum(variance(y) / len(y) for y in (before, after)))
-        within = error * student(level, len(before) + len(after) - 2)
+        means, variances, freedoms = zip(trimmed(before), trimmed(after), strict=True)
+        within = math.sqrt(sum(variances)) * student(level, sum(freedoms))
         between = math.sqrt(2) * RUN_TO_RUN * NormalDist().inv_cdf(level)
-        noise, times = math.hypot(within, between), [log_mean(z[name].batches) for z in (base, new)]
-        ratio = mean(after) - mean(before)
-        result.append(Change(base[name], new[name], ratio, noise, times[1] - times[0]))
+        times = [trimmed(map(math.log, z[name].batches))[0] for z in (base, new)]
+        noise = math.hypot(within, between)
+        result.append(
+            Change(base[name], new[name], means[1] - means[0], noise, times[1] - times[0])
+        )
     return result
 
 
@@ -126,8 +130,14 @@ def relative(row: Row, others: list[Row]) -> list[float]:
     ]
 
 
-def log_mean(values: list[float]) -> float:
-    return mean(map(math.log, values))
+def trimmed(values: Iterable[float]) -> tuple[float, float, int]:
+    """Mean without a fifth at each end, its variance and the degrees of freedom of that (K. Yuen,
+    Biometrika 61, 1974)."""
+    values = sorted(values)
+    n, cut = len(values), len(values) // 5
+    kept = values[cut : n - cut]
+    winsorised = [min(max(value, kept[0]), kept[-1]) for value in values]
+    return mean(kept), variance(winsorised) * (n - 1) / len(kept) / (len(kept) - 1), len(kept) - 1
 
 
 def student(level: float, freedom: float) -> float:

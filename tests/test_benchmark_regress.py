@@ -157,6 +157,24 @@ def scale(row, factor):
     info["ceilings' batch medians"] = {"clone": [factor * z for z in clone]} if clone else {}
 
 
+def test_a_batch_in_which_something_else_ran_hides_nothing():
+    base, new = rows(0, 0.01), rows(1, 0.01, slow={PLANTED: 1.3})
+    for row in new:
+        if OURS in row["fullname"]:
+            row["extra_info"]["batch medians"][4] *= 2
+    assert slower(base, new) == {f"case{PLANTED}-{OURS}"}
+
+
+def test_the_trimmed_mean():
+    """Of nine: the lowest and the highest count as their neighbours in the variance."""
+    values = [100.0, 1, 2, 3, 4, 5, 6, 7, -100]
+    mean, variance, freedom = regress.trimmed(values)
+    winsorised = [1, 1, 2, 3, 4, 5, 6, 7, 7]
+    assert (mean, freedom) == (4, 6)
+    assert variance == pytest.approx(np.var(winsorised, ddof=1) * 8 / 7 / 6)
+    assert regress.trimmed([1.0, 2, 6])[::2] == (3, 2)
+
+
 def test_output_and_exit_code(run):
     base, new = report(rows(0, 0.01, cases=4)), report(rows(1, 0.01, cases=5, slow={1: 1.3}))
     base["benchmarks"] += rows(0, 0.01, cases=6)[-3:]
