@@ -20,7 +20,7 @@ def describe(device: str) -> dict:
     about = {
         "processor": processor(),
         "threads": torch.get_num_threads(),
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         **{name: installed(name) for name in PACKAGES},
         "commit": commit(),
