@@ -15,8 +15,9 @@ Times are medians of calls in which the variants of a case took turns, and in br
 the interquartile range over the median. GB/s count the bytes that a fused kernel has to move, every
 input read once and every output written once, however the variant does it; TFLOP/s count the useful
 FLOPs of the matrix products, without masked keys. "of clone" and "of matmul" are shares of what a
-copy of as many bytes and a large matrix product reach on this machine, measured in the same rounds;
-a working set that fits into a cache can exceed the copy. "x eager" is how many times as fast as
+copy of as many bytes and a large matrix product reach on this machine, measured in the same rounds.
+No cache holds the inputs; memory that was freed is kept, or mapping pages again would decide many
+times. PyTorch's matrix product in float32 is no ceiling on every CPU. "x eager" is how many times as fast as
 eager PyTorch (for whole models diffusers', where it is installed) a variant is, "x compile" as fast
 as `torch.compile` of that. Peak MiB: tensors that a call holds at once, besides its inputs."""
 
