@@ -17,9 +17,10 @@ input read once and every output written once, however the variant does it; TFLO
 FLOPs of the matrix products, without masked keys. "of clone" and "of matmul" are shares of what a
 copy of as many bytes and a large matrix product reach on this machine, measured in the same rounds.
 No cache holds the inputs; memory that was freed is kept, or mapping pages again would decide many
-times. PyTorch's matrix product in float32 is no ceiling on every CPU. "x eager" is how many times as fast as
-eager PyTorch (for whole models diffusers', where it is installed) a variant is, "x compile" as fast
-as `torch.compile` of that. Peak MiB: tensors that a call holds at once, besides its inputs."""
+times. PyTorch's matrix product in float32 is no ceiling on every CPU. "x eager" is how many times
+as fast as eager PyTorch (for whole models diffusers', where it is installed) a variant is, "x
+compile" as fast as `torch.compile` of that. Peak MiB: tensors that a call holds at once, besides
+its inputs."""
 
 
 class Point(NamedTuple):
