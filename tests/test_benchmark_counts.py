@@ -89,13 +89,13 @@ def test_flops_are_those_of_the_definition(op, shape):
 def test_variants_agree(op, shape):
     case = bench(op).case(shape, "cpu")
     assert case.backward == shape.backward
-    expected = measure.caller(case.eager, case)()
+    expected = measure.caller(case.eager, case, case.inputs)()
     for name, function in case.ours.items():
-        measure.difference(name, measure.caller(function, case)(), expected)
+        measure.difference(name, measure.caller(function, case, case.inputs)(), expected)
     for name, make in case.peers.items():
         with suppress(measure.Absent, ImportError):
             if name not in (*case.own_result, "flex"):  # which takes seconds to compile
-                measure.difference(name, measure.caller(make(), case)(), expected)
+                measure.difference(name, measure.caller(make(), case, case.inputs)(), expected)
 
 
 @needs_kernels

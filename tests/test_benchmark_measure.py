@@ -1,9 +1,13 @@
 """`benchmarks/measure.py`: the order of calls, what is measured of them, and what is reported."""
 
+import platform
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
+from test_layout import ROOT
 
 from benchmarks.measure import (
     CLONE,
@@ -103,6 +107,25 @@ def test_a_result_of_its_own_is_not_compared():
     own = case(ours={}, eager=double, peers={"sum": lambda: lambda x: x.sum()}, own_result=("sum",))
     rows = measure(own, "cpu", 0.0)
     assert rows["sum"].difference is None
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
+def test_freed_memory_is_kept():
+    """A tensor in the place of a freed one needs no new pages."""
+    program = """
+import resource, torch
+from benchmarks.measure import keep_freed_memory
+keep_freed_memory()
+for size in (64, 64):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(size << 20, dtype=torch.uint8)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    output = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
+    first, second = map(int, output.split())
+    assert first > 64 << 20 >> 13 and second < 100
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -78,7 +78,7 @@ def test_the_wheel_says_what_it_needs(wheel):
     assert metadata["License-Expression"] == "Apache-2.0"
     needed = [r for r in metadata.get_all("Requires-Dist") if "extra ==" not in r]
     assert sorted(needed) == ["Pillow>=10", "numpy", "safetensors", "torch>=2.10", "tqdm"]
-    assert metadata.get_all("Provides-Extra") == ["triton", "train", "diffusers", "dev"]
+    assert metadata.get_all("Provides-Extra") == ["triton", "train", "diffusers", "bench", "dev"]
     assert "lumina = lumina.cli:main" in scripts
 
 
