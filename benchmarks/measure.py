@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -20,9 +21,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 # Rounds come in batches with inputs at new addresses: where memory lies changes the times of a
-# CPU, and that shows as a difference between batches. The slower a case, the fewer it gets.
-MIN_BATCHES, MAX_BATCHES = 3, 9
-MAX_ROUNDS = 20  # of a batch
+# CPU, and that shows as a difference between batches. Without a gap of random size in front of
+# them, allocators give two addresses in turn. The slower a case, the fewer batches it gets.
+MIN_BATCHES, MAX_BATCHES = 3, {"cpu": 48, "cuda": 9}
+MAX_ROUNDS = {"cpu": 5, "cuda": 20}  # of a batch
+MAX_GAP = 16 << 20
 # Every call on a CPU finds its inputs in memory, not in caches that may be shared with neighbours:
 # the calls go round copies of the inputs that together have so many bytes. (On a GPU the caches are
 # written over.) Code stays where it is, as in a program that goes on calling.
@@ -149,7 +152,12 @@ def measure(
             except Exception as error:  # of one variant: the others are measured all the same
                 raised[name] = error
         del expected
-        batches, ceilings = run_batches(case, kept, device, seconds)
+        gc.collect()
+        gc.disable()
+        try:
+            batches, ceilings = run_batches(case, kept, device, seconds)
+        finally:
+            gc.enable()
     rows = {name: Row(batches[name], peaks[name], differences[name], ceilings) for name in batches}
     return rows | raised
 
@@ -207,6 +215,7 @@ def run_batches(case: Case, functions: dict, device: str, seconds: float) -> tup
     dtype = next(z.dtype for z in case.inputs.values() if is_float(z))
     batches, done, count, rounds = {}, 0, MIN_BATCHES, 1
     while done < count:
+        gap = torch.ones(random.randrange(MAX_GAP), dtype=torch.uint8, device=device)
         inputs = [
             {name: elsewhere(value) for name, value in case.inputs.items()}
             for _ in range(copies_of(case, device))
@@ -219,11 +228,12 @@ def run_batches(case: Case, functions: dict, device: str, seconds: float) -> tup
             time_calls(calls, 1)  # the first call finds its memory
         else:
             once = sum(times[-1] for times in time_calls(calls, 2).values())
-            count = min(MAX_BATCHES, max(MIN_BATCHES, round(seconds / once)))
-            rounds = min(MAX_ROUNDS, max(1, round(seconds / once / count)))
+            count = min(MAX_BATCHES[device], max(MIN_BATCHES, round(seconds / once)))
+            rounds = min(MAX_ROUNDS[device], max(1, round(seconds / once / count)))
         for name, times in time_calls(calls, rounds).items():
             batches.setdefault(name, []).append(times)
         done += 1
+        del gap
     ceilings = {
         name: [statistics.median(batch) for batch in batches.pop(name)]
         for name in (CLONE, MATMUL)
@@ -274,17 +284,12 @@ def keep_freed_memory() -> None:
 def cpu_rounds(calls: dict[str, list[Callable]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each call; `calls` has the same call on several copies of its inputs."""
     times, turn = {name: [] for name in calls}, 0
-    gc.collect()
-    gc.disable()
-    try:
-        for _ in range(rounds):
-            for name, same in calls.items():
-                call, turn = same[turn % len(same)], turn + 1
-                start = time.perf_counter()
-                call()
-                times[name].append(time.perf_counter() - start)
-    finally:
-        gc.enable()
+    for _ in range(rounds):
+        for name, same in calls.items():
+            call, turn = same[turn % len(same)], turn + 1
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
     return times
 
 

@@ -13,12 +13,14 @@ product, which do not change with this package. For batch b of a run,
 The change is the mean y of the new run less that of the base, the lowest and the highest fifth of
 the batches left out, in which something else ran. Its noise has two parts, added in quadrature: the
 standard error of that difference, after Yuen, times a quantile of Student's t; and what differs
-between runs of one commit and no batch shows (where a process has its code and its memory), with a
-standard deviation of RUN_TO_RUN in each run, times the normal quantile. The quantiles are such that
-in 99 of 100 comparisons no row exceeds its noise by chance. Slower or faster: the change is beyond
-both the noise and the threshold, and the change of the time itself is beyond the threshold too, as
-references may have changed instead. Same: it is not, and twice the threshold would have been beyond
-the noise.
+between runs of one commit and no batch shows (where a process has its code and its memory, what
+else uses the machine's memory), times the normal quantile. The standard deviation of this part is
+RUN_TO_RUN in each run, corrected by what the references' own changes are apart, as moderated
+variances are (G. Smyth, Stat. Appl. Genet. Mol. Biol. 3, 2004): if those do not agree on how the
+machine has changed, neither do ours and they. The quantiles are such that in 99 of 100 comparisons
+no row exceeds its noise by chance. Slower or faster: the change is beyond both the noise and the
+threshold, and the change of the time itself is beyond the threshold too, as references may have
+changed instead. Same: it is not, and twice the threshold would have been beyond the noise.
 """
 
 import argparse
@@ -32,7 +34,8 @@ from pathlib import Path
 from statistics import NormalDist, mean, median, variance
 
 ALPHA = 0.01  # chance that noise makes any row slower
-RUN_TO_RUN = 0.02  # of the ops in quick reports, one after another on an idle CPU
+RUN_TO_RUN = 0.03  # ten runs of the quick ops on an idle CPU: 0.00 to 0.04, by op
+WEIGHT = 10  # of that against the references of a row, in degrees of freedom
 
 
 class BadInput(Exception):
@@ -88,7 +91,7 @@ def parse(row: dict) -> Row:
     batches = [float(seconds) for seconds in info["batch medians"]]
     if not min(batches) > 0 or len(batches) < 2:
         raise ValueError(f"{row['fullname']} needs two batches or more, of times above 0")
-    ceilings = list(info["ceilings' batch medians"].values())
+    ceilings = list((info["ceilings' batch medians"] or {}).values())  # backward has none
     return Row(row["fullname"], row["group"], info["variant"], batches, ceilings)
 
 
@@ -110,13 +113,25 @@ def changes(base: dict[str, Row], new: dict[str, Row]) -> list[Change]:
         before, after = (relative(z[name], [z[other] for other in others]) for z in (base, new))
         means, variances, freedoms = zip(trimmed(before), trimmed(after), strict=True)
         within = math.sqrt(sum(variances)) * student(level, sum(freedoms))
-        between = math.sqrt(2) * RUN_TO_RUN * NormalDist().inv_cdf(level)
-        times = [trimmed(map(math.log, z[name].batches))[0] for z in (base, new)]
-        noise = math.hypot(within, between)
-        result.append(
-            Change(base[name], new[name], means[1] - means[0], noise, times[1] - times[0])
-        )
+        drifts = [change(base[other].batches, new[other].batches) for other in others]
+        drifts += map(change, base[name].ceilings, new[name].ceilings)
+        between = math.sqrt(run_to_run(drifts)) * NormalDist().inv_cdf(level)
+        noise, ratio = math.hypot(within, between), means[1] - means[0]
+        time_ratio = change(base[name].batches, new[name].batches)
+        result.append(Change(base[name], new[name], ratio, noise, time_ratio))
     return result
+
+
+def change(base: list[float], new: list[float]) -> float:
+    """Log ratio of the times."""
+    return trimmed(map(math.log, new))[0] - trimmed(map(math.log, base))[0]
+
+
+def run_to_run(drifts: list[float]) -> float:
+    """Variance of a change that no batch shows, given those of the references."""
+    freedom = max(0, len(drifts) - 1)
+    apart = variance(drifts) if freedom else 0.0
+    return (WEIGHT * 2 * RUN_TO_RUN**2 + freedom * apart) / (WEIGHT + freedom)
 
 
 def relative(row: Row, others: list[Row]) -> list[float]:
