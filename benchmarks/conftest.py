@@ -9,7 +9,6 @@ a case have to take turns. So the first test of a case measures all of them, wit
 `benchmarks/measure.py`, and pytest-benchmark reads their times off a clock that repeats them.
 """
 
-import gc
 import json
 import time
 from dataclasses import asdict
@@ -110,7 +109,6 @@ def compare(request, benchmark, shape, variant):
             if budget is not None and time.monotonic() - request.config.started > budget:
                 pytest.skip(f"the {budget:.0f} seconds of --budget were over")
             measured.clear()
-            gc.collect()
             torch.manual_seed(0)
             try:
                 case = make_case(shape, option.device)

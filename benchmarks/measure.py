@@ -128,6 +128,7 @@ def measure(
         autotune: on a GPU also `torch.compile` with its longest search.
     """
     torch._dynamo.reset()
+    give_back_freed_memory()
     modes = compiled_variants(device, autotune) if case.compiled else {}
     functions = {
         "eager": lambda: case.eager,
@@ -272,13 +273,26 @@ def keep_freed_memory() -> None:
     a call then has to have its pages mapped again, which may take longer than the call. Another C
     library stays as it is.
     """
+    mallopt = c_function("mallopt")
+    if mallopt:
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+        mallopt(M_TRIM_THRESHOLD, -1)  # never
+        mallopt(M_MMAP_MAX, 0)
+
+
+def give_back_freed_memory() -> None:
+    """All there is now: between cases, as what is left of one lies where the next finds no room."""
+    gc.collect()
+    trim = c_function("malloc_trim")
+    if trim:
+        trim(0)
+
+
+def c_function(name: str) -> Callable | None:
     try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-    mallopt(M_TRIM_THRESHOLD, -1)  # never
-    mallopt(M_MMAP_MAX, 0)
+        return getattr(ctypes.CDLL(None), name, None)
+    except OSError:
+        return None
 
 
 def cpu_rounds(calls: dict[str, list[Callable]], rounds: int) -> dict[str, list[float]]:
