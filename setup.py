@@ -81,7 +81,7 @@ def extensions() -> list[Extension]:
 
 
 def _extension(name: str, suffix: str) -> Extension:
-    files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").iterdir())
+    files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*"))
     sources = [path for path in files if path.endswith(suffix)]
     headers = [path for path in files if path.endswith("h")]
     return Extension(f"lumina_kernels.{name}", sources, depends=headers, py_limited_api=True)

@@ -22,7 +22,7 @@ def kernels() -> list[dict]:
     for line in usage.splitlines():
         if found := re.match(r"arch = sm_(\w+)", line):
             arch = found[1]
-        elif found := re.match(r" Function _ZN14lumina_kernels\d+(\w+?_kernel)(I\w+?EE)?", line):
+        elif found := re.match(r" Function _ZN14lumina_kernels4cuda\d+(\w+?_kernel)(I\w+?EE)?", line):
             name = found[1], ", ".join(re.findall(r"[a-zE](\d+)E", found[2] or ""))
         elif found := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", line):
             registers, stack, shared = map(int, found.groups())

@@ -15,7 +15,7 @@ from lumina_kernels import backend
 
 ROOT = Path(__file__).resolve().parent.parent
 WASTE = shutil.ignore_patterns("*.pyc", "*.tmp", "*.so")
-SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc", "lumina", "lumina_kernels")
+SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "csrc", "lumina", "lumina_kernels")
 
 # An editable install lends its modules to the package of a wheel, which lacks them.
 ALONE = "import sys; sys.meta_path = [f for f in sys.meta_path if 'ditable' not in repr(f)];"
@@ -39,11 +39,11 @@ def build(folder, only=(), broken=False, **environment):
             shutil.copytree(ROOT / name, source / name, ignore=WASTE)
         else:
             shutil.copy(ROOT / name, source)
-    for path in (source / "csrc").glob("*.cpp"):
+    for path in (source / "csrc").rglob("*.cpp"):
         if only and path.name not in only:
             path.unlink()
     if broken:
-        (source / "csrc" / "broken.cpp").write_text("#error no such thing")
+        (source / "csrc" / "cpu" / "broken.cpp").write_text("#error no such thing")
     pip = (sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation")
     run(*pip, "-w", str(folder), str(source), cwd=folder, **environment)
     (path,) = folder.glob("*.whl")

@@ -1,9 +1,9 @@
 // CPU kernels of context_drop: a window's tokens are added up in registers, vector by vector.
-#define LUMINA_FILE "context_drop.cpp"
-#include "window.h"
+#define LUMINA_FILE "cpu/context_drop.cpp"
+#include "cpu/lib/window.h"
 
 #ifndef LUMINA_LEVEL
-namespace lumina_kernels {
+namespace lumina_kernels::cpu {
 
 struct ContextDrop {
   Windows windows;
@@ -22,12 +22,12 @@ struct WindowMeansBwd {
   int64_t G, K;
 };
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cpu
 #endif
 
-#include "levels.h"
+#include "cpu/lib/levels.h"
 #ifdef LUMINA_LEVEL
-namespace lumina_kernels::LUMINA_LEVEL {
+namespace lumina_kernels::cpu::LUMINA_LEVEL {
 namespace {
 
 // mean of k and of v over the valid tokens of a window, 0 where there is none; their number
@@ -54,9 +54,9 @@ void window_means_bwd(const WindowMeansBwd& op, int64_t b, int64_t window) {
 }
 
 }  // namespace
-}  // namespace lumina_kernels::LUMINA_LEVEL
+}  // namespace lumina_kernels::cpu::LUMINA_LEVEL
 #else
-namespace lumina_kernels {
+namespace lumina_kernels::cpu {
 
 Tensor window_means_bwd(const Tensor& dout, const Tensor& counts, const Windows& windows,
                         const Mask& mask) {
@@ -124,5 +124,5 @@ STABLE_TORCH_LIBRARY_IMPL(lumina_kernels_cpp, CPU, m) {
   m.impl("context_drop_bwd", TORCH_BOX(&context_drop_bwd));
 }
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cpu
 #endif

@@ -2,9 +2,9 @@
 #define Py_LIMITED_API 0x030a0000
 #include <Python.h>
 
-#include "common.h"
+#include "cpu/lib/rows.h"
 
-namespace lumina_kernels {
+namespace lumina_kernels::cpu {
 namespace {
 
 const char* const kLevels[] = {"portable", "avx2", "avx512", "avx512bf16"};
@@ -68,6 +68,6 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT,
 
 Level level() { return current; }
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cpu
 
-PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&lumina_kernels::module); }
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&lumina_kernels::cpu::module); }

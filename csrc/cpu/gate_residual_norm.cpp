@@ -1,8 +1,8 @@
 // CPU kernels of gate_residual_norm: a row stays in the nearest cache from the sum to the norm.
-#define LUMINA_FILE "gate_residual_norm.cpp"
-#include "norm.h"
+#define LUMINA_FILE "cpu/gate_residual_norm.cpp"
+#include "cpu/lib/norm.h"
 #ifndef LUMINA_LEVEL
-namespace lumina_kernels {
+namespace lumina_kernels::cpu {
 namespace {
 
 struct GateResidualNormFwd {
@@ -27,12 +27,12 @@ struct GateResidualNormBwd {
 constexpr int64_t kGateSum = ModulationGrads::kSums;
 
 }  // namespace
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cpu
 #endif
-#include "levels.h"
+#include "cpu/lib/levels.h"
 
 #ifdef LUMINA_LEVEL
-namespace lumina_kernels::LUMINA_LEVEL {
+namespace lumina_kernels::cpu::LUMINA_LEVEL {
 namespace {
 
 inline void read(Row row, int64_t D, float* values) {
@@ -115,9 +115,9 @@ inline void finish_gate(const GateResidualNormBwd& op, int64_t begin, int64_t en
 }
 
 }  // namespace
-}  // namespace lumina_kernels::LUMINA_LEVEL
+}  // namespace lumina_kernels::cpu::LUMINA_LEVEL
 #else
-namespace lumina_kernels {
+namespace lumina_kernels::cpu {
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor> gate_residual_norm_fwd(
@@ -196,5 +196,5 @@ STABLE_TORCH_LIBRARY_IMPL(lumina_kernels_cpp, CPU, m) {
   m.impl("gate_residual_norm_bwd", TORCH_BOX(&gate_residual_norm_bwd));
 }
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cpu
 #endif

@@ -1,14 +1,14 @@
 // CPU forward of gqa_attention: a flash attention over blocks of rows that share the keys of one kv
 // head. Only valid keys are packed into tiles, so no mask reaches the arithmetic.
-#define LUMINA_FILE "gqa_attention.cpp"
-#include "gqa_attention.h"
+#define LUMINA_FILE "cpu/gqa_attention.cpp"
+#include "cpu/gqa_attention.h"
 
-#include "levels.h"
+#include "cpu/lib/levels.h"
 
 #ifdef LUMINA_LEVEL
-#include "gqa_attention_tiles.h"
+#include "cpu/gqa_attention_tiles.h"
 
-namespace lumina_kernels::LUMINA_LEVEL {
+namespace lumina_kernels::cpu::LUMINA_LEVEL {
 namespace {
 
 // Of kRows rows: weighted sums of values [channel][row], the largest score in base 2 and the total
@@ -118,9 +118,9 @@ void forward(const Attention& a, const Outputs& outs, int64_t b, int64_t g, int6
 }
 
 }  // namespace
-}  // namespace lumina_kernels::LUMINA_LEVEL
+}  // namespace lumina_kernels::cpu::LUMINA_LEVEL
 #else
-namespace lumina_kernels {
+namespace lumina_kernels::cpu {
 namespace {
 
 using Saved = std::tuple<Tensor, Tensor, Tensor, Tensor>;
@@ -160,5 +160,5 @@ STABLE_TORCH_LIBRARY_IMPL(lumina_kernels_cpp, CPU, m) {
   m.impl("gqa_attention_fwd", TORCH_BOX(&gqa_attention_fwd));
 }
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cpu
 #endif

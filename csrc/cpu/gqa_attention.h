@@ -7,9 +7,9 @@
 #include <cstdlib>
 #include <memory>
 
-#include "common.h"
+#include "cpu/lib/rows.h"
 
-namespace lumina_kernels {
+namespace lumina_kernels::cpu {
 
 constexpr float kLog2E = 1.44269504f;
 
@@ -175,4 +175,4 @@ void parallel_blocks(const Attention& a, int64_t count, const F& f) {
   });
 }
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cpu

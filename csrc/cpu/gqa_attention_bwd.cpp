@@ -7,14 +7,14 @@
 //
 // The text is short, so its e is summed over its keys; the image's is dout . out - w e_text, with
 // the rounding error that the forward kept of out.
-#define LUMINA_FILE "gqa_attention_bwd.cpp"
-#include "gqa_attention.h"
-#include "levels.h"
+#define LUMINA_FILE "cpu/gqa_attention_bwd.cpp"
+#include "cpu/gqa_attention.h"
+#include "cpu/lib/levels.h"
 
 #ifdef LUMINA_LEVEL
-#include "gqa_attention_tiles.h"
+#include "cpu/gqa_attention_tiles.h"
 
-namespace lumina_kernels::LUMINA_LEVEL {
+namespace lumina_kernels::cpu::LUMINA_LEVEL {
 namespace {
 
 void store_dbias(const Gradients& a, const float* ds, int64_t b, int64_t g, int64_t first,
@@ -257,9 +257,9 @@ void keys_backward(const Gradients& a, bool is_text, int64_t b, int64_t g, const
 }
 
 }  // namespace
-}  // namespace lumina_kernels::LUMINA_LEVEL
+}  // namespace lumina_kernels::cpu::LUMINA_LEVEL
 #else
-namespace lumina_kernels {
+namespace lumina_kernels::cpu {
 namespace {
 
 float* data_of(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
@@ -349,5 +349,5 @@ STABLE_TORCH_LIBRARY_IMPL(lumina_kernels_cpp, CPU, m) {
   m.impl("gqa_attention_bwd", TORCH_BOX(&gqa_attention_bwd));
 }
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cpu
 #endif

@@ -4,7 +4,7 @@
 // broadcast: softmax is then vertical, K is read as it lies, and no head_dim is padded to a vector.
 // Operands are arrays of 32-bit units: a float, or two bfloat16 of one sum where dot products
 // exist.
-namespace lumina_kernels::LUMINA_LEVEL {
+namespace lumina_kernels::cpu::LUMINA_LEVEL {
 namespace {
 
 constexpr int64_t kRows = 64;  // of a block of scores
@@ -317,4 +317,4 @@ inline void add_bias(const Attention& a, float* s, int64_t key_step, int64_t row
 }
 
 }  // namespace
-}  // namespace lumina_kernels::LUMINA_LEVEL
+}  // namespace lumina_kernels::cpu::LUMINA_LEVEL

@@ -1,9 +1,9 @@
 // CPU kernel of guided_step: the state and two halves of the velocity, value by value.
-#define LUMINA_FILE "guided_step.cpp"
-#include "levels.h"
+#define LUMINA_FILE "cpu/guided_step.cpp"
+#include "cpu/lib/levels.h"
 
 #ifdef LUMINA_LEVEL
-namespace lumina_kernels::LUMINA_LEVEL {
+namespace lumina_kernels::cpu::LUMINA_LEVEL {
 namespace {
 
 // out = x + dt * (uncond + weight * (cond - uncond)), x + dt * cond where there is no uncond
@@ -19,9 +19,9 @@ void guided_step_fwd(Row x, Row cond, Row uncond, Row out, float weight, float d
 }
 
 }  // namespace
-}  // namespace lumina_kernels::LUMINA_LEVEL
+}  // namespace lumina_kernels::cpu::LUMINA_LEVEL
 #else
-namespace lumina_kernels {
+namespace lumina_kernels::cpu {
 namespace {
 
 float value_of(const OptionalTensor& tensor, double value) {
@@ -60,5 +60,5 @@ STABLE_TORCH_LIBRARY_IMPL(lumina_kernels_cpp, CPU, m) {
   m.impl("guided_step_fwd", TORCH_BOX(&guided_step_fwd));
 }
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cpu
 #endif

@@ -1,8 +1,8 @@
 // CPU kernels of norm_modulate: a row is read once from memory, and again from the nearest cache.
-#define LUMINA_FILE "norm_modulate.cpp"
-#include "norm.h"
+#define LUMINA_FILE "cpu/norm_modulate.cpp"
+#include "cpu/lib/norm.h"
 #ifndef LUMINA_LEVEL
-namespace lumina_kernels {
+namespace lumina_kernels::cpu {
 namespace {
 
 struct NormModulateFwd {
@@ -23,12 +23,12 @@ struct NormModulateBwd {
 };
 
 }  // namespace
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cpu
 #endif
-#include "levels.h"
+#include "cpu/lib/levels.h"
 
 #ifdef LUMINA_LEVEL
-namespace lumina_kernels::LUMINA_LEVEL {
+namespace lumina_kernels::cpu::LUMINA_LEVEL {
 namespace {
 
 // out = ((x - mean) * rstd * weight + bias) * (1 + scale) + shift
@@ -76,9 +76,9 @@ void norm_modulate_bwd(const NormModulateBwd& op, Chunk chunk, float* scratch) {
 }
 
 }  // namespace
-}  // namespace lumina_kernels::LUMINA_LEVEL
+}  // namespace lumina_kernels::cpu::LUMINA_LEVEL
 #else
-namespace lumina_kernels {
+namespace lumina_kernels::cpu {
 namespace {
 
 std::tuple<Tensor, Tensor> norm_modulate_fwd(const Tensor& x, const OptionalTensor& weight,
@@ -143,5 +143,5 @@ STABLE_TORCH_LIBRARY_IMPL(lumina_kernels_cpp, CPU, m) {
   m.impl("norm_modulate_bwd", TORCH_BOX(&norm_modulate_bwd));
 }
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cpu
 #endif

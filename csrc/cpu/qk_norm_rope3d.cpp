@@ -1,11 +1,11 @@
 // CPU kernels of qk_norm_rope3d: a token's heads are read once, into float32 memory in the cache.
 //
 // The statistics cost no bytes, so the backward computes them again from the row it reads anyway.
-#define LUMINA_FILE "qk_norm_rope3d.cpp"
-#include "qk_norm_rope3d.h"
+#define LUMINA_FILE "cpu/qk_norm_rope3d.cpp"
+#include "cpu/lib/qk_norm.h"
 
 #ifndef LUMINA_LEVEL
-namespace lumina_kernels {
+namespace lumina_kernels::cpu {
 
 struct QkNorm {
   Angles angles;
@@ -32,12 +32,12 @@ struct QkNormBwd {
   NormedBwd sides[2];
 };
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cpu
 #endif
 
-#include "levels.h"
+#include "cpu/lib/levels.h"
 #ifdef LUMINA_LEVEL
-namespace lumina_kernels::LUMINA_LEVEL {
+namespace lumina_kernels::cpu::LUMINA_LEVEL {
 namespace {
 
 // x -> turn(norm(x) * weight + bias) of q and k for token l of `count` samples from b on, which
@@ -158,9 +158,9 @@ void spread_row(Row from, float* to, int64_t length) {
 }
 
 }  // namespace
-}  // namespace lumina_kernels::LUMINA_LEVEL
+}  // namespace lumina_kernels::cpu::LUMINA_LEVEL
 #else
-namespace lumina_kernels {
+namespace lumina_kernels::cpu {
 
 std::vector<float> spread(const OptionalTensor& parameter, int64_t times) {
   if (!parameter) return {};
@@ -287,5 +287,5 @@ STABLE_TORCH_LIBRARY_IMPL(lumina_kernels_cpp, CPU, m) {
   m.impl("qk_norm_rope3d_bwd", TORCH_BOX(&qk_norm_rope3d_bwd));
 }
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cpu
 #endif

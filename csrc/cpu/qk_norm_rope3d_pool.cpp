@@ -1,11 +1,11 @@
 // CPU kernel of qk_norm_rope3d_pool: a window's keys are normalised, turned and added up in the
 // cache. The backward is that of qk_norm_rope3d, where k reads its window's gradient, and of
 // context_drop for v.
-#define LUMINA_FILE "qk_norm_rope3d_pool.cpp"
-#include "qk_norm_rope3d.h"
+#define LUMINA_FILE "cpu/qk_norm_rope3d_pool.cpp"
+#include "cpu/lib/qk_norm.h"
 
 #ifndef LUMINA_LEVEL
-namespace lumina_kernels {
+namespace lumina_kernels::cpu {
 
 struct QkNormPool {
   Angles angles;
@@ -19,12 +19,12 @@ struct QkNormPool {
   int64_t K;
 };
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cpu
 #endif
 
-#include "levels.h"
+#include "cpu/lib/levels.h"
 #ifdef LUMINA_LEVEL
-namespace lumina_kernels::LUMINA_LEVEL {
+namespace lumina_kernels::cpu::LUMINA_LEVEL {
 namespace {
 
 // turn(norm(q)) for the tokens of a window; over the valid ones the means of turn(norm(k)) and of
@@ -57,9 +57,9 @@ void qk_norm_pool(const QkNormPool& op, int64_t b, int64_t window) {
 }
 
 }  // namespace
-}  // namespace lumina_kernels::LUMINA_LEVEL
+}  // namespace lumina_kernels::cpu::LUMINA_LEVEL
 #else
-namespace lumina_kernels {
+namespace lumina_kernels::cpu {
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> qk_norm_rope3d_pool_fwd(
@@ -131,5 +131,5 @@ STABLE_TORCH_LIBRARY_IMPL(lumina_kernels_cpp, CPU, m) {
   m.impl("qk_norm_rope3d_pool_bwd", TORCH_BOX(&qk_norm_rope3d_pool_bwd));
 }
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cpu
 #endif

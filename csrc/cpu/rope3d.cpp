@@ -1,9 +1,9 @@
 // CPU kernels of rope3d: a token's cosines and sines once, then all its heads of q and of k.
-#define LUMINA_FILE "rope3d.cpp"
-#include "rope.h"
+#define LUMINA_FILE "cpu/rope3d.cpp"
+#include "cpu/lib/rope.h"
 
 #ifndef LUMINA_LEVEL
-namespace lumina_kernels {
+namespace lumina_kernels::cpu {
 
 struct Rope3d {
   Angles angles;
@@ -12,12 +12,12 @@ struct Rope3d {
   int64_t L, H, G, K;
 };
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cpu
 #endif
 
-#include "levels.h"
+#include "cpu/lib/levels.h"
 #ifdef LUMINA_LEVEL
-namespace lumina_kernels::LUMINA_LEVEL {
+namespace lumina_kernels::cpu::LUMINA_LEVEL {
 namespace {
 
 // (a, b) -> (a cos - b sin, a sin + b cos) with the angle sign * position[axis] * inv_freq, for
@@ -38,9 +38,9 @@ void rope3d(const Rope3d& op, int64_t b, int64_t l, int64_t count) {
 }
 
 }  // namespace
-}  // namespace lumina_kernels::LUMINA_LEVEL
+}  // namespace lumina_kernels::cpu::LUMINA_LEVEL
 #else
-namespace lumina_kernels {
+namespace lumina_kernels::cpu {
 namespace {
 
 std::tuple<Tensor, Tensor> rotate(const Tensor& q, const Tensor& k, const Angles& angles) {
@@ -80,5 +80,5 @@ STABLE_TORCH_LIBRARY_IMPL(lumina_kernels_cpp, CPU, m) {
   m.impl("rope3d_bwd", TORCH_BOX(&rope3d_bwd));
 }
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cpu
 #endif

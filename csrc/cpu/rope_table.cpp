@@ -1,9 +1,9 @@
 // CPU kernels of rope_table: a token's cosines and sines once, then all its heads of q and of k.
-#define LUMINA_FILE "rope_table.cpp"
-#include "rope.h"
+#define LUMINA_FILE "cpu/rope_table.cpp"
+#include "cpu/lib/rope.h"
 
 #ifndef LUMINA_LEVEL
-namespace lumina_kernels {
+namespace lumina_kernels::cpu {
 
 struct RopeTable {
   Rows cos, sin, q, k, q_out, k_out;  // no k: nothing to do
@@ -11,12 +11,12 @@ struct RopeTable {
   int64_t H, G, K;
 };
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cpu
 #endif
 
-#include "levels.h"
+#include "cpu/lib/levels.h"
 #ifdef LUMINA_LEVEL
-namespace lumina_kernels::LUMINA_LEVEL {
+namespace lumina_kernels::cpu::LUMINA_LEVEL {
 namespace {
 
 // The even channel of a pair adds -sin_a b, the odd one sin_b a; backwards sin_b b and -sin_a a.
@@ -72,9 +72,9 @@ void rope_table(const RopeTable& op, int64_t b, int64_t l, int64_t count) {
 }
 
 }  // namespace
-}  // namespace lumina_kernels::LUMINA_LEVEL
+}  // namespace lumina_kernels::cpu::LUMINA_LEVEL
 #else
-namespace lumina_kernels {
+namespace lumina_kernels::cpu {
 namespace {
 
 // (L, K) or (B, L, K) rows for row(b, l).
@@ -136,5 +136,5 @@ STABLE_TORCH_LIBRARY_IMPL(lumina_kernels_cpp, CPU, m) {
   m.impl("rope_table_bwd", TORCH_BOX(&rope_table_bwd));
 }
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cpu
 #endif

@@ -1,8 +1,8 @@
 // CPU kernels of sandwich_norm: a row is read once from memory, and again from the nearest cache.
-#define LUMINA_FILE "sandwich_norm.cpp"
-#include "norm.h"
+#define LUMINA_FILE "cpu/sandwich_norm.cpp"
+#include "cpu/lib/norm.h"
 #ifndef LUMINA_LEVEL
-namespace lumina_kernels {
+namespace lumina_kernels::cpu {
 namespace {
 
 struct SandwichNormFwd {
@@ -23,12 +23,12 @@ struct SandwichNormBwd {
 };
 
 }  // namespace
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cpu
 #endif
-#include "levels.h"
+#include "cpu/lib/levels.h"
 
 #ifdef LUMINA_LEVEL
-namespace lumina_kernels::LUMINA_LEVEL {
+namespace lumina_kernels::cpu::LUMINA_LEVEL {
 namespace {
 
 // out = residual + tanh(gate) * y * rstd * weight,  rstd = 1 / sqrt(mean(y²) + eps)
@@ -73,9 +73,9 @@ void sandwich_norm_bwd(const SandwichNormBwd& op, Chunk chunk, float* scratch) {
 }
 
 }  // namespace
-}  // namespace lumina_kernels::LUMINA_LEVEL
+}  // namespace lumina_kernels::cpu::LUMINA_LEVEL
 #else
-namespace lumina_kernels {
+namespace lumina_kernels::cpu {
 namespace {
 
 std::tuple<Tensor, Tensor> sandwich_norm_fwd(const Tensor& y, const Tensor& residual,
@@ -131,5 +131,5 @@ STABLE_TORCH_LIBRARY_IMPL(lumina_kernels_cpp, CPU, m) {
   m.impl("sandwich_norm_bwd", TORCH_BOX(&sandwich_norm_bwd));
 }
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cpu
 #endif

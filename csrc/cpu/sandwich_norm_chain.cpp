@@ -1,8 +1,8 @@
 // CPU kernels of sandwich_norm_chain: a row stays in the nearest cache through both norms.
-#define LUMINA_FILE "sandwich_norm_chain.cpp"
-#include "norm.h"
+#define LUMINA_FILE "cpu/sandwich_norm_chain.cpp"
+#include "cpu/lib/norm.h"
 #ifndef LUMINA_LEVEL
-namespace lumina_kernels {
+namespace lumina_kernels::cpu {
 namespace {
 
 struct SandwichNormChainFwd {
@@ -28,12 +28,12 @@ struct SandwichNormChainBwd {
 constexpr int64_t kGateSum = ModulationGrads::kSums;
 
 }  // namespace
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cpu
 #endif
-#include "levels.h"
+#include "cpu/lib/levels.h"
 
 #ifdef LUMINA_LEVEL
-namespace lumina_kernels::LUMINA_LEVEL {
+namespace lumina_kernels::cpu::LUMINA_LEVEL {
 namespace {
 
 // new = residual + tanh(gate) * y * rstd * weight,
@@ -108,9 +108,9 @@ void sandwich_norm_chain_bwd(const SandwichNormChainBwd& op, Chunk chunk, float*
 }
 
 }  // namespace
-}  // namespace lumina_kernels::LUMINA_LEVEL
+}  // namespace lumina_kernels::cpu::LUMINA_LEVEL
 #else
-namespace lumina_kernels {
+namespace lumina_kernels::cpu {
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> sandwich_norm_chain_fwd(
@@ -186,5 +186,5 @@ STABLE_TORCH_LIBRARY_IMPL(lumina_kernels_cpp, CPU, m) {
   m.impl("sandwich_norm_chain_bwd", TORCH_BOX(&sandwich_norm_chain_bwd));
 }
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cpu
 #endif

@@ -1,12 +1,12 @@
 // CPU kernels of swiglu: values one after another, whatever the shape.
-#define LUMINA_FILE "swiglu.cpp"
-#include "levels.h"
+#define LUMINA_FILE "cpu/swiglu.cpp"
+#include "cpu/lib/levels.h"
 
 // With the bodies of its loops in it: a call for each vector costs a tenth of the time.
 #define LUMINA_FLAT __attribute__((flatten))
 
 #ifdef LUMINA_LEVEL
-namespace lumina_kernels::LUMINA_LEVEL {
+namespace lumina_kernels::cpu::LUMINA_LEVEL {
 namespace {
 
 // out = a / (1 + exp(-a)) * b
@@ -28,9 +28,9 @@ LUMINA_FLAT void swiglu_bwd(Row dout, Row a, Row b, Row da, Row db, int64_t leng
 }
 
 }  // namespace
-}  // namespace lumina_kernels::LUMINA_LEVEL
+}  // namespace lumina_kernels::cpu::LUMINA_LEVEL
 #else
-namespace lumina_kernels {
+namespace lumina_kernels::cpu {
 namespace {
 
 Tensor swiglu_fwd(const Tensor& a, const Tensor& b) {
@@ -67,5 +67,5 @@ STABLE_TORCH_LIBRARY_IMPL(lumina_kernels_cpp, CPU, m) {
   m.impl("swiglu_bwd", TORCH_BOX(&swiglu_bwd));
 }
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cpu
 #endif

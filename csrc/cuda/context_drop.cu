@@ -1,10 +1,10 @@
 // CUDA launchers of context_drop.
 #include <algorithm>
 
-#include "context_drop.cuh"
-#include "window_launch.h"
+#include "cuda/context_drop.cuh"
+#include "cuda/lib/window_launch.h"
 
-namespace lumina_kernels {
+namespace lumina_kernels::cuda {
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> context_drop_fwd(const Tensor& k, const Tensor& v,
@@ -77,4 +77,4 @@ LUMINA_CUDA_LIBRARY(m) {
   m.impl("context_drop_bwd", TORCH_BOX(&context_drop_bwd));
 }
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cuda

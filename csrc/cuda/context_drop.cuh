@@ -1,9 +1,9 @@
 // CUDA kernels of context_drop: a block has one window, all heads of k and of v.
 #pragma once
 
-#include "window.cuh"
+#include "cuda/lib/window.cuh"
 
-namespace lumina_kernels {
+namespace lumina_kernels::cuda {
 
 constexpr int kContextDropThreads = 256;
 
@@ -77,4 +77,4 @@ __global__ void __launch_bounds__(kContextDropThreads)
   }
 }
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cuda

@@ -1,8 +1,8 @@
 // CUDA launchers of gate_residual_norm.
-#include "gate_residual_norm.cuh"
-#include "modulation_launch.h"
+#include "cuda/gate_residual_norm.cuh"
+#include "cuda/lib/modulation_launch.h"
 
-namespace lumina_kernels {
+namespace lumina_kernels::cuda {
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor> gate_residual_norm_fwd(
@@ -85,4 +85,4 @@ LUMINA_CUDA_LIBRARY(m) {
   m.impl("gate_residual_norm_bwd", TORCH_BOX(&gate_residual_norm_bwd));
 }
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cuda

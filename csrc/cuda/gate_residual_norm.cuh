@@ -1,9 +1,9 @@
 // CUDA kernels of gate_residual_norm: a row stays in registers from the sum to the norm.
 #pragma once
 
-#include "modulation.cuh"
+#include "cuda/lib/modulation.cuh"
 
-namespace lumina_kernels {
+namespace lumina_kernels::cuda {
 
 // statistics: rstd (B, L) and, of a LayerNorm, behind it the mean (B, L).
 struct GateResidualNormFwd {
@@ -149,4 +149,4 @@ __global__ void __launch_bounds__(row_threads(kPieces))
   store_sums(partial + 2 * D, 0, D, gate_sum);
 }
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cuda

@@ -4,10 +4,10 @@
 #include <limits>
 #include <utility>
 
-#include "gqa_attention.cuh"
-#include "launch.h"
+#include "cuda/gqa_attention.cuh"
+#include "cuda/lib/launch.h"
 
-namespace lumina_kernels {
+namespace lumina_kernels::cuda {
 namespace {
 
 using Saved = std::tuple<Tensor, Tensor, Tensor, Tensor>;
@@ -165,4 +165,4 @@ Saved gqa_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
 
 LUMINA_CUDA_LIBRARY(m) { m.impl("gqa_attention_fwd", TORCH_BOX(&gqa_attention_fwd)); }
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cuda

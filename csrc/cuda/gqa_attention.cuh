@@ -4,10 +4,10 @@
 
 #include <utility>
 
-#include "gqa_attention_float.cuh"
-#include "gqa_attention_mma.cuh"
+#include "cuda/gqa_attention_float.cuh"
+#include "cuda/gqa_attention_mma.cuh"
 
-namespace lumina_kernels {
+namespace lumina_kernels::cuda {
 
 // The head_dims that there are kernels for; one between them takes the next, with zeros.
 using AttentionHeadDims =
@@ -212,4 +212,4 @@ __global__ void __launch_bounds__(kAttentionThreads, AttentionTile<kHeadDim, kBi
   store_results<kDtype>(warp, p, tiles);
 }
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cuda

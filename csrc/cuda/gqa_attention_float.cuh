@@ -1,9 +1,9 @@
 // gqa_attention in float32, without tensor cores, which would cut products to tf32.
 #pragma once
 
-#include "gqa_attention_keys.cuh"
+#include "cuda/gqa_attention_keys.cuh"
 
-namespace lumina_kernels {
+namespace lumina_kernels::cuda {
 
 // Sizes for head_dims up to 32 * kLaneColumns.
 template <int kLaneColumns>
@@ -204,4 +204,4 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
   warp.store_rows(at, first_row);
 }
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cuda

@@ -1,9 +1,9 @@
 // What the CUDA kernels of gqa_attention are given, and their walk over the tiles of keys.
 #pragma once
 
-#include "ptx.cuh"
+#include "cuda/lib/ptx.cuh"
 
-namespace lumina_kernels {
+namespace lumina_kernels::cuda {
 
 // Parameters that are indexed at run time stay where they are.
 #ifdef LUMINA_CUDA_HOST
@@ -176,4 +176,4 @@ __device__ __forceinline__ uint32_t rounding_error(float exact, float rounded, D
   return __float2int_rn(fminf(fmaxf(part, -1.0f), 1.0f) * 127.0f) & 0xFF;
 }
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cuda

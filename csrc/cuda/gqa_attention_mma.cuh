@@ -2,9 +2,9 @@
 // left of K, m16n8k8.
 #pragma once
 
-#include "gqa_attention_keys.cuh"
+#include "cuda/gqa_attention_keys.cuh"
 
-namespace lumina_kernels {
+namespace lumina_kernels::cuda {
 
 // Sizes for head_dims up to kHeadDim, a multiple of 8.
 template <int kHeadDim, bool kBias>
@@ -319,4 +319,4 @@ struct AttentionWarp {
   }
 };
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cuda

@@ -1,8 +1,8 @@
 // CUDA launcher of guided_step.
-#include "guided_step.cuh"
-#include "launch.h"
+#include "cuda/guided_step.cuh"
+#include "cuda/lib/launch.h"
 
-namespace lumina_kernels {
+namespace lumina_kernels::cuda {
 namespace {
 
 // Of any dtype, on the device; nobody waits for its value.
@@ -40,4 +40,4 @@ Tensor guided_step_fwd(const Tensor& x, const Tensor& v, const OptionalTensor& w
 
 LUMINA_CUDA_LIBRARY(m) { m.impl("guided_step_fwd", TORCH_BOX(&guided_step_fwd)); }
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cuda

@@ -1,9 +1,9 @@
 // CUDA kernel of guided_step: two halves of the velocity and the state in, the new state out.
 #pragma once
 
-#include "common.cuh"
+#include "cuda/lib/values.cuh"
 
-namespace lumina_kernels {
+namespace lumina_kernels::cuda {
 
 constexpr int kGuidedStepThreads = 256;
 
@@ -43,4 +43,4 @@ __global__ void __launch_bounds__(kGuidedStepThreads)
   store8(p.out, b * p.N + first, count, x);
 }
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cuda

@@ -1,8 +1,8 @@
 // CUDA launchers of norm_modulate.
-#include "modulation_launch.h"
-#include "norm_modulate.cuh"
+#include "cuda/lib/modulation_launch.h"
+#include "cuda/norm_modulate.cuh"
 
-namespace lumina_kernels {
+namespace lumina_kernels::cuda {
 namespace {
 
 std::tuple<Tensor, Tensor> norm_modulate_fwd(const Tensor& x, const OptionalTensor& weight,
@@ -70,4 +70,4 @@ LUMINA_CUDA_LIBRARY(m) {
   m.impl("norm_modulate_bwd", TORCH_BOX(&norm_modulate_bwd));
 }
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cuda

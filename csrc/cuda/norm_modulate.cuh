@@ -1,9 +1,9 @@
 // CUDA kernels of norm_modulate: a row stays in registers between its statistics and output.
 #pragma once
 
-#include "modulation.cuh"
+#include "cuda/lib/modulation.cuh"
 
-namespace lumina_kernels {
+namespace lumina_kernels::cuda {
 
 // statistics: rstd (B, L) and, of a LayerNorm, behind it the mean (B, L).
 struct NormModulateFwd {
@@ -103,4 +103,4 @@ __global__ void __launch_bounds__(row_threads(kPieces))
   store_sums(partial + D, 0, D, d_sum);
 }
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cuda

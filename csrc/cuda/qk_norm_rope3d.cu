@@ -1,8 +1,8 @@
 // CUDA launchers of qk_norm_rope3d.
-#include "qk_norm_launch.h"
-#include "qk_norm_rope3d.cuh"
+#include "cuda/lib/qk_norm_launch.h"
+#include "cuda/qk_norm_rope3d.cuh"
 
-namespace lumina_kernels {
+namespace lumina_kernels::cuda {
 namespace {
 
 // Blocks of the backward at most, whose sums the second stage adds, and tokens of a block at least.
@@ -127,4 +127,4 @@ LUMINA_CUDA_LIBRARY(m) {
   m.impl("qk_norm_rope3d_bwd", TORCH_BOX(&qk_norm_rope3d_bwd));
 }
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cuda

@@ -3,10 +3,10 @@
 // them again from the row it has to read anyway.
 #pragma once
 
-#include "qk_norm.cuh"
-#include "window.cuh"
+#include "cuda/lib/qk_norm.cuh"
+#include "cuda/lib/window.cuh"
 
-namespace lumina_kernels {
+namespace lumina_kernels::cuda {
 
 constexpr NormLimits kFwdLimits{4, 256, 512, 128}, kBwdLimits{2, 320, 512, 256};
 
@@ -246,4 +246,4 @@ __global__ void __launch_bounds__(kSumColumns* kSumRows)
   }
 }
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cuda

@@ -1,8 +1,8 @@
 // CUDA launchers of qk_norm_rope3d_pool.
-#include "qk_norm_launch.h"
-#include "qk_norm_rope3d_pool.cuh"
+#include "cuda/lib/qk_norm_launch.h"
+#include "cuda/qk_norm_rope3d_pool.cuh"
 
-namespace lumina_kernels {
+namespace lumina_kernels::cuda {
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> qk_norm_rope3d_pool_fwd(
@@ -70,4 +70,4 @@ LUMINA_CUDA_LIBRARY(m) {
   m.impl("qk_norm_rope3d_pool_bwd", TORCH_BOX(&qk_norm_rope3d_pool_bwd));
 }
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cuda

@@ -5,10 +5,10 @@
 // reads the gradient of its window, and of context_drop for v.
 #pragma once
 
-#include "qk_norm.cuh"
-#include "window.cuh"
+#include "cuda/lib/qk_norm.cuh"
+#include "cuda/lib/window.cuh"
 
-namespace lumina_kernels {
+namespace lumina_kernels::cuda {
 
 constexpr NormLimits kPoolLimits{4, 256, 384, 0};
 
@@ -80,4 +80,4 @@ __global__ void __launch_bounds__(kPoolLimits.bound(N), N < 4 ? 2 : 1)
   }
 }
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cuda

@@ -1,8 +1,8 @@
 // CUDA launchers of rope3d. The gradients of q and k are the opposite rotation.
-#include "rope3d.cuh"
-#include "rope_launch.h"
+#include "cuda/lib/rope_launch.h"
+#include "cuda/rope3d.cuh"
 
-namespace lumina_kernels {
+namespace lumina_kernels::cuda {
 namespace {
 
 std::tuple<Tensor, Tensor> turned(const Tensor& q, const Tensor& k, const Tensor& positions,
@@ -47,4 +47,4 @@ LUMINA_CUDA_LIBRARY(m) {
   m.impl("rope3d_bwd", TORCH_BOX(&rope3d_bwd));
 }
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cuda

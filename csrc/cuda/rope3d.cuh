@@ -1,9 +1,9 @@
 // CUDA kernel of rope3d: a block turns all heads of q and k of some tokens.
 #pragma once
 
-#include "rope.cuh"
+#include "cuda/lib/rope.cuh"
 
-namespace lumina_kernels {
+namespace lumina_kernels::cuda {
 
 constexpr int kRope3dThreads = 256;
 constexpr int kRope3dHeads = 2;  // of a thread at a time, so that their loads overlap
@@ -60,4 +60,4 @@ __global__ void __launch_bounds__(kRope3dThreads, 3) rope3d_kernel(const Rope3d 
   }
 }
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cuda

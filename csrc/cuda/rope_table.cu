@@ -1,8 +1,8 @@
 // CUDA launchers of rope_table.
-#include "rope_launch.h"
-#include "rope_table.cuh"
+#include "cuda/lib/rope_launch.h"
+#include "cuda/rope_table.cuh"
 
-namespace lumina_kernels {
+namespace lumina_kernels::cuda {
 namespace {
 
 // Whether halves of K/2 values start at multiples of 4 values.
@@ -17,7 +17,7 @@ bool takes_fours(const Tensor& tensor) {
 }
 
 Heads heads_of(const Tensor& x, bool half) {
-  Heads heads = lumina_kernels::heads_of(x);
+  Heads heads = cuda::heads_of(x);
   if (half) heads.values.vectors = takes_fours(x);
   return heads;
 }
@@ -78,4 +78,4 @@ LUMINA_CUDA_LIBRARY(m) {
   m.impl("rope_table_bwd", TORCH_BOX(&rope_table_bwd));
 }
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cuda

@@ -1,9 +1,9 @@
 // CUDA kernel of rope_table: a block turns all heads of q and k of some tokens.
 #pragma once
 
-#include "rope.cuh"
+#include "cuda/lib/rope.cuh"
 
-namespace lumina_kernels {
+namespace lumina_kernels::cuda {
 
 constexpr int kRopeTableThreads = 256;
 
@@ -115,4 +115,4 @@ __global__ void __launch_bounds__(kRopeTableThreads, 3) rope_table_kernel(const 
   }
 }
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cuda

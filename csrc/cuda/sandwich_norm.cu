@@ -1,8 +1,8 @@
 // CUDA launchers of sandwich_norm.
-#include "modulation_launch.h"
-#include "sandwich_norm.cuh"
+#include "cuda/lib/modulation_launch.h"
+#include "cuda/sandwich_norm.cuh"
 
-namespace lumina_kernels {
+namespace lumina_kernels::cuda {
 
 std::tuple<Tensor, Tensor> gate_grads(const Tensor& partial, int64_t which, const Tensor& weight,
                                       const Tensor& gate) {
@@ -74,4 +74,4 @@ LUMINA_CUDA_LIBRARY(m) {
   m.impl("sandwich_norm_bwd", TORCH_BOX(&sandwich_norm_bwd));
 }
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cuda

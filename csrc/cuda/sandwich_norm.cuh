@@ -1,9 +1,9 @@
 // CUDA kernels of sandwich_norm: a row stays in registers between statistic and output.
 #pragma once
 
-#include "sandwich_norm_row.cuh"
+#include "cuda/lib/sandwich_norm_row.cuh"
 
-namespace lumina_kernels {
+namespace lumina_kernels::cuda {
 
 struct SandwichNormFwd {
   Rows y;
@@ -116,4 +116,4 @@ __global__ void __launch_bounds__(kSumColumns* kSumSlices)
   if (threadIdx.y == 0 && column < D) store1(p.dweight, column, dweight[0]);
 }
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cuda

@@ -1,8 +1,8 @@
 // CUDA launchers of sandwich_norm_chain.
-#include "modulation_launch.h"
-#include "sandwich_norm_chain.cuh"
+#include "cuda/lib/modulation_launch.h"
+#include "cuda/sandwich_norm_chain.cuh"
 
-namespace lumina_kernels {
+namespace lumina_kernels::cuda {
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> sandwich_norm_chain_fwd(
@@ -83,4 +83,4 @@ LUMINA_CUDA_LIBRARY(m) {
   m.impl("sandwich_norm_chain_bwd", TORCH_BOX(&sandwich_norm_chain_bwd));
 }
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cuda

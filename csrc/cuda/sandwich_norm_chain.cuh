@@ -1,9 +1,9 @@
 // CUDA kernels of sandwich_norm_chain: a row stays in registers through both norms.
 #pragma once
 
-#include "sandwich_norm_row.cuh"
+#include "cuda/lib/sandwich_norm_row.cuh"
 
-namespace lumina_kernels {
+namespace lumina_kernels::cuda {
 
 struct SandwichNormChainFwd {
   Rows y;
@@ -131,4 +131,4 @@ __global__ void __launch_bounds__(row_threads(kPieces))
   store_sums(partial + D, 0, D, gate_sum);
 }
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cuda

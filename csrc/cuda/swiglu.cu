@@ -1,8 +1,8 @@
 // CUDA launchers of swiglu.
-#include "launch.h"
-#include "swiglu.cuh"
+#include "cuda/lib/launch.h"
+#include "cuda/swiglu.cuh"
 
-namespace lumina_kernels {
+namespace lumina_kernels::cuda {
 namespace {
 
 // Rows and their length: one row where no tensor has gaps.
@@ -51,4 +51,4 @@ LUMINA_CUDA_LIBRARY(m) {
   m.impl("swiglu_bwd", TORCH_BOX(&swiglu_bwd));
 }
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cuda

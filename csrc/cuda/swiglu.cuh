@@ -1,9 +1,9 @@
 // CUDA kernels of swiglu: elementwise over rows that may have gaps between them.
 #pragma once
 
-#include "common.cuh"
+#include "cuda/lib/values.cuh"
 
-namespace lumina_kernels {
+namespace lumina_kernels::cuda {
 
 constexpr int kSwigluThreads = 256;
 
@@ -69,4 +69,4 @@ __global__ void __launch_bounds__(kSwigluThreads) swiglu_bwd_kernel(const Swiglu
   store8(p.db, row * p.F + column, count, a);
 }
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cuda

@@ -44,7 +44,7 @@ class Host:
 def kernel_names() -> set[str]:
     """Every `__global__` function in csrc/."""
     found = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\([^{;]*?\)\s+)?(\w+)\s*\(")
-    sources = [path.read_text() for path in sorted(CSRC.glob("*.cu*"))]
+    sources = [path.read_text() for path in sorted(CSRC.rglob("*.cu*"))]
     names = [name for source in sources for name in found.findall(source)]
     assert len(names) == sum(source.count("__global__") for source in sources), names
     return set(names)
@@ -52,8 +52,8 @@ def kernel_names() -> set[str]:
 
 @functools.cache
 def load() -> Host:
-    """The ops of all csrc/*.cu under `torch.ops.lumina_kernels_cuda_host`, on CPU tensors."""
-    sources = [p for p in sorted(CSRC.glob("*.cu")) if p.stem != "extension"]  # Python's module
+    """The ops of csrc/cuda under `torch.ops.lumina_kernels_cuda_host`, on CPU tensors."""
+    sources = [p for p in sorted(CSRC.rglob("*.cu")) if p.stem != "extension"]  # Python's module
     _define([source.stem for source in sources])
     return Host(build(sources, CSRC))
 
@@ -62,7 +62,7 @@ def build(sources, csrc: Path) -> Path:
     """The shared library of some .cu files, with the headers of `csrc`; kept for the next time."""
     cache = Path(tempfile.gettempdir()) / f"lumina_kernels_cuda_host-{Path.home().name}"
     cache.mkdir(exist_ok=True)
-    headers = sorted((*csrc.glob("*.cuh"), *csrc.glob("*launch.h"), *HERE.glob("*.h")))
+    headers = sorted((*csrc.glob("*.h"), *(csrc / "cuda").rglob("*h"), *HERE.glob("*.h")))
     common = "".join((*FLAGS, torch.__version__, *(path.read_text() for path in headers)))
     with ThreadPoolExecutor(2) as pool:
         objects = pool.map(
@@ -104,10 +104,10 @@ def _define(ops):
     library = torch.library.Library(NAMESPACE, "DEF")
     _define.library = library  # its end would undefine them
     for op in ops:
-        for schema in _schemas(op) if (CSRC / f"{op}.cpp").exists() else ():
+        for schema in _schemas(op) if (CSRC / "cpu" / f"{op}.cpp").exists() else ():
             library.define(schema)
 
 
 def _schemas(op):
-    strings = re.findall(r'm\.def\(\s*((?:"[^"]*"\s*)+)\)', (CSRC / f"{op}.cpp").read_text())
+    strings = re.findall(r'm\.def\(\s*((?:"[^"]*"\s*)+)\)', (CSRC / "cpu" / f"{op}.cpp").read_text())
     return ["".join(re.findall(r'"([^"]*)"', string)) for string in strings]

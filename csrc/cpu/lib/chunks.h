@@ -1,9 +1,9 @@
 // Rows in chunks, and sums over rows whose bits do not depend on the threads.
 #pragma once
 
-#include "common.h"
+#include "cpu/lib/rows.h"
 
-namespace lumina_kernels {
+namespace lumina_kernels::cpu {
 
 // Some rows of one sample: they share the parameters of that sample, which are made float32 once.
 struct Chunk {
@@ -79,4 +79,4 @@ inline std::vector<Tensor> zero_grads(std::vector<Tensor> grads,
   return grads;
 }
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cpu

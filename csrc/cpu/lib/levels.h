@@ -1,9 +1,9 @@
 // Run-time dispatch over vector instruction sets. An op's file names itself and includes this:
 //
-//   #define LUMINA_FILE "swiglu.cpp"
-//   #include "levels.h"
+//   #define LUMINA_FILE "cpu/swiglu.cpp"
+//   #include "cpu/lib/levels.h"
 //   #ifdef LUMINA_LEVEL
-//   ... kernels, compiled once per level, in namespace lumina_kernels::LUMINA_LEVEL
+//   ... kernels, compiled once per level, in namespace lumina_kernels::cpu::LUMINA_LEVEL
 //   #else
 //   ... once: checks, allocation, LUMINA_CALL(kernel, arguments), registration
 //   #endif
@@ -11,11 +11,11 @@
 // Target pragmas, not compiler flags per file: std:: functions stay baseline code, so that a linker
 // which keeps one copy of each cannot pick one that this processor lacks the instructions for.
 #ifndef LUMINA_LEVEL
-#include "common.h"
+#include "cpu/lib/rows.h"
 
 #define LUMINA_LEVEL portable
 #define LUMINA_WIDTH 4
-#include "vec.h"
+#include "cpu/lib/vec.h"
 #include LUMINA_FILE
 #undef LUMINA_LEVEL
 #undef LUMINA_WIDTH
@@ -35,7 +35,7 @@
 LUMINA_BEGIN_TARGET("avx2,fma,f16c")
 #define LUMINA_LEVEL avx2
 #define LUMINA_WIDTH 8
-#include "vec.h"
+#include "cpu/lib/vec.h"
 #include LUMINA_FILE
 #undef LUMINA_LEVEL
 #undef LUMINA_WIDTH
@@ -44,7 +44,7 @@ LUMINA_END_TARGET
 LUMINA_BEGIN_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 #define LUMINA_LEVEL avx512
 #define LUMINA_WIDTH 16
-#include "vec.h"
+#include "cpu/lib/vec.h"
 #include LUMINA_FILE
 #undef LUMINA_LEVEL
 LUMINA_END_TARGET
@@ -52,7 +52,7 @@ LUMINA_END_TARGET
 LUMINA_BEGIN_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
 #define LUMINA_LEVEL avx512bf16
 #define LUMINA_BF16_DOT
-#include "vec.h"
+#include "cpu/lib/vec.h"
 #include LUMINA_FILE
 #undef LUMINA_LEVEL
 #undef LUMINA_WIDTH

@@ -1,9 +1,9 @@
 // What the norms over rows (B, L, D) share. Included before levels.h, for what does not depend on
 // the instruction set, and again inside every level, for the functions over one row.
 #ifndef LUMINA_LEVEL
-#include "chunks.h"
+#include "cpu/lib/chunks.h"
 
-namespace lumina_kernels {
+namespace lumina_kernels::cpu {
 
 // Value l of row b of a float32 tensor.
 inline float* float_at(const Rows& rows, int64_t b, int64_t l) {
@@ -98,9 +98,9 @@ struct GateGrads {
         per_token(is_per_token(g)) {}
 };
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cpu
 #else
-namespace lumina_kernels::LUMINA_LEVEL {
+namespace lumina_kernels::cpu::LUMINA_LEVEL {
 namespace {
 
 // The first `count` values, 0 for the others.
@@ -329,5 +329,5 @@ inline void finish(const Gate& g, const GateGrads& grads, const Partials& partia
 }
 
 }  // namespace
-}  // namespace lumina_kernels::LUMINA_LEVEL
+}  // namespace lumina_kernels::cpu::LUMINA_LEVEL
 #endif

@@ -1,9 +1,9 @@
 // What qk_norm_rope3d shares with qk_norm_rope3d_pool. Included before levels.h, as rope.h is.
-#include "window.h"
+#include "cpu/lib/window.h"
 
 #ifndef LUMINA_QK_NORM_ROPE3D
 #define LUMINA_QK_NORM_ROPE3D
-namespace lumina_kernels {
+namespace lumina_kernels::cpu {
 
 struct Norm {
   bool layer, per_head;  // a LayerNorm, else an RMSNorm; over each head, else over all of a token
@@ -49,11 +49,11 @@ SixTensors qk_norm_bwd(const Tensor& dq_out, const Tensor& dk_out, const Tensor&
                        const OptionalTensor& k_weight, const OptionalTensor& k_bias,
                        const Angles& angles, Norm norm, const Pool* pool);
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cpu
 #endif  // LUMINA_QK_NORM_ROPE3D
 
 #ifdef LUMINA_LEVEL
-namespace lumina_kernels::LUMINA_LEVEL {
+namespace lumina_kernels::cpu::LUMINA_LEVEL {
 
 // The first `count` values of a, then those of b.
 LUMINA_INLINE Vec first(int64_t count, Vec a, Vec b) {
@@ -107,5 +107,5 @@ LUMINA_INLINE void norm_turn(const Heads& x, const float* weight, const float* b
   }
 }
 
-}  // namespace lumina_kernels::LUMINA_LEVEL
+}  // namespace lumina_kernels::cpu::LUMINA_LEVEL
 #endif  // LUMINA_LEVEL

@@ -2,9 +2,9 @@
 // op's file includes this before levels.h, so that each level has it too, in its second part.
 #ifndef LUMINA_ROPE
 #define LUMINA_ROPE
-#include "common.h"
+#include "cpu/lib/rows.h"
 
-namespace lumina_kernels {
+namespace lumina_kernels::cpu {
 
 constexpr int64_t kWidest = 16;  // floats in the widest vector of any level
 
@@ -151,11 +151,11 @@ inline void far_sincos(const float* angles, float* sin, float* cos, int64_t coun
   }
 }
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cpu
 #endif  // LUMINA_ROPE
 
 #ifdef LUMINA_LEVEL
-namespace lumina_kernels::LUMINA_LEVEL {
+namespace lumina_kernels::cpu::LUMINA_LEVEL {
 
 typedef uint32_t PairVec __attribute__((vector_size(2 * LUMINA_WIDTH)));
 typedef uint64_t LongVec __attribute__((vector_size(4 * LUMINA_WIDTH)));
@@ -301,5 +301,5 @@ LUMINA_INLINE void turn_heads(const Heads& x, Turns turns, int64_t K, Row out) {
   }
 }
 
-}  // namespace lumina_kernels::LUMINA_LEVEL
+}  // namespace lumina_kernels::cpu::LUMINA_LEVEL
 #endif  // LUMINA_LEVEL

@@ -24,7 +24,7 @@
 #define LUMINA_STRING(...) #__VA_ARGS__
 #define LUMINA_INLINE inline __attribute__((always_inline))
 
-namespace lumina_kernels {
+namespace lumina_kernels::cpu {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -154,4 +154,4 @@ void parallel_pieces(int64_t rows, int64_t length, const F& f) {
   });
 }
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cpu

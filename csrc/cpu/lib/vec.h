@@ -1,6 +1,6 @@
 // LUMINA_WIDTH floats as one value, by the compiler's vector extension: + - * / and comparisons are
 // its own. Included once per level, inside that level's target. No include guard.
-namespace lumina_kernels::LUMINA_LEVEL {
+namespace lumina_kernels::cpu::LUMINA_LEVEL {
 
 constexpr int64_t kWidth = LUMINA_WIDTH;
 typedef float Vec __attribute__((vector_size(4 * LUMINA_WIDTH)));
@@ -221,4 +221,4 @@ LUMINA_INLINE Vec tanh(Vec x) {
   return x < 0.f ? -result : result;
 }
 
-}  // namespace lumina_kernels::LUMINA_LEVEL
+}  // namespace lumina_kernels::cpu::LUMINA_LEVEL

@@ -1,10 +1,10 @@
 // Windows of factor x factor tokens of a (T, H, W) grid, and masks of tokens. Included before
 // levels.h, as rope.h is.
-#include "rope.h"
+#include "cpu/lib/rope.h"
 
 #ifndef LUMINA_WINDOW
 #define LUMINA_WINDOW
-namespace lumina_kernels {
+namespace lumina_kernels::cpu {
 
 // True for tokens that count; all do where there is no mask.
 struct Mask {
@@ -69,11 +69,11 @@ inline const std::vector<int64_t>& valid_tokens(const Windows& windows, const Ma
 Tensor window_means_bwd(const Tensor& dout, const Tensor& counts, const Windows& windows,
                         const Mask& mask);
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cpu
 #endif  // LUMINA_WINDOW
 
 #ifdef LUMINA_LEVEL
-namespace lumina_kernels::LUMINA_LEVEL {
+namespace lumina_kernels::cpu::LUMINA_LEVEL {
 
 // The mean of all heads of `tokens` of sample b; 0 where there is none.
 LUMINA_INLINE void mean_of(const Rows& x, int64_t b, const std::vector<int64_t>& tokens, int64_t G,
@@ -92,5 +92,5 @@ LUMINA_INLINE void mean_of(const Rows& x, int64_t b, const std::vector<int64_t>&
   }
 }
 
-}  // namespace lumina_kernels::LUMINA_LEVEL
+}  // namespace lumina_kernels::cpu::LUMINA_LEVEL
 #endif  // LUMINA_LEVEL

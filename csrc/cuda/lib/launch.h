@@ -23,7 +23,7 @@
 #include <dlfcn.h>
 #endif
 
-#include "common.cuh"
+#include "cuda/lib/values.cuh"
 
 // Registers launchers for CUDA; the schemas are in <op>.cpp.
 #ifdef LUMINA_CUDA_HOST
@@ -35,7 +35,7 @@
 // LUMINA_LAUNCH(tensor, config, kernel, arguments...): on the current stream of tensor's device.
 // A kernel that is a template of several arguments needs parentheses: (kernel<1, 2>).
 #define LUMINA_LAUNCH(like, config, kernel, ...) \
-  ::lumina_kernels::launch(#kernel, like, config, kernel, __VA_ARGS__)
+  ::lumina_kernels::cuda::launch(#kernel, like, config, kernel, __VA_ARGS__)
 
 // The same for `count` rows, or chunks of rows, of D values (rows.cuh): a kernel<kPieces, kWide>.
 #define LUMINA_LAUNCH_ROWS(like, count, D, kernel, p)                           \
@@ -47,7 +47,7 @@
     LUMINA_LAUNCH(like, row_config(count, D), (kernel<kManyPieces, false>), p); \
   }
 
-namespace lumina_kernels {
+namespace lumina_kernels::cuda {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -216,4 +216,4 @@ inline Tensor zeros_as(const OptionalTensor& x, const Tensor& like) {
   return x ? zeros_as(*x) : nothing(like);
 }
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cuda

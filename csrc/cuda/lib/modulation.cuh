@@ -2,9 +2,9 @@
 // three ops have it.
 #pragma once
 
-#include "rows.cuh"
+#include "cuda/lib/rows.cuh"
 
-namespace lumina_kernels {
+namespace lumina_kernels::cuda {
 
 // Each may be missing. Gradients of scale and shift: see `modulate_bwd`.
 struct Modulation {
@@ -70,4 +70,4 @@ __device__ __forceinline__ void modulate_bwd(const Modulation& m, const Values& 
   }
 }
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cuda

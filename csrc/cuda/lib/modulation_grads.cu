@@ -1,8 +1,8 @@
 // CUDA launcher of the second stage of a modulated norm's parameter gradients.
-#include "modulation_grads.cuh"
-#include "modulation_launch.h"
+#include "cuda/lib/modulation_grads.cuh"
+#include "cuda/lib/modulation_launch.h"
 
-namespace lumina_kernels {
+namespace lumina_kernels::cuda {
 namespace {
 
 bool per_token(const OptionalTensor& x) { return x && x->dim() == 3; }
@@ -76,4 +76,4 @@ Tensor sample_sums(const Tensor& partial, int64_t which, const Tensor& like) {
   return sums;
 }
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cuda

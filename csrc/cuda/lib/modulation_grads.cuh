@@ -1,9 +1,9 @@
 // CUDA kernel of the second stage of a modulated norm's parameter gradients.
 #pragma once
 
-#include "rows.cuh"
+#include "cuda/lib/rows.cuh"
 
-namespace lumina_kernels {
+namespace lumina_kernels::cuda {
 
 // The second stage. A gradient that is not wanted is null; scale and shift are (B, D) here, and
 // scale is null where it has a row per token.
@@ -38,4 +38,4 @@ __global__ void __launch_bounds__(kSumColumns* kSumSlices)
   if (is_there(p.dbias)) store1(p.dbias, column, total[1]);
 }
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cuda

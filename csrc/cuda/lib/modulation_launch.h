@@ -3,10 +3,10 @@
 
 #include <vector>
 
-#include "launch.h"
-#include "modulation.cuh"
+#include "cuda/lib/launch.h"
+#include "cuda/lib/modulation.cuh"
 
-namespace lumina_kernels {
+namespace lumina_kernels::cuda {
 
 // The parameters without gaps, kept until the launch.
 class PackedModulation {
@@ -47,4 +47,4 @@ Tensor sample_sums(const Tensor& partial, int64_t which, const Tensor& like);
 std::tuple<Tensor, Tensor> gate_grads(const Tensor& partial, int64_t which, const Tensor& weight,
                                       const Tensor& gate);
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cuda

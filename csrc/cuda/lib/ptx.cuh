@@ -9,9 +9,9 @@
 // m16n8k8 has the first half of A's and B's: a[0], a[1] and b[0].
 #pragma once
 
-#include "common.cuh"
+#include "cuda/lib/values.cuh"
 
-namespace lumina_kernels {
+namespace lumina_kernels::cuda {
 
 #ifdef LUMINA_CUDA_HOST
 namespace host {
@@ -281,4 +281,4 @@ __device__ __forceinline__ float exp2_approx(float x) {
 #endif
 }
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cuda

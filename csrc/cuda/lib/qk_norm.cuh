@@ -4,9 +4,9 @@
 // statistics to the output.
 #pragma once
 
-#include "rope.cuh"
+#include "cuda/lib/rope.cuh"
 
-namespace lumina_kernels {
+namespace lumina_kernels::cuda {
 
 // How many heads a thread may have, 1, 2, 4 to `heads`; threads of a token where it has fewer, and
 // where it has that many; threads of a block that several tokens fill up.
@@ -219,4 +219,4 @@ __device__ __forceinline__ void load_heads(float (&x)[N][8], const Heads& q, con
   }
 }
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cuda

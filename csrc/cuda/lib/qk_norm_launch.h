@@ -3,11 +3,11 @@
 
 #include <type_traits>
 
-#include "qk_norm.cuh"
-#include "rope_launch.h"
-#include "window_launch.h"
+#include "cuda/lib/qk_norm.cuh"
+#include "cuda/lib/rope_launch.h"
+#include "cuda/lib/window_launch.h"
 
-namespace lumina_kernels {
+namespace lumina_kernels::cuda {
 
 // Calls body(std::integral_constant<int, N>()) with the heads N of a thread, 1, 2, 4 to kMost.
 template <int kMost, class Body>
@@ -75,4 +75,4 @@ ParameterGrads parameter_grads(const Tensor& q_partial, const Tensor& k_partial,
                                const OptionalTensor& q_weight, const OptionalTensor& q_bias,
                                const OptionalTensor& k_weight, const OptionalTensor& k_bias);
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cuda

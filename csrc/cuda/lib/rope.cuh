@@ -1,9 +1,9 @@
 // What the kernels that rotate heads share: heads of a token among threads, cosines and sines.
 #pragma once
 
-#include "common.cuh"
+#include "cuda/lib/values.cuh"
 
-namespace lumina_kernels {
+namespace lumina_kernels::cuda {
 
 // (B, L, H, K): head h of token l of sample b starts at b * step_b + l * step_l + h * step_h.
 struct Heads {
@@ -198,4 +198,4 @@ __device__ __forceinline__ void turn_piece(float (&x)[8], const Turn& turn) {
   turn_pair(x[6], x[7], turn.pairs[1].z, turn.pairs[1].w);
 }
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cuda

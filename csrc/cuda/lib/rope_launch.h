@@ -1,10 +1,10 @@
 // What the launchers that rotate heads share: their tensors as kernel arguments.
 #pragma once
 
-#include "launch.h"
-#include "rope.cuh"
+#include "cuda/lib/launch.h"
+#include "cuda/lib/rope.cuh"
 
-namespace lumina_kernels {
+namespace lumina_kernels::cuda {
 
 // Of a packed tensor (B, L, H, K). The caller keeps the tensor until the launch.
 inline Heads heads_of(const Tensor& x) {
@@ -65,4 +65,4 @@ inline void check_tokens(int64_t tokens) {
                   tokens);
 }
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cuda

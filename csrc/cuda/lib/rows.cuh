@@ -5,9 +5,9 @@
 // again what a pass before has read; elsewhere they run once.
 #pragma once
 
-#include "common.cuh"
+#include "cuda/lib/values.cuh"
 
-namespace lumina_kernels {
+namespace lumina_kernels::cuda {
 
 // --- launch configuration ---
 
@@ -279,4 +279,4 @@ __device__ __forceinline__ void sum_partials(const Partials& p, int column, Fini
   }
 }
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cuda

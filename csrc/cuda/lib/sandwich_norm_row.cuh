@@ -1,9 +1,9 @@
 // The gated residual of a normalised row, as the kernels of two ops have it.
 #pragma once
 
-#include "modulation.cuh"
+#include "cuda/lib/modulation.cuh"
 
-namespace lumina_kernels {
+namespace lumina_kernels::cuda {
 
 struct Sandwich {
   Rows residual, weight, gate;
@@ -55,4 +55,4 @@ __device__ __forceinline__ void sandwich_bwd(const Sandwich& s, const Values& dg
   }
 }
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cuda

@@ -34,7 +34,7 @@ using Shared = T*;
   const Shared<T> name = reinterpret_cast<T*>(lumina_dynamic_shared)
 #endif
 
-namespace lumina_kernels {
+namespace lumina_kernels::cuda {
 
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
@@ -294,4 +294,4 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cuda

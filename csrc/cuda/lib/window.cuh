@@ -1,9 +1,9 @@
 // What the kernels that average over windows of the token grid share. A block has one window.
 #pragma once
 
-#include "rope.cuh"
+#include "cuda/lib/rope.cuh"
 
-namespace lumina_kernels {
+namespace lumina_kernels::cuda {
 
 // factor x factor windows of (grid_h, grid_w), `rows` x `columns` of them in each of T frames, and
 // which tokens count: (B, L) bytes, null where all do.
@@ -82,4 +82,4 @@ __device__ __forceinline__ void window_mean(const Heads& x, int head, int column
   for (int k = 0; k < 8; ++k) mean[k] *= share;
 }
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cuda

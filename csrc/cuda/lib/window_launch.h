@@ -3,10 +3,10 @@
 
 #include <algorithm>
 
-#include "rope_launch.h"
-#include "window.cuh"
+#include "cuda/lib/rope_launch.h"
+#include "cuda/lib/window.cuh"
 
-namespace lumina_kernels {
+namespace lumina_kernels::cuda {
 
 // The windows of a grid (T, H, W); `key_mask` (B, L) or none.
 inline Windows windows_of(const std::vector<int64_t>& grid, int64_t factor,
@@ -32,4 +32,4 @@ inline int64_t count_of(const Windows& windows) {
 // The gradient of v, (B, L, G, K), from that of its means over windows.
 Tensor window_mean_bwd(const Tensor& dv_out, const Tensor& counts, const Windows& windows);
 
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cuda
