@@ -32,10 +32,6 @@ struct StatisticsRows {
   Statistics get(int64_t b, int64_t l) const { return {layer ? *at(1, b, l) : 0.f, *at(0, b, l)}; }
 };
 
-inline bool is_per_token(const OptionalTensor& modulation) {
-  return modulation && modulation->dim() == 3;
-}
-
 // Of (n * weight + bias) * (1 + scale) + shift.
 struct Modulation {
   Rows weight, bias, scale, shift;  // null where there is none

@@ -1,21 +1,11 @@
 // What every CPU kernel shares: rows of tensors of any dtype, threads, the choice of level.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
 #include <cstring>
-#include <initializer_list>
-#include <optional>
-#include <string>
-#include <tuple>
-#include <vector>
+
+#include "tensor.h"
 
 #if (defined(__x86_64__) || defined(_M_X64)) && defined(__GNUC__)
 #define LUMINA_X86
@@ -25,10 +15,6 @@
 #define LUMINA_INLINE inline __attribute__((always_inline))
 
 namespace lumina_kernels::cpu {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 // Levels in rising order; the best that this processor has is taken, or the one that was forced.
 enum Level { kPortable, kAvx2, kAvx512, kAvx512Bf16 };
@@ -43,27 +29,6 @@ Level level();
 #else
 #define LUMINA_CALL(kernel, ...) portable::kernel(__VA_ARGS__)
 #endif
-
-// A dtype is data: a branch that is always taken the same way costs less than code for each.
-enum class Dtype : int8_t { kFloat, kHalf, kBFloat16 };
-
-inline Dtype dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::kFloat;
-    case ScalarType::Half:
-      return Dtype::kHalf;
-    case ScalarType::BFloat16:
-      return Dtype::kBFloat16;
-    default:
-      STD_TORCH_CHECK(false, "expected float32, float16 or bfloat16");
-      return Dtype::kFloat;
-  }
-}
-
-inline int64_t ceil_div(int64_t count, int64_t size) { return (count + size - 1) / size; }
-
-inline int64_t size_of(Dtype dtype) { return dtype == Dtype::kFloat ? 4 : 2; }
 
 // Contiguous values of one dtype; null where an optional tensor is not there.
 struct Row {
@@ -95,8 +60,7 @@ inline Row row_of(const Tensor& tensor) {
 // (D,): one row for all; (B, D): one for each sample; (B, L, D) and (B, L, H, K): as they say.
 inline Rows rows_of(const Tensor& tensor) {
   const int64_t dim = tensor.dim();
-  const bool packed = tensor.size(dim - 1) <= 1 || tensor.stride(dim - 1) == 1;
-  Rows rows{packed ? tensor : torch::stable::contiguous(tensor)};
+  Rows rows{is_packed(tensor) ? tensor : torch::stable::contiguous(tensor)};
   rows.base = row_of(rows.owner);
   if (dim > 1) rows.b = rows.owner.stride(0);
   if (dim > 2) rows.l = rows.owner.stride(1);
@@ -121,17 +85,6 @@ inline Rows flat_rows(const Tensor& tensor, int64_t rows) {
   const int64_t shape[] = {rows, tensor.numel() / rows};
   return rows_of(torch::stable::reshape(tensor, {shape, 2}));
 }
-
-// New contiguous tensors on `like`'s device.
-inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, {shape.begin(), shape.size()}, dtype);
-}
-
-inline Tensor empty_as(const Tensor& like) { return torch::stable::new_empty(like, like.sizes()); }
-
-inline Tensor zeros_as(const Tensor& like) { return torch::stable::new_zeros(like, like.sizes()); }
-
-inline Tensor nothing(const Tensor& like) { return empty(like, {0}, like.scalar_type()); }
 
 // f(i) for i in [0, count), which take about `work` values each.
 template <class F>

@@ -5,25 +5,13 @@
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
-#include <cstdint>
-#include <initializer_list>
-#include <optional>
-#include <string>
-#include <tuple>
-#include <vector>
-
 #ifndef LUMINA_CUDA_HOST
 #include <cuda_runtime.h>
 #include <dlfcn.h>
 #endif
 
 #include "cuda/lib/values.cuh"
+#include "tensor.h"
 
 // Registers launchers for CUDA; the schemas are in <op>.cpp.
 #ifdef LUMINA_CUDA_HOST
@@ -48,10 +36,6 @@
   }
 
 namespace lumina_kernels::cuda {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 #ifdef LUMINA_CUDA_HOST
 
@@ -145,20 +129,6 @@ Global<T> pointer_to(const OptionalTensor& tensor) {
   return tensor ? pointer_to<T>(*tensor) : Global<T>(nullptr);
 }
 
-inline Dtype dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::kFloat;
-    case ScalarType::Half:
-      return Dtype::kHalf;
-    case ScalarType::BFloat16:
-      return Dtype::kBFloat16;
-    default:
-      STD_TORCH_CHECK(false, "expected float32, float16 or bfloat16");
-      return Dtype::kFloat;
-  }
-}
-
 // 16-byte accesses need rows that start at multiples of 16 bytes.
 inline bool takes_vectors(const Tensor& tensor) {
   const auto size = static_cast<int64_t>(tensor.element_size());
@@ -179,9 +149,7 @@ inline Values values_of(const OptionalTensor& tensor) {
 
 // The tensor, or a copy where its last dimension has gaps.
 inline Tensor packed(const Tensor& tensor) {
-  const int64_t last = tensor.dim() - 1;
-  return tensor.size(last) <= 1 || tensor.stride(last) == 1 ? tensor
-                                                            : torch::stable::contiguous(tensor);
+  return is_packed(tensor) ? tensor : torch::stable::contiguous(tensor);
 }
 
 inline OptionalTensor packed(const OptionalTensor& tensor) {
@@ -197,23 +165,6 @@ inline Rows rows_of(const Tensor& tensor) {
 
 inline Rows rows_of(const OptionalTensor& tensor) {
   return tensor ? rows_of(*tensor) : Rows{values_of(tensor), 0, 0, false};
-}
-
-// --- outputs, contiguous, on like's device ---
-
-inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, {shape.begin(), shape.size()}, dtype);
-}
-inline Tensor empty_as(const Tensor& like) { return torch::stable::new_empty(like, like.sizes()); }
-inline Tensor zeros_as(const Tensor& like) { return torch::stable::new_zeros(like, like.sizes()); }
-inline Tensor nothing(const Tensor& like) { return empty(like, {0}, like.scalar_type()); }
-
-// A gradient that is wanted where the input is there; `nothing` else.
-inline Tensor empty_as(const OptionalTensor& x, const Tensor& like) {
-  return x ? empty_as(*x) : nothing(like);
-}
-inline Tensor zeros_as(const OptionalTensor& x, const Tensor& like) {
-  return x ? zeros_as(*x) : nothing(like);
 }
 
 }  // namespace lumina_kernels::cuda

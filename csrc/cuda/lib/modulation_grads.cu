@@ -5,8 +5,6 @@
 namespace lumina_kernels::cuda {
 namespace {
 
-bool per_token(const OptionalTensor& x) { return x && x->dim() == 3; }
-
 Partials partials_of(const Tensor& partial, int64_t which) {
   const int64_t D = partial.size(3);
   return {pointer_to<const float>(partial) + which * D, partial.size(0), partial.size(1),
@@ -17,11 +15,11 @@ Partials partials_of(const Tensor& partial, int64_t which) {
 // has a row per token, and a shift with a row per token has the gradient of the norm itself.
 OptionalTensor shift_grad(const OptionalTensor& scale, const OptionalTensor& shift,
                           const Tensor& dout) {
-  if (per_token(shift)) {
+  if (is_per_token(shift)) {
     return torch::stable::to(dout, shift->scalar_type(), {}, {}, {}, false, /*copy=*/true,
                              torch::headeronly::MemoryFormat::Contiguous);
   }
-  if (!shift || !per_token(scale)) return {};
+  if (!shift || !is_per_token(scale)) return {};
   const int64_t tokens[] = {1};
   const torch::headeronly::IntHeaderOnlyArrayRef dims(tokens, 1);
   return torch::stable::to(torch::stable::sum(dout, dims, false, ScalarType::Float),
@@ -35,7 +33,7 @@ std::vector<Tensor> modulation_grads(const Tensor& partial, const OptionalTensor
                                      const OptionalTensor& shift, const Tensor& dout) {
   const OptionalTensor dshift = shift_grad(scale, shift, dout);
   OptionalTensor per_sample, late_shift;
-  if (!per_token(scale)) per_sample = scale;
+  if (!is_per_token(scale)) per_sample = scale;
   if (!dshift) late_shift = shift;
   const OptionalTensor wanted[] = {weight, bias, per_sample, late_shift};
   std::vector<Tensor> grads;

@@ -28,7 +28,7 @@ class PackedModulation {
 
 // The gradient of a scale or gate that has a row per token, which the first stage writes.
 inline OptionalTensor gradient_per_token(const OptionalTensor& x) {
-  return x && x->dim() == 3 ? OptionalTensor(empty_as(*x)) : OptionalTensor();
+  return is_per_token(x) ? OptionalTensor(empty_as(*x)) : OptionalTensor();
 }
 
 // dweight, dbias, dscale and dshift, `nothing` where there is no such parameter, from the partial

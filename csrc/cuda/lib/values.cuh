@@ -13,6 +13,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "dtype.h"
+
 #ifdef LUMINA_CUDA_HOST
 #define LUMINA_SHARED(T, name, count) \
   static const char name##_key = 0;   \
@@ -42,10 +44,6 @@ struct LaunchConfig {
   dim3 grid, block;
   size_t shared_bytes = 0;  // dynamic
 };
-
-__host__ __device__ constexpr int64_t ceil_div(int64_t count, int64_t size) {
-  return (count + size - 1) / size;
-}
 
 // n / d of numbers >= 0; 64-bit division costs as much as the rest of a small kernel.
 __device__ __forceinline__ int64_t divide(int64_t n, int64_t d) {
@@ -166,9 +164,7 @@ __device__ __forceinline__ uint32_t pack_bfloat16(float low, float high) {
 #endif
 }
 
-// --- dtypes as data: a branch that all threads take alike, instead of code for each dtype ---
-
-enum class Dtype : int32_t { kFloat, kHalf, kBFloat16 };
+// --- values of any dtype ---
 
 // Values of one tensor; `data` is null where an optional tensor is not there.
 struct Values {
