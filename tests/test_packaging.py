@@ -15,7 +15,8 @@ from lumina_kernels import backend
 
 ROOT = Path(__file__).resolve().parent.parent
 WASTE = shutil.ignore_patterns("*.pyc", "*.tmp", "*.so")
-SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "csrc", "lumina", "lumina_kernels")
+SOURCES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
+SOURCES += ("csrc", "lumina", "lumina_kernels")
 
 # An editable install lends its modules to the package of a wheel, which lacks them.
 ALONE = "import sys; sys.meta_path = [f for f in sys.meta_path if 'ditable' not in repr(f)];"

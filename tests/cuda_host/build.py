@@ -109,5 +109,6 @@ def _define(ops):
 
 
 def _schemas(op):
-    strings = re.findall(r'm\.def\(\s*((?:"[^"]*"\s*)+)\)', (CSRC / "cpu" / f"{op}.cpp").read_text())
+    source = (CSRC / "cpu" / f"{op}.cpp").read_text()
+    strings = re.findall(r'm\.def\(\s*((?:"[^"]*"\s*)+)\)', source)
     return ["".join(re.findall(r'"([^"]*)"', string)) for string in strings]
