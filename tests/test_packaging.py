@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -30,9 +31,8 @@ def run(*command, cwd, **environment):
     return result.stdout
 
 
-def build(folder, only=(), broken=False, **environment):
-    """A wheel of `only` some C++ sources, or all; from a copy, since a build leaves build/ and
-    *.egg-info, and takes up what older ones left."""
+def copy_of_the_sources(folder):
+    """A build leaves build/ and *.egg-info, and takes up what older ones left."""
     source = folder / "source"
     source.mkdir()
     for name in SOURCES:
@@ -40,6 +40,12 @@ def build(folder, only=(), broken=False, **environment):
             shutil.copytree(ROOT / name, source / name, ignore=WASTE)
         else:
             shutil.copy(ROOT / name, source)
+    return source
+
+
+def build(folder, only=(), broken=False, **environment):
+    """A wheel of `only` some C++ sources, or all."""
+    source = copy_of_the_sources(folder)
     for path in (source / "csrc").rglob("*.cpp"):
         if only and path.name not in only:
             path.unlink()
@@ -107,6 +113,16 @@ def test_without_a_compiler_it_is_pure_python(wheel, tmp_path):
     )
     printed = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert printed.startswith("4.386") and "with a C++ compiler" in printed
+
+
+def test_the_sdist_holds_the_native_sources(tmp_path):
+    """Even where nothing can be compiled, and setup.py therefore lists no extension."""
+    source = copy_of_the_sources(tmp_path)
+    run(sys.executable, "setup.py", "-q", "sdist", cwd=source, CXX="no-such-compiler")
+    (path,) = (source / "dist").glob("*.tar.gz")
+    names = {name.split("/", 1)[-1] for name in tarfile.open(path).getnames()}
+    expected = {p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*.*")}
+    assert len(expected) > 60 and expected <= names
 
 
 @pytest.mark.skipif("cpu" in backend.MISSING, reason="needs a C++ compiler")
