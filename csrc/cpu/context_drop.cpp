@@ -1,11 +1,11 @@
-// CPU kernels of context_drop: a window's tokens are added up in registers, vector by vector.
+// CPU kernels of context_drop_fwd: a window's tokens are added up in registers, vector by vector.
 #define LUMINA_FILE "cpu/context_drop.cpp"
 #include "cpu/lib/window.h"
 
 #ifndef LUMINA_LEVEL
 namespace lumina_kernels::cpu {
 
-struct ContextDrop {
+struct ContextDropFwd {
   Windows windows;
   Mask mask;
   Rows k, v, k_out, v_out;
@@ -14,7 +14,7 @@ struct ContextDrop {
   int64_t G, K;
 };
 
-struct WindowMeansBwd {
+struct WindowMeanBwd {
   Windows windows;
   Mask mask;
   Rows dout, dx;
@@ -31,16 +31,16 @@ namespace lumina_kernels::cpu::LUMINA_LEVEL {
 namespace {
 
 // mean of k and of v over the valid tokens of a window, 0 where there is none; their number
-void context_drop(const ContextDrop& op, int64_t b, int64_t window) {
+void context_drop_fwd(const ContextDropFwd& op, int64_t b, int64_t window) {
   const std::vector<int64_t>& tokens = valid_tokens(op.windows, op.mask, b, window);
-  mean_of(op.k, b, tokens, op.G, op.K, op.k_out(b, window));
-  mean_of(op.v, b, tokens, op.G, op.K, op.v_out(b, window));
+  window_mean(op.k, b, tokens, op.G, op.K, op.k_out(b, window));
+  window_mean(op.v, b, tokens, op.G, op.K, op.v_out(b, window));
   op.mask_out[b * op.windows.count() + window] = !tokens.empty();
   op.counts[b * op.windows.count() + window] = static_cast<float>(tokens.size());
 }
 
 // dx = dout / count for every valid token of a window, else 0
-void window_means_bwd(const WindowMeansBwd& op, int64_t b, int64_t window) {
+void window_mean_bwd(const WindowMeanBwd& op, int64_t b, int64_t window) {
   const int64_t width = op.G * op.K;
   const Vec size = broadcast(std::max(op.counts[b * op.windows.count() + window], 1.f));
   float* row = scratch(padded(width));
@@ -58,17 +58,22 @@ void window_means_bwd(const WindowMeansBwd& op, int64_t b, int64_t window) {
 #else
 namespace lumina_kernels::cpu {
 
-Tensor window_means_bwd(const Tensor& dout, const Tensor& counts, const Windows& windows,
-                        const Mask& mask) {
+Tensor window_mean_bwd(const Tensor& dout, const Tensor& counts, const Windows& windows,
+                       const Mask& mask) {
   const int64_t B = dout.size(0), G = dout.size(2), K = dout.size(3);
   Tensor dx = empty(dout, {B, windows.tokens(), G, K}, dout.scalar_type());
   if (dx.numel() == 0) return dx;
   const Tensor sizes = torch::stable::contiguous(counts);
-  const WindowMeansBwd op{
-      windows, mask, rows_of(dout), rows_of(dx), static_cast<const float*>(sizes.data_ptr()), G, K};
+  const WindowMeanBwd op{.windows = windows,
+                         .mask = mask,
+                         .dout = rows_of(dout),
+                         .dx = rows_of(dx),
+                         .counts = static_cast<const float*>(sizes.data_ptr()),
+                         .G = G,
+                         .K = K};
   const int64_t count = windows.count();
   parallel_rows(B * count, windows.work(G * K),
-                [&](int64_t n) { LUMINA_CALL(window_means_bwd, op, n / count, n % count); });
+                [&](int64_t n) { LUMINA_CALL(window_mean_bwd, op, n / count, n % count); });
   return dx;
 }
 
@@ -84,18 +89,18 @@ FourTensors context_drop_fwd(const Tensor& k, const Tensor& v, const std::vector
   Tensor v_out = empty(v, {B, count, G, K}, v.scalar_type());
   Tensor mask = empty(k, {B, count}, ScalarType::Bool);
   Tensor counts = empty(k, {B, count}, ScalarType::Float);
-  const ContextDrop op{windows,
-                       Mask(key_mask),
-                       rows_of(k),
-                       rows_of(v),
-                       rows_of(k_out),
-                       rows_of(v_out),
-                       static_cast<bool*>(mask.data_ptr()),
-                       static_cast<float*>(counts.data_ptr()),
-                       G,
-                       K};
+  const ContextDropFwd op{.windows = windows,
+                          .mask = Mask(key_mask),
+                          .k = rows_of(k),
+                          .v = rows_of(v),
+                          .k_out = rows_of(k_out),
+                          .v_out = rows_of(v_out),
+                          .mask_out = static_cast<bool*>(mask.data_ptr()),
+                          .counts = static_cast<float*>(counts.data_ptr()),
+                          .G = G,
+                          .K = K};
   parallel_rows(B * count, 2 * windows.work(G * K),
-                [&](int64_t n) { LUMINA_CALL(context_drop, op, n / count, n % count); });
+                [&](int64_t n) { LUMINA_CALL(context_drop_fwd, op, n / count, n % count); });
   return {k_out, v_out, mask, counts};
 }
 
@@ -104,8 +109,8 @@ std::tuple<Tensor, Tensor> context_drop_bwd(const Tensor& dk_out, const Tensor& 
                                             int64_t factor, const OptionalTensor& key_mask) {
   const Windows windows(grid, factor);
   const Mask mask(key_mask);
-  return {window_means_bwd(dk_out, counts, windows, mask),
-          window_means_bwd(dv_out, counts, windows, mask)};
+  return {window_mean_bwd(dk_out, counts, windows, mask),
+          window_mean_bwd(dv_out, counts, windows, mask)};
 }
 
 }  // namespace

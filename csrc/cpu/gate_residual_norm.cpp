@@ -7,7 +7,7 @@ namespace {
 
 struct GateResidualNormFwd {
   Chunks chunks;
-  Rows y, residual, gate, new_, normed;
+  Rows y, residual, gate, new_residual, normed;
   StatisticsRows statistics;
   Modulation modulation;
   bool gate_per_token;
@@ -16,7 +16,7 @@ struct GateResidualNormFwd {
 
 struct GateResidualNormBwd {
   Chunks chunks;
-  Rows dnew, dnormed, y, residual, gate, dy, dresidual, dgate;
+  Rows dnew_residual, dnormed, y, residual, gate, dy, dresidual, dgate;
   StatisticsRows statistics;
   Modulation modulation;
   ModulationGrads grads;
@@ -39,7 +39,8 @@ inline void read(Row row, int64_t D, float* values) {
   for_vectors(D, [&](int64_t i, int64_t count) { store(values + i, load(row, i, count)); });
 }
 
-// new = residual + gate * y, normed = (norm(new) * weight + bias) * (1 + scale) + shift
+// new_residual = residual + gate * y, normed = (norm(new_residual) * weight + bias) * (1 + scale) +
+// shift
 void gate_residual_norm_fwd(const GateResidualNormFwd& op, Chunk chunk, float* scratch) {
   const int64_t D = op.chunks.D, b = chunk.b, width = op.chunks.width;
   float *gate = scratch, *factor = gate + width, *offset = factor + width, *values = offset + width;
@@ -48,11 +49,11 @@ void gate_residual_norm_fwd(const GateResidualNormFwd& op, Chunk chunk, float* s
     if (first || op.gate_per_token) read(op.gate(b, l), D, gate);
     if (first || op.modulation.per_token) read(op.modulation, b, l, D, factor, offset);
     const Row y = op.y(b, l), residual = op.residual(b, l);
-    const Row new_ = op.new_(b, l), normed = op.normed(b, l);
+    const Row new_residual = op.new_residual(b, l), normed = op.normed(b, l);
     for_vectors(D, [&](int64_t i, int64_t count) {
       const Vec value = load(residual, i, count) + load(gate + i) * load(y, i, count);
       store(values + i, value);
-      store(new_, i, value, count);
+      store(new_residual, i, value, count);
     });
     const Statistics row = statistics(D, op.eps, op.statistics.layer,
                                       [&](int64_t i, int64_t) { return load(values + i); });
@@ -64,9 +65,9 @@ void gate_residual_norm_fwd(const GateResidualNormFwd& op, Chunk chunk, float* s
   }
 }
 
-// dresidual = dnew + that of the norm's input, dy = gate * dresidual; `new` is computed again
-// rather than read rounded. partials: sums over the chunk's rows, modulate_bwd, and of
-// dresidual * y, which is dgate.
+// dresidual = dnew_residual + that of the norm's input, dy = gate * dresidual; `new_residual` is
+// computed again rather than read rounded. partials: sums over the chunk's rows, modulate_bwd, and
+// of dresidual * y, which is dgate.
 void gate_residual_norm_bwd(const GateResidualNormBwd& op, Chunk chunk, float* scratch) {
   const int64_t D = op.chunks.D, b = chunk.b, width = op.chunks.width;
   float *gate = scratch, *factor = gate + width, *offset = factor + width, *values = offset + width;
@@ -78,21 +79,21 @@ void gate_residual_norm_bwd(const GateResidualNormBwd& op, Chunk chunk, float* s
     if (first || op.gate_per_token) read(op.gate(b, l), D, gate);
     if (first || op.modulation.per_token) read(op.modulation, b, l, D, factor, offset);
     row.move_to(op.modulation, op.grads, b, l);
-    const Row dnew = op.dnew(b, l), dnormed = op.dnormed(b, l), y = op.y(b, l);
+    const Row dnew_residual = op.dnew_residual(b, l), dnormed = op.dnormed(b, l), y = op.y(b, l);
     const Row residual = op.residual(b, l), dy = op.dy(b, l), dresidual = op.dresidual(b, l);
     const Row dgate = op.gate_per_token ? op.dgate(b, l) : Row{};
     const auto [mean, rstd] = op.statistics.get(b, l);
     NormBwd norm;
     for_vectors(D, [&, mean = mean, rstd = rstd](int64_t i, int64_t count) {
-      const Vec new_ = load(residual, i, count) + load(gate + i) * load(y, i, count);
-      const Vec n = (new_ - mean) * rstd;
+      const Vec new_residual = load(residual, i, count) + load(gate + i) * load(y, i, count);
+      const Vec n = (new_residual - mean) * rstd;
       store(values + i, n);
       norm.add(modulate_bwd(row, i, count, load(dnormed, i, count), n), n);
     });
     norm.finish(D, op.statistics.layer, rstd);
     for_vectors(D, [&](int64_t i, int64_t count) {
       const Vec dn = load(dnormed, i, count) * load(factor + i);
-      const Vec d = load(dnew, i, count) + norm(dn, load(values + i));
+      const Vec d = load(dnew_residual, i, count) + norm(dn, load(values + i));
       store(dresidual, i, d, count);
       store(dy, i, load(gate + i) * d, count);
       const Vec product = d * load(y, i, count);
@@ -124,26 +125,26 @@ std::tuple<Tensor, Tensor, Tensor> gate_residual_norm_fwd(
     const Tensor& y, const Tensor& residual, const Tensor& gate, const OptionalTensor& weight,
     const OptionalTensor& bias, const OptionalTensor& scale, const OptionalTensor& shift,
     double eps, const std::string& kind) {
-  Tensor new_ = empty_as(residual), normed = empty_as(residual);
+  Tensor new_residual = empty_as(residual), normed = empty_as(residual);
   Tensor statistics = empty(y, {1 + (kind == "layer"), y.size(0), y.size(1)}, ScalarType::Float);
-  if (y.numel() == 0) return {new_, normed, statistics};
-  const GateResidualNormFwd op{Chunks(y),
-                               rows_of(y),
-                               rows_of(residual),
-                               rows_of(gate),
-                               rows_of(new_),
-                               rows_of(normed),
-                               StatisticsRows(statistics),
-                               Modulation(weight, bias, scale, shift),
-                               is_per_token(gate),
-                               static_cast<float>(eps)};
+  if (y.numel() == 0) return {new_residual, normed, statistics};
+  const GateResidualNormFwd op{.chunks = Chunks(y),
+                               .y = rows_of(y),
+                               .residual = rows_of(residual),
+                               .gate = rows_of(gate),
+                               .new_residual = rows_of(new_residual),
+                               .normed = rows_of(normed),
+                               .statistics = StatisticsRows(statistics),
+                               .modulation = Modulation(weight, bias, scale, shift),
+                               .gate_per_token = is_per_token(gate),
+                               .eps = static_cast<float>(eps)};
   parallel_chunks(op.chunks, 4, [&](Chunk chunk, float* scratch) {
     LUMINA_CALL(gate_residual_norm_fwd, op, chunk, scratch);
   });
-  return {new_, normed, statistics};
+  return {new_residual, normed, statistics};
 }
 
-std::vector<Tensor> gate_residual_norm_bwd(const Tensor& dnew, const Tensor& dnormed,
+std::vector<Tensor> gate_residual_norm_bwd(const Tensor& dnew_residual, const Tensor& dnormed,
                                            const Tensor& y, const Tensor& residual,
                                            const Tensor& gate, const OptionalTensor& weight,
                                            const OptionalTensor& bias, const OptionalTensor& scale,
@@ -152,20 +153,20 @@ std::vector<Tensor> gate_residual_norm_bwd(const Tensor& dnew, const Tensor& dno
   if (y.numel() == 0) return zero_grads({dy, dresidual}, {gate, weight, bias, scale, shift});
   Tensor dgate = empty_as(gate);
   const Chunks chunks(y);
-  const GateResidualNormBwd op{chunks,
-                               rows_of(dnew),
-                               rows_of(dnormed),
-                               rows_of(y),
-                               rows_of(residual),
-                               rows_of(gate),
-                               rows_of(dy),
-                               rows_of(dresidual),
-                               rows_of(dgate),
-                               StatisticsRows(statistics),
-                               Modulation(weight, bias, scale, shift),
-                               ModulationGrads(weight, bias, scale, shift, y),
-                               Partials(y, chunks, kGateSum + 1),
-                               is_per_token(gate)};
+  const GateResidualNormBwd op{.chunks = chunks,
+                               .dnew_residual = rows_of(dnew_residual),
+                               .dnormed = rows_of(dnormed),
+                               .y = rows_of(y),
+                               .residual = rows_of(residual),
+                               .gate = rows_of(gate),
+                               .dy = rows_of(dy),
+                               .dresidual = rows_of(dresidual),
+                               .dgate = rows_of(dgate),
+                               .statistics = StatisticsRows(statistics),
+                               .modulation = Modulation(weight, bias, scale, shift),
+                               .grads = ModulationGrads(weight, bias, scale, shift, y),
+                               .partials = Partials(y, chunks, kGateSum + 1),
+                               .gate_per_token = is_per_token(gate)};
   parallel_chunks(chunks, 4, [&](Chunk chunk, float* scratch) {
     LUMINA_CALL(gate_residual_norm_bwd, op, chunk, scratch);
   });

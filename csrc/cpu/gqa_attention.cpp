@@ -23,7 +23,7 @@ struct Sums {
   }
 };
 
-struct Tile {
+struct KeyTile {
   float *k, *v, *s, *factor;
   int32_t index[kKeys];
 };
@@ -31,7 +31,7 @@ struct Tile {
 // Adds what `keys` give to the sums of `rows` rows from `first` on, q packed in blocks.
 template <class Unit>
 void attend(const Attention& a, const Keys& keys, bool biased, int64_t b, int64_t g, int64_t first,
-            int64_t rows, const float* q, Sums* sums, Tile& tile) {
+            int64_t rows, const float* q, Sums* sums, KeyTile& tile) {
   const int64_t units = units_of<Unit>(a.K), channels = round_up(a.K, kStep);
   int64_t next = 0;
   while (const int64_t count = keys.next_valid(b, next, kKeys, tile.index)) {
@@ -88,8 +88,8 @@ void forward_block(const Attention& a, const Outputs& outs, int64_t b, int64_t g
   scratch.reserve(blocks * kRows * (units + branches * (channels + 2)) +
                   kKeys * (units + channels) + kRows * (kKeys + 1) + 16 * (blocks * 6 + 8));
   float* q = scratch.take(blocks * kRows * units);
-  Tile tile{scratch.take(kKeys * units), scratch.take(kKeys * channels),
-            scratch.take(kKeys * kRows), scratch.take(kRows)};
+  KeyTile tile{scratch.take(kKeys * units), scratch.take(kKeys * channels),
+               scratch.take(kKeys * kRows), scratch.take(kRows)};
   std::vector<Sums> sums(branches * blocks);
   for (Sums& sum : sums) {
     sum = {scratch.take(channels * kRows), scratch.take(kRows), scratch.take(kRows)};

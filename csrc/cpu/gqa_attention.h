@@ -65,8 +65,7 @@ struct Attention {
     return ((b * L + row / R) * H + g * R + row % R) * K;
   }
   // The row of a tensor (B, L, H, K) that belongs to `row` of kv head g.
-  template <class Heads>
-  auto head(const Heads& x, int64_t b, int64_t g, int64_t row) const {
+  Row head(const Rows& x, int64_t b, int64_t g, int64_t row) const {
     return x(b, row / R, g * R + row % R);
   }
 };
@@ -106,7 +105,7 @@ inline Attention attention_of(const Tensor& q, const Tensor& k, const Tensor& v,
                               const OptionalTensor& text_mask, const OptionalTensor& text_gate,
                               const OptionalTensor& bias) {
   const int64_t H = q.size(2), G = k.size(2), K = q.size(3);
-  Attention a{q.size(0), q.size(1), H, G, K, H / G, rows_of(q)};
+  Attention a{.B = q.size(0), .L = q.size(1), .H = H, .G = G, .K = K, .R = H / G, .q = rows_of(q)};
   a.image = {rows_of(k), rows_of(v), key_mask, k.size(1), static_cast<float>(scale)};
   a.bias = bias_of(bias);
   if (text_k) {

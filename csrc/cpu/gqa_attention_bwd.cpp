@@ -26,7 +26,7 @@ void store_dbias(const Gradients& a, const float* ds, int64_t b, int64_t g, int6
   }
 }
 
-struct Tile {
+struct KeyTileBwd {
   float *k, *v, *k_pairs, *s, *dp;
   int32_t index[kKeys];
 };
@@ -40,7 +40,7 @@ struct RowBlock {
 // Adds one branch's part to the gradients of q, or to e where that is what is wanted.
 template <class Unit>
 void rows_over_keys(const Gradients& a, const Keys& keys, bool is_text, bool find_e, int64_t b,
-                    int64_t g, int64_t first, int64_t rows, RowBlock* blocks, Tile& tile) {
+                    int64_t g, int64_t first, int64_t rows, RowBlock* blocks, KeyTileBwd& tile) {
   const int64_t units = units_of<Unit>(a.K), channels = round_up(a.K, kStep);
   alignas(64) float ones[kRows];
   std::fill(ones, ones + kRows, 1.f);
@@ -119,8 +119,8 @@ void row_blocks(const Gradients& a, int64_t b, int64_t g, int64_t first, int64_t
   scratch.reserve(count * kRows * (2 * units + channels + 6) +
                   kKeys * (2 * units + channels + 2 * kRows));
   const auto take = [&](int64_t lines) { return scratch.take(kRows * lines); };
-  Tile tile{scratch.take(kKeys * units), scratch.take(kKeys * units),
-            scratch.take(kKeys * channels), take(kKeys), take(kKeys)};
+  KeyTileBwd tile{scratch.take(kKeys * units), scratch.take(kKeys * units),
+                  scratch.take(kKeys * channels), take(kKeys), take(kKeys)};
   std::vector<RowBlock> blocks(count);
   const auto each = [&](auto f) {
     for (int64_t i = 0; i < count; ++i)
@@ -216,13 +216,13 @@ void key_blocks(const Gradients& a, bool is_text, int64_t b, int64_t g, const in
       std::memset(grad, 0, sizeof(float) * kRows * channels);
   }
   const auto line = [&](int64_t width) { return scratch.take(kKeys * width); };
-  RowTile tile{line(units),
-               line(units),
-               line(channels),
-               line(channels),
-               line(kRows),
-               line(kRows),
-               {line(1), line(1), line(1)}};
+  RowTile tile{.q = line(units),
+               .dout = line(units),
+               .q_pairs = line(channels),
+               .dout_pairs = line(channels),
+               .s = line(kRows),
+               .dp = line(kRows),
+               .terms = {line(1), line(1), line(1)}};
   for (int64_t first = 0; first < a.rows(); first += kKeys) {
     const int64_t rows = std::min(kKeys, a.rows() - first), padded = round_up(rows, kStep);
     pack_tile<Unit>(a, tile, is_text, b, g, first, rows, padded);

@@ -89,12 +89,12 @@ std::tuple<Tensor, Tensor> norm_modulate_fwd(const Tensor& x, const OptionalTens
   Tensor out = empty_as(x);
   Tensor statistics = empty(x, {1 + (kind == "layer"), x.size(0), x.size(1)}, ScalarType::Float);
   if (x.numel() == 0) return {out, statistics};
-  const NormModulateFwd op{Chunks(x),
-                           rows_of(x),
-                           rows_of(out),
-                           StatisticsRows(statistics),
-                           Modulation(weight, bias, scale, shift),
-                           static_cast<float>(eps)};
+  const NormModulateFwd op{.chunks = Chunks(x),
+                           .x = rows_of(x),
+                           .out = rows_of(out),
+                           .statistics = StatisticsRows(statistics),
+                           .modulation = Modulation(weight, bias, scale, shift),
+                           .eps = static_cast<float>(eps)};
   parallel_chunks(op.chunks, 2, [&](Chunk chunk, float* scratch) {
     LUMINA_CALL(norm_modulate_fwd, op, chunk, scratch);
   });
@@ -108,14 +108,14 @@ std::vector<Tensor> norm_modulate_bwd(const Tensor& dout, const Tensor& x,
   Tensor dx = empty_as(x);
   if (x.numel() == 0) return zero_grads({dx}, {weight, bias, scale, shift});
   const Chunks chunks(x);
-  NormModulateBwd op{chunks,
-                     rows_of(dout),
-                     rows_of(x),
-                     rows_of(dx),
-                     StatisticsRows(statistics),
-                     Modulation(weight, bias, scale, shift),
-                     ModulationGrads(weight, bias, scale, shift, x),
-                     Partials(x, chunks, ModulationGrads::kSums)};
+  NormModulateBwd op{.chunks = chunks,
+                     .dout = rows_of(dout),
+                     .x = rows_of(x),
+                     .dx = rows_of(dx),
+                     .statistics = StatisticsRows(statistics),
+                     .modulation = Modulation(weight, bias, scale, shift),
+                     .grads = ModulationGrads(weight, bias, scale, shift, x),
+                     .partials = Partials(x, chunks, ModulationGrads::kSums)};
   parallel_chunks(chunks, 2, [&](Chunk chunk, float* scratch) {
     LUMINA_CALL(norm_modulate_bwd, op, chunk, scratch);
   });

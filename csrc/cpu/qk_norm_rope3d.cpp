@@ -7,7 +7,7 @@
 #ifndef LUMINA_LEVEL
 namespace lumina_kernels::cpu {
 
-struct QkNorm {
+struct QkNormRope3dFwd {
   Angles angles;
   Norm norm;
   Normed q, k;
@@ -25,7 +25,7 @@ struct NormedBwd {
   std::vector<float> partials;  // (chunks, sums, heads * K)
 };
 
-struct QkNormBwd {
+struct QkNormRope3dBwd {
   Angles angles;
   Norm norm;
   int64_t L, K, tokens, chunk;
@@ -42,36 +42,36 @@ namespace {
 
 // x -> turn(norm(x) * weight + bias) of q and k for token l of `count` samples from b on, which
 // share the angles
-void qk_norm(const QkNorm& op, int64_t b, int64_t l, int64_t count) {
+void qk_norm_rope3d_fwd(const QkNormRope3dFwd& op, int64_t b, int64_t l, int64_t count) {
   const int64_t L = op.L, K = op.K, H = op.q.heads, G = op.k.heads;
-  float* memory = scratch(turns_size(K) + padded(std::max(H, G) * K));
-  const Turns turns = turns_in(memory, K);
-  float* row = memory + turns_size(K);
-  make_turns(op.angles, b, l, turns);
-  const auto turn = [&](const Normed& from, Row out) {
+  float* memory = scratch(rotation_size(K) + padded(std::max(H, G) * K));
+  const Rotation rotation = rotation_in(memory, K);
+  float* row = memory + rotation_size(K);
+  make_rotation(op.angles, b, l, rotation);
+  const auto rotate_token = [&](const Normed& from, Row out) {
     const int64_t size = from.heads * K, at = (b * L + l) * size;
     if (l + 1 < L) prefetch(heads_at(from.x, b, l + 1, from.heads, K), out + (at + size));
-    norm_turn(heads_at(from.x, b, l, from.heads, K), from.weight(), from.bias(), op.norm, turns, K,
-              out + at, row);
+    norm_rotate(heads_at(from.x, b, l, from.heads, K), from.weight(), from.bias(), op.norm,
+                rotation, K, out + at, row);
   };
   for (const int64_t end = b + count; b < end; ++b) {
-    turn(op.q, op.q_out);
-    turn(op.k, op.k_out);
+    rotate_token(op.q, op.q_out);
+    rotate_token(op.k, op.k_out);
   }
 }
 
 // With n the normalised row, d = turn back(share * dout) and g = d * weight:
 // dx = rstd * (g - mean(g) - n * mean(g * n)), without mean(g) for an RMS norm,
 // dweight += d * n, dbias += d. `row` and `grad` are room for the padded token.
-inline void norm_turn_bwd(const Heads& dout, float share, const Heads& x, const float* weight,
-                          Norm norm, Turns turns, int64_t K, Row dx, float* row, float* grad,
-                          float* dweight, float* dbias) {
+inline void norm_rotate_bwd(const TokenHeads& dout, float share, const TokenHeads& x,
+                            const float* weight, Norm norm, Rotation rotation, int64_t K, Row dx,
+                            float* row, float* grad, float* dweight, float* dbias) {
   stage(x, row);
   for (int64_t n = 0; n < dout.count; ++n) {
     const Row from = dout.row + n * dout.step;
     float* piece = grad + n * dout.length;
     for_channels(dout.length, K, [&](int64_t i, int64_t c, int64_t count) {
-      store(piece + i, turned(share * load(from, i, count), turns, c), count);
+      store(piece + i, rotated(share * load(from, i, count), rotation, c), count);
     });
   }
   const int64_t size = x.size(), length = norm.per_head ? K : size;
@@ -100,8 +100,8 @@ inline void norm_turn_bwd(const Heads& dout, float share, const Heads& x, const 
 }
 
 // One token of q or of k. A pooled token has its share of its window's gradient, a masked one none.
-inline void token_bwd(const QkNormBwd& op, const NormedBwd& side, int64_t b, int64_t l, Turns turns,
-                      float* row, float* grad, float* dweight, float* dbias) {
+inline void token_bwd(const QkNormRope3dBwd& op, const NormedBwd& side, int64_t b, int64_t l,
+                      Rotation rotation, float* row, float* grad, float* dweight, float* dbias) {
   const int64_t K = op.K, H = side.from.heads;
   const Row dx = side.dx + (b * op.L + l) * (H * K);
   int64_t l_out = l;
@@ -111,25 +111,25 @@ inline void token_bwd(const QkNormBwd& op, const NormedBwd& side, int64_t b, int
     l_out = pool->windows.of(l);
     share = 1.f / pool->counts[b * pool->windows.count() + l_out];  // it has this token
   }
-  norm_turn_bwd(heads_at(side.dout, b, l_out, H, K), share, heads_at(side.from.x, b, l, H, K),
-                side.from.weight(), op.norm, turns, K, dx, row, grad,
-                side.sums > 0 ? dweight : nullptr, side.sums > 1 ? dbias : nullptr);
+  norm_rotate_bwd(heads_at(side.dout, b, l_out, H, K), share, heads_at(side.from.x, b, l, H, K),
+                  side.from.weight(), op.norm, rotation, K, dx, row, grad,
+                  side.sums > 0 ? dweight : nullptr, side.sums > 1 ? dbias : nullptr);
 }
 
 // The tokens of a chunk, and its sums of dweight and dbias.
-void qk_norm_bwd(QkNormBwd& op, int64_t chunk) {
+void qk_norm_bwd(QkNormRope3dBwd& op, int64_t chunk) {
   const int64_t K = op.K;
   const int64_t room = padded(std::max(op.sides[0].from.heads, op.sides[1].from.heads) * K);
-  float* memory = scratch(turns_size(K) + 6 * room);
-  const Turns turns = turns_in(memory, K);
-  float *row = memory + turns_size(K), *grad = row + room, *sums = grad + room;
+  float* memory = scratch(rotation_size(K) + 6 * room);
+  const Rotation rotation = rotation_in(memory, K);
+  float *row = memory + rotation_size(K), *grad = row + room, *sums = grad + room;
   std::fill(sums, sums + 4 * room, 0.f);
   const int64_t begin = chunk * op.chunk, end = std::min(begin + op.chunk, op.tokens);
   for (int64_t token = begin; token < end; ++token) {
     const int64_t b = token / op.L, l = token % op.L;
-    make_turns(op.angles, b, l, turns);
-    token_bwd(op, op.sides[0], b, l, turns, row, grad, sums, sums + room);
-    token_bwd(op, op.sides[1], b, l, turns, row, grad, sums + 2 * room, sums + 3 * room);
+    make_rotation(op.angles, b, l, rotation);
+    token_bwd(op, op.sides[0], b, l, rotation, row, grad, sums, sums + room);
+    token_bwd(op, op.sides[1], b, l, rotation, row, grad, sums + 2 * room, sums + 3 * room);
   }
   for (int n = 0; n < 2; ++n) {
     NormedBwd& side = op.sides[n];
@@ -184,23 +184,24 @@ std::tuple<Tensor, Tensor> qk_norm_rope3d_fwd(
   Tensor q_out = empty_as(q), k_out = empty_as(k);
   if (q.numel() + k.numel() == 0) return {q_out, k_out};
   const Norm norm(norm_name, eps);
-  const QkNorm op{Angles(positions, inv_freq, axis),
-                  norm,
-                  Normed(q, q_weight, q_bias, norm),
-                  Normed(k, k_weight, k_bias, norm),
-                  row_of(q_out),
-                  row_of(k_out),
-                  q.size(1),
-                  q.size(3)};
+  const QkNormRope3dFwd op{.angles = Angles(positions, inv_freq, axis),
+                           .norm = norm,
+                           .q = Normed(q, q_weight, q_bias, norm),
+                           .k = Normed(k, k_weight, k_bias, norm),
+                           .q_out = row_of(q_out),
+                           .k_out = row_of(k_out),
+                           .L = q.size(1),
+                           .K = q.size(3)};
   const int64_t work = 2 * (q.size(2) + k.size(2)) * op.K;
-  for_tokens(op.angles.shared(), q.size(0), op.L, work,
-             [&](int64_t b, int64_t l, int64_t count) { LUMINA_CALL(qk_norm, op, b, l, count); });
+  for_tokens(op.angles.shared(), q.size(0), op.L, work, [&](int64_t b, int64_t l, int64_t count) {
+    LUMINA_CALL(qk_norm_rope3d_fwd, op, b, l, count);
+  });
   return {q_out, k_out};
 }
 
 // A parameter's gradient: sum number `index` of all chunks, and of all heads where they share it.
 Tensor parameter_grad(const OptionalTensor& parameter, const NormedBwd& side, int index,
-                      const QkNormBwd& op, const Tensor& like) {
+                      const QkNormRope3dBwd& op, const Tensor& like) {
   if (!parameter) return empty(like, {0}, ScalarType::Float);
   Tensor grad = empty_as(*parameter);
   const int64_t width = parameter->size(0), all = side.from.heads * op.K;
@@ -238,14 +239,14 @@ SixTensors qk_norm_bwd(const Tensor& dq_out, const Tensor& dk_out, const Tensor&
   const int64_t tokens = q.size(0) * q.size(1);
   const int64_t chunk = std::max(kLeastTokens, ceil_div(tokens, kMostChunks));
   const int64_t chunks = ceil_div(tokens, chunk);
-  QkNormBwd op{angles,
-               norm,
-               q.size(1),
-               q.size(3),
-               tokens,
-               chunk,
-               {side_of(dq_out, q, q_weight, q_bias, norm, dq, chunks, nullptr),
-                side_of(dk_out, k, k_weight, k_bias, norm, dk, chunks, pool)}};
+  QkNormRope3dBwd op{.angles = angles,
+                     .norm = norm,
+                     .L = q.size(1),
+                     .K = q.size(3),
+                     .tokens = tokens,
+                     .chunk = chunk,
+                     .sides = {side_of(dq_out, q, q_weight, q_bias, norm, dq, chunks, nullptr),
+                               side_of(dk_out, k, k_weight, k_bias, norm, dk, chunks, pool)}};
   parallel_rows(chunks, 8 * chunk * (q.size(2) + k.size(2)) * op.K,
                 [&](int64_t n) { LUMINA_CALL(qk_norm_bwd, op, n); });
   return {dq,

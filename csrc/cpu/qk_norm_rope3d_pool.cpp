@@ -1,13 +1,13 @@
 // CPU kernel of qk_norm_rope3d_pool: a window's keys are normalised, turned and added up in the
 // cache. The backward is that of qk_norm_rope3d, where k reads its window's gradient, and of
-// context_drop for v.
+// context_drop_fwd for v.
 #define LUMINA_FILE "cpu/qk_norm_rope3d_pool.cpp"
 #include "cpu/lib/qk_norm.h"
 
 #ifndef LUMINA_LEVEL
 namespace lumina_kernels::cpu {
 
-struct QkNormPool {
+struct QkNormRope3dPoolFwd {
   Angles angles;
   Norm norm;
   Normed q, k;
@@ -29,20 +29,20 @@ namespace {
 
 // turn(norm(q)) for the tokens of a window; over the valid ones the means of turn(norm(k)) and of
 // v, 0 where there is none; their number
-void qk_norm_pool(const QkNormPool& op, int64_t b, int64_t window) {
+void qk_norm_rope3d_pool_fwd(const QkNormRope3dPoolFwd& op, int64_t b, int64_t window) {
   const int64_t K = op.K, H = op.q.heads, G = op.k.heads, room = padded(std::max(H, G) * K);
-  float* memory = scratch(turns_size(K) + 3 * room);
-  const Turns turns = turns_in(memory, K);
-  float *row = memory + turns_size(K), *key = row + room, *sums = key + room;
+  float* memory = scratch(rotation_size(K) + 3 * room);
+  const Rotation rotation = rotation_in(memory, K);
+  float *row = memory + rotation_size(K), *key = row + room, *sums = key + room;
   const Row key_row{reinterpret_cast<char*>(key), Dtype::kFloat};
   for (int64_t i = 0; i < G * K; i += kWidth) store(sums + i, Vec{});
   op.windows.for_tokens(window, [&](int64_t l) {
-    make_turns(op.angles, b, l, turns);
-    norm_turn(heads_at(op.q.x, b, l, H, K), op.q.weight(), op.q.bias(), op.norm, turns, K,
-              op.q_out(b, l), row);
+    make_rotation(op.angles, b, l, rotation);
+    norm_rotate(heads_at(op.q.x, b, l, H, K), op.q.weight(), op.q.bias(), op.norm, rotation, K,
+                op.q_out(b, l), row);
     if (!op.mask(b, l)) return;
-    norm_turn(heads_at(op.k.x, b, l, G, K), op.k.weight(), op.k.bias(), op.norm, turns, K, key_row,
-              row);
+    norm_rotate(heads_at(op.k.x, b, l, G, K), op.k.weight(), op.k.bias(), op.norm, rotation, K,
+                key_row, row);
     for (int64_t i = 0; i < G * K; i += kWidth) store(sums + i, load(sums + i) + load(key + i));
   });
   const std::vector<int64_t>& tokens = valid_tokens(op.windows, op.mask, b, window);
@@ -51,7 +51,7 @@ void qk_norm_pool(const QkNormPool& op, int64_t b, int64_t window) {
   const Row k_out = op.k_out(b, window);
   for_whole_vectors(
       G * K, [&](int64_t i, int64_t count) { store(k_out, i, load(sums + i) / size, count); });
-  mean_of(op.v, b, tokens, G, K, op.v_out(b, window));
+  window_mean(op.v, b, tokens, G, K, op.v_out(b, window));
   op.mask_out[b * op.windows.count() + window] = !tokens.empty();
   op.counts[b * op.windows.count() + window] = count;
 }
@@ -76,21 +76,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> qk_norm_rope3d_pool_fwd(
   Tensor v_out = empty(v, {B, count, G, K}, v.scalar_type());
   Tensor mask = empty(k, {B, count}, ScalarType::Bool);
   Tensor counts = empty(k, {B, count}, ScalarType::Float);
-  const QkNormPool op{Angles(positions, inv_freq, axis),
-                      norm,
-                      Normed(q, q_weight, q_bias, norm),
-                      Normed(k, k_weight, k_bias, norm),
-                      windows,
-                      Mask(key_mask),
-                      rows_of(v),
-                      rows_of(q_out),
-                      rows_of(k_out),
-                      rows_of(v_out),
-                      static_cast<bool*>(mask.data_ptr()),
-                      static_cast<float*>(counts.data_ptr()),
-                      K};
+  const QkNormRope3dPoolFwd op{.angles = Angles(positions, inv_freq, axis),
+                               .norm = norm,
+                               .q = Normed(q, q_weight, q_bias, norm),
+                               .k = Normed(k, k_weight, k_bias, norm),
+                               .windows = windows,
+                               .mask = Mask(key_mask),
+                               .v = rows_of(v),
+                               .q_out = rows_of(q_out),
+                               .k_out = rows_of(k_out),
+                               .v_out = rows_of(v_out),
+                               .mask_out = static_cast<bool*>(mask.data_ptr()),
+                               .counts = static_cast<float*>(counts.data_ptr()),
+                               .K = K};
   parallel_rows(B * count, 2 * windows.work((H + 2 * G) * K),
-                [&](int64_t n) { LUMINA_CALL(qk_norm_pool, op, n / count, n % count); });
+                [&](int64_t n) { LUMINA_CALL(qk_norm_rope3d_pool_fwd, op, n / count, n % count); });
   return {q_out, k_out, v_out, mask, counts};
 }
 
@@ -107,7 +107,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> qk_norm_rope3
   const Angles angles(positions, inv_freq, axis, -1);
   const auto [dq, dk, dq_weight, dq_bias, dk_weight, dk_bias] = qk_norm_bwd(
       dq_out, dk_out, q, k, q_weight, q_bias, k_weight, k_bias, angles, Norm(norm, eps), &pool);
-  const Tensor dv = window_means_bwd(dv_out, sizes, pool.windows, pool.mask);
+  const Tensor dv = window_mean_bwd(dv_out, sizes, pool.windows, pool.mask);
   return {dq, dk, dv, dq_weight, dq_bias, dk_weight, dk_bias};
 }
 

@@ -24,16 +24,16 @@ namespace {
 // token l of `count` samples from b on, which share the angles
 void rope3d(const Rope3d& op, int64_t b, int64_t l, int64_t count) {
   const auto [L, H, G, K] = std::tuple{op.L, op.H, op.G, op.K};
-  const Turns turns = turns_in(scratch(turns_size(K)), K);
-  make_turns(op.angles, b, l, turns);
-  const auto turn = [&](const Rows& x, int64_t heads, Row out) {
+  const Rotation rotation = rotation_in(scratch(rotation_size(K)), K);
+  make_rotation(op.angles, b, l, rotation);
+  const auto rotate_token = [&](const Rows& x, int64_t heads, Row out) {
     const int64_t at = (b * L + l) * (heads * K);
     if (l + 1 < L) prefetch(heads_at(x, b, l + 1, heads, K), out + (at + heads * K));
-    turn_heads(heads_at(x, b, l, heads, K), turns, K, out + at);
+    rotate_heads(heads_at(x, b, l, heads, K), rotation, K, out + at);
   };
   for (const int64_t end = b + count; b < end; ++b) {
-    turn(op.q, H, op.q_out);
-    turn(op.k, G, op.k_out);
+    rotate_token(op.q, H, op.q_out);
+    rotate_token(op.k, G, op.k_out);
   }
 }
 
@@ -47,7 +47,15 @@ std::tuple<Tensor, Tensor> rotate(const Tensor& q, const Tensor& k, const Angles
   Tensor q_out = empty_as(q), k_out = empty_as(k);
   const int64_t B = q.size(0), L = q.size(1), H = q.size(2), G = k.size(2), K = q.size(3);
   if (B * L * K == 0) return {q_out, k_out};
-  const Rope3d op{angles, rows_of(q), rows_of(k), row_of(q_out), row_of(k_out), L, H, G, K};
+  const Rope3d op{.angles = angles,
+                  .q = rows_of(q),
+                  .k = rows_of(k),
+                  .q_out = row_of(q_out),
+                  .k_out = row_of(k_out),
+                  .L = L,
+                  .H = H,
+                  .G = G,
+                  .K = K};
   for_tokens(angles.shared(), B, L, (H + G) * K,
              [&](int64_t b, int64_t l, int64_t count) { LUMINA_CALL(rope3d, op, b, l, count); });
   return {q_out, k_out};

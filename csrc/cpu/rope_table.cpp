@@ -40,9 +40,9 @@ inline void make_half(Row sin, bool back, int64_t K, float* to) {
   });
 }
 
-inline void turn_half(const Heads& x, Turns turns, int64_t K, Row out) {
+inline void rotate_half(const TokenHeads& x, Rotation rotation, int64_t K, Row out) {
   const int64_t M = K / 2;
-  const float *cos_a = turns.cos, *cos_b = cos_a + M, *sin_a = turns.sin, *sin_b = sin_a + M;
+  const float *cos_a = rotation.cos, *cos_b = cos_a + M, *sin_a = rotation.sin, *sin_b = sin_a + M;
   for (int64_t at = 0; at < x.size(); at += K) {
     const Row from = x.row + at / x.length * x.step + at % x.length, to = out + at;
     for_whole_vectors(M, [&](int64_t j, int64_t count) {
@@ -57,17 +57,17 @@ inline void turn_half(const Heads& x, Turns turns, int64_t K, Row out) {
 // table; or with `back` the gradient of x from that of this
 void rope_table(const RopeTable& op, int64_t b, int64_t l, int64_t count) {
   const auto [H, G, K] = std::tuple{op.H, op.G, op.K};
-  const Turns turns = turns_in(scratch(turns_size(K)), K);
-  stage({op.cos(b, l), 1, K, 0}, turns.cos);
-  repeat(turns.cos, K);
-  op.half ? make_half(op.sin(b, l), op.back, K, turns.sin)
-          : make_interleaved(op.sin(b, l), op.back, K, turns.sin);
-  const auto turn = [&](const Heads& x, Row out) {
-    op.half ? turn_half(x, turns, K, out) : turn_heads(x, turns, K, out);
+  const Rotation rotation = rotation_in(scratch(rotation_size(K)), K);
+  stage({op.cos(b, l), 1, K, 0}, rotation.cos);
+  repeat(rotation.cos, K);
+  op.half ? make_half(op.sin(b, l), op.back, K, rotation.sin)
+          : make_interleaved(op.sin(b, l), op.back, K, rotation.sin);
+  const auto rotate_token = [&](const TokenHeads& x, Row out) {
+    op.half ? rotate_half(x, rotation, K, out) : rotate_heads(x, rotation, K, out);
   };
   for (const int64_t end = b + count; b < end; ++b) {
-    turn(heads_at(op.q, b, l, H, K), op.q_out(b, l));
-    if (op.k) turn(heads_at(op.k, b, l, G, K), op.k_out(b, l));
+    rotate_token(heads_at(op.q, b, l, H, K), op.q_out(b, l));
+    if (op.k) rotate_token(heads_at(op.k, b, l, G, K), op.k_out(b, l));
   }
 }
 
@@ -90,17 +90,17 @@ std::tuple<Tensor, Tensor> rotate(const Tensor& q, const OptionalTensor& k, cons
   const int64_t B = q.size(0), L = q.size(1), H = q.size(2), K = q.size(3);
   const int64_t G = k ? k->size(2) : 0;
   if (B * L * K == 0) return {q_out, k_out};
-  const RopeTable op{table_of(cos),
-                     table_of(sin),
-                     rows_of(q),
-                     rows_of(k),
-                     rows_of(q_out),
-                     k ? rows_of(k_out) : Rows{},
-                     pairing == "half",
-                     back,
-                     H,
-                     G,
-                     K};
+  const RopeTable op{.cos = table_of(cos),
+                     .sin = table_of(sin),
+                     .q = rows_of(q),
+                     .k = rows_of(k),
+                     .q_out = rows_of(q_out),
+                     .k_out = k ? rows_of(k_out) : Rows{},
+                     .half = pairing == "half",
+                     .back = back,
+                     .H = H,
+                     .G = G,
+                     .K = K};
   const bool shared = cos.dim() == 2 && sin.dim() == 2;
   for_tokens(shared, B, L, (H + G) * K, [&](int64_t b, int64_t l, int64_t count) {
     LUMINA_CALL(rope_table, op, b, l, count);

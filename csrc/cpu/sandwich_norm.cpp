@@ -83,9 +83,13 @@ std::tuple<Tensor, Tensor> sandwich_norm_fwd(const Tensor& y, const Tensor& resi
   Tensor out = empty_as(residual);
   Tensor rstd = empty(y, {y.size(0), y.size(1)}, ScalarType::Float);
   if (y.numel() == 0) return {out, rstd};
-  const SandwichNormFwd op{
-      Chunks(y),       rows_of(y),         rows_of(residual),      rows_of(out),
-      floats_of(rstd), Gate(weight, gate), static_cast<float>(eps)};
+  const SandwichNormFwd op{.chunks = Chunks(y),
+                           .y = rows_of(y),
+                           .residual = rows_of(residual),
+                           .out = rows_of(out),
+                           .rstd = floats_of(rstd),
+                           .gate = Gate(weight, gate),
+                           .eps = static_cast<float>(eps)};
   parallel_chunks(op.chunks, 2, [&](Chunk chunk, float* scratch) {
     LUMINA_CALL(sandwich_norm_fwd, op, chunk, scratch);
   });
@@ -98,14 +102,14 @@ std::tuple<Tensor, Tensor, Tensor> sandwich_norm_bwd(const Tensor& dout, const T
   Tensor dy = empty_as(y);
   if (y.numel() == 0) return {dy, zeros_as(weight), zeros_as(gate)};
   const Chunks chunks(y);
-  const SandwichNormBwd op{chunks,
-                           rows_of(dout),
-                           rows_of(y),
-                           rows_of(dy),
-                           rows_of(rstd),
-                           Gate(weight, gate),
-                           GateGrads(weight, gate),
-                           Partials(y, chunks, 1)};
+  const SandwichNormBwd op{.chunks = chunks,
+                           .dout = rows_of(dout),
+                           .y = rows_of(y),
+                           .dy = rows_of(dy),
+                           .rstd = rows_of(rstd),
+                           .gate = Gate(weight, gate),
+                           .grads = GateGrads(weight, gate),
+                           .partials = Partials(y, chunks, 1)};
   parallel_chunks(chunks, 2, [&](Chunk chunk, float* scratch) {
     LUMINA_CALL(sandwich_norm_bwd, op, chunk, scratch);
   });

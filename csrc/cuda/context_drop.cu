@@ -11,7 +11,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> context_drop_fwd(const Tensor& k, con
                                                             const std::vector<int64_t>& grid,
                                                             int64_t factor,
                                                             const OptionalTensor& key_mask) {
-  const Windows windows = windows_of(grid, factor, key_mask);
+  const MaskedWindows windows = windows_of(grid, factor, key_mask);
   const int64_t B = k.size(0), G = k.size(2), K = k.size(3), L_out = count_of(windows);
   Tensor k_out = empty(k, {B, L_out, G, K}, k.scalar_type()), v_out = empty_as(k_out);
   Tensor mask = empty(k, {B, L_out}, ScalarType::Bool);
@@ -19,22 +19,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> context_drop_fwd(const Tensor& k, con
   if (B * L_out == 0) return {k_out, v_out, mask, counts};
   check_tokens(B * k.size(1));
   const Tensor ks = packed(k), vs = packed(v);
-  const ContextDrop p{heads_of(ks),
-                      heads_of(vs),
-                      heads_of(k_out),
-                      heads_of(v_out),
-                      pointer_to<unsigned char>(mask),
-                      pointer_to<float>(counts),
-                      windows,
-                      static_cast<int>(G),
-                      static_cast<int>(K)};
+  const ContextDropFwdParams p{.k = heads_of(ks),
+                               .v = heads_of(vs),
+                               .k_out = heads_of(k_out),
+                               .v_out = heads_of(v_out),
+                               .mask_out = pointer_to<unsigned char>(mask),
+                               .counts = pointer_to<float>(counts),
+                               .windows = windows,
+                               .G = static_cast<int>(G),
+                               .K = static_cast<int>(K)};
   LUMINA_LAUNCH(k, context_drop_config(B * L_out, 2 * G, K), context_drop_kernel, p);
   return {k_out, v_out, mask, counts};
 }
 
 // The gradient of v, and of k where dk_out is there.
 std::tuple<OptionalTensor, Tensor> means_bwd(const OptionalTensor& dk_out, const Tensor& dv_out,
-                                             const Tensor& counts, const Windows& windows) {
+                                             const Tensor& counts, const MaskedWindows& windows) {
   const int64_t B = dv_out.size(0), G = dv_out.size(2), K = dv_out.size(3);
   const int64_t L = int64_t{1} * windows.T * windows.grid_h * windows.grid_w;
   Tensor dv = empty(dv_out, {B, L, G, K}, dv_out.scalar_type());
@@ -44,16 +44,16 @@ std::tuple<OptionalTensor, Tensor> means_bwd(const OptionalTensor& dk_out, const
   const OptionalTensor dks = packed(dk_out);
   const Tensor dvs = packed(dv_out);
   const int tensors = dk ? 2 : 1;
-  const ContextDropBwd p{heads_of(dks),
-                         heads_of(dvs),
-                         heads_of(dk),
-                         heads_of(dv),
-                         pointer_to<const float>(counts),
-                         counts.stride(0),
-                         windows,
-                         tensors,
-                         static_cast<int>(G),
-                         static_cast<int>(K)};
+  const ContextDropBwdParams p{.dk_out = heads_of(dks),
+                               .dv_out = heads_of(dvs),
+                               .dk = heads_of(dk),
+                               .dv = heads_of(dv),
+                               .counts = pointer_to<const float>(counts),
+                               .counts_b = counts.stride(0),
+                               .windows = windows,
+                               .tensors = tensors,
+                               .G = static_cast<int>(G),
+                               .K = static_cast<int>(K)};
   LUMINA_LAUNCH(dv, context_drop_config(B * count_of(windows), tensors * G, K),
                 context_drop_bwd_kernel, p);
   return {dk, dv};
@@ -68,7 +68,7 @@ std::tuple<Tensor, Tensor> context_drop_bwd(const Tensor& dk_out, const Tensor& 
 
 }  // namespace
 
-Tensor window_mean_bwd(const Tensor& dv_out, const Tensor& counts, const Windows& windows) {
+Tensor window_mean_bwd(const Tensor& dv_out, const Tensor& counts, const MaskedWindows& windows) {
   return std::get<1>(means_bwd(std::nullopt, dv_out, counts, windows));
 }
 

@@ -7,20 +7,20 @@ namespace lumina_kernels::cuda {
 
 constexpr int kContextDropThreads = 256;
 
-struct ContextDrop {
-  Heads k, v, k_out, v_out;
+struct ContextDropFwdParams {
+  HeadsView k, v, k_out, v_out;
   Global<unsigned char> mask_out;  // (B, L') bool
   Global<float> counts;            // (B, L')
-  Windows windows;
+  MaskedWindows windows;
   int G, K;
 };
 
 // Of two tensors, or of the second alone, where `tensors` is 1 and dk_out and dk are null.
-struct ContextDropBwd {
-  Heads dk_out, dv_out, dk, dv;
+struct ContextDropBwdParams {
+  HeadsView dk_out, dv_out, dk, dv;
   Global<const float> counts;
   int64_t counts_b;
-  Windows windows;
+  MaskedWindows windows;
   int tensors, G, K;
 };
 
@@ -32,7 +32,8 @@ inline LaunchConfig context_drop_config(int64_t windows, int64_t heads, int64_t 
 }
 
 // mean of k and of v over the valid tokens of a window, 0 where there is none; their number
-__global__ void __launch_bounds__(kContextDropThreads) context_drop_kernel(const ContextDrop p) {
+__global__ void __launch_bounds__(kContextDropThreads)
+    context_drop_kernel(const ContextDropFwdParams p) {
   const Window window = window_at(p.windows, blockIdx.x);
   const int pieces = static_cast<int>(ceil_div(p.K, 8));
   for (int i = static_cast<int>(threadIdx.x); i < 2 * p.G * pieces; i += blockDim.x) {
@@ -40,8 +41,8 @@ __global__ void __launch_bounds__(kContextDropThreads) context_drop_kernel(const
     const bool of_k = row < p.G;
     const int head = of_k ? row : row - p.G, count = p.K - column;
     float mean[8];
-    window_mean(either(of_k, p.k, p.v), head, column, count, p.windows, window, mean);
-    const Heads to = either(of_k, p.k_out, p.v_out);
+    window_mean(select(of_k, p.k, p.v), head, column, count, p.windows, window, mean);
+    const HeadsView to = select(of_k, p.k_out, p.v_out);
     store8(to.values, to.at(window.b, window.number, head) + column, count, mean);
   }
   if (threadIdx.x == 0) store_count(p.mask_out, p.counts, p.windows, window);
@@ -49,7 +50,7 @@ __global__ void __launch_bounds__(kContextDropThreads) context_drop_kernel(const
 
 // dk = dk_out / count and dv = dv_out / count for every valid token of a window, else 0
 __global__ void __launch_bounds__(kContextDropThreads)
-    context_drop_bwd_kernel(const ContextDropBwd p) {
+    context_drop_bwd_kernel(const ContextDropBwdParams p) {
   const Window window = window_at(p.windows, blockIdx.x);
   const float share =
       share_of(load_global<float>(p.counts + window.b * p.counts_b + window.number));
@@ -58,7 +59,7 @@ __global__ void __launch_bounds__(kContextDropThreads)
     const int row = i / pieces, column = 8 * (i - row * pieces);
     const bool of_k = row < (p.tensors - 1) * p.G;
     const int head = row < p.G ? row : row - p.G, count = p.K - column;
-    const Heads from = either(of_k, p.dk_out, p.dv_out), to = either(of_k, p.dk, p.dv);
+    const HeadsView from = select(of_k, p.dk_out, p.dv_out), to = select(of_k, p.dk, p.dv);
     float grad[8], nothing[8] = {};
     load8(from.values, from.at(window.b, window.number, head) + column, count, grad);
 #pragma unroll

@@ -11,28 +11,28 @@ std::tuple<Tensor, Tensor, Tensor> gate_residual_norm_fwd(
     double eps, std::string kind) {
   const int64_t B = y.size(0), L = y.size(1), D = y.size(2);
   const bool layer = kind == "layer";
-  Tensor out = empty_as(residual), normed = empty_as(residual);
+  Tensor new_residual = empty_as(residual), normed = empty_as(residual);
   Tensor statistics = empty(y, {1 + layer, B, L}, ScalarType::Float);
-  if (out.numel() == 0) return {out, normed, statistics};
+  if (new_residual.numel() == 0) return {new_residual, normed, statistics};
   const Tensor ys = packed(y), residuals = packed(residual), gates = packed(gate);
   const PackedModulation modulation(weight, bias, scale, shift);
-  const GateResidualNormFwd p{rows_of(ys),
-                              rows_of(residuals),
-                              rows_of(gates),
-                              modulation.rows(),
-                              values_of(out),
-                              values_of(normed),
-                              pointer_to<float>(statistics),
-                              B,
-                              L,
-                              static_cast<int>(D),
-                              static_cast<float>(eps),
-                              layer};
+  const GateResidualNormFwdParams p{.y = rows_of(ys),
+                                    .residual = rows_of(residuals),
+                                    .gate = rows_of(gates),
+                                    .modulation = modulation.rows(),
+                                    .new_residual = values_of(new_residual),
+                                    .normed = values_of(normed),
+                                    .statistics = pointer_to<float>(statistics),
+                                    .B = B,
+                                    .L = L,
+                                    .D = static_cast<int>(D),
+                                    .eps = static_cast<float>(eps),
+                                    .layer = layer};
   LUMINA_LAUNCH_ROWS(y, B * L, D, gate_residual_norm_fwd_kernel, p);
-  return {out, normed, statistics};
+  return {new_residual, normed, statistics};
 }
 
-std::vector<Tensor> gate_residual_norm_bwd(const Tensor& dnew, const Tensor& dnormed,
+std::vector<Tensor> gate_residual_norm_bwd(const Tensor& dnew_residual, const Tensor& dnormed,
                                            const Tensor& y, const Tensor& residual,
                                            const Tensor& gate, const OptionalTensor& weight,
                                            const OptionalTensor& bias, const OptionalTensor& scale,
@@ -51,26 +51,26 @@ std::vector<Tensor> gate_residual_norm_bwd(const Tensor& dnew, const Tensor& dno
   const int64_t chunk = row_chunk(B * L, D), chunks = ceil_div(L, chunk);
   const Tensor partial = empty(y, {B, chunks, 3, D}, ScalarType::Float);
   const OptionalTensor dgate = gradient_per_token(gate), dscale = gradient_per_token(scale);
-  const Tensor dnews = packed(dnew), dnormeds = packed(dnormed), ys = packed(y);
+  const Tensor dnew_residuals = packed(dnew_residual), dnormeds = packed(dnormed), ys = packed(y);
   const Tensor residuals = packed(residual), gates = packed(gate);
   const PackedModulation modulation(weight, bias, scale, shift);
-  const GateResidualNormBwd p{rows_of(dnews),
-                              rows_of(dnormeds),
-                              rows_of(ys),
-                              rows_of(residuals),
-                              rows_of(gates),
-                              modulation.rows(),
-                              pointer_to<const float>(statistics),
-                              values_of(dy),
-                              values_of(dresidual),
-                              values_of(dgate),
-                              values_of(dscale),
-                              pointer_to<float>(partial),
-                              B,
-                              L,
-                              chunk,
-                              static_cast<int>(D),
-                              statistics.size(0) == 2};
+  const GateResidualNormBwdParams p{.dnew_residual = rows_of(dnew_residuals),
+                                    .dnormed = rows_of(dnormeds),
+                                    .y = rows_of(ys),
+                                    .residual = rows_of(residuals),
+                                    .gate = rows_of(gates),
+                                    .modulation = modulation.rows(),
+                                    .statistics = pointer_to<const float>(statistics),
+                                    .dy = values_of(dy),
+                                    .dresidual = values_of(dresidual),
+                                    .dgate = values_of(dgate),
+                                    .dscale = values_of(dscale),
+                                    .partial = pointer_to<float>(partial),
+                                    .B = B,
+                                    .L = L,
+                                    .chunk = chunk,
+                                    .D = static_cast<int>(D),
+                                    .layer = statistics.size(0) == 2};
   LUMINA_LAUNCH_ROWS(y, B * chunks, D, gate_residual_norm_bwd_kernel, p);
   auto grads = modulation_grads(partial, weight, bias, scale, shift, dnormed);
   if (dscale) grads[2] = *dscale;

@@ -6,10 +6,10 @@
 namespace lumina_kernels::cuda {
 
 // statistics: rstd (B, L) and, of a LayerNorm, behind it the mean (B, L).
-struct GateResidualNormFwd {
-  Rows y, residual, gate;
-  Modulation modulation;
-  Values out, normed;
+struct GateResidualNormFwdParams {
+  RowsView y, residual, gate;
+  ModulationView modulation;
+  Values new_residual, normed;
   Global<float> statistics;
   int64_t B, L;
   int D;
@@ -17,9 +17,9 @@ struct GateResidualNormFwd {
   bool layer;
 };
 
-struct GateResidualNormBwd {
-  Rows dnew, dnormed, y, residual, gate;
-  Modulation modulation;
+struct GateResidualNormBwdParams {
+  RowsView dnew_residual, dnormed, y, residual, gate;
+  ModulationView modulation;
   Global<const float> statistics;
   Values dy, dresidual;
   Values dgate, dscale;   // only where gate, scale have a row per token
@@ -31,8 +31,9 @@ struct GateResidualNormBwd {
 
 // y becomes residual + gate * y.
 template <int kPieces>
-__device__ __forceinline__ void gate_residual(const Rows& residual, const Rows& gate, int64_t b,
-                                              int64_t l, int base, int D, float (&y)[kPieces][8]) {
+__device__ __forceinline__ void gate_residual(const RowsView& residual, const RowsView& gate,
+                                              int64_t b, int64_t l, int base, int D,
+                                              float (&y)[kPieces][8]) {
 #pragma unroll
   for (int j = 0; j < kPieces; ++j) {
     const int column = column_of(base, j);
@@ -41,25 +42,26 @@ __device__ __forceinline__ void gate_residual(const Rows& residual, const Rows& 
   }
 }
 
-// out = residual + gate * y, normed = (norm(out) * weight + bias) * (1 + scale) + shift
+// new_residual = residual + gate * y, normed = (norm(new_residual) * weight + bias) * (1 + scale) +
+// shift
 template <int kPieces, bool kWide>
 __global__ void __launch_bounds__(row_threads(kPieces))
-    gate_residual_norm_fwd_kernel(const GateResidualNormFwd p) {
+    gate_residual_norm_fwd_kernel(const GateResidualNormFwdParams p) {
   const int64_t row = row_number();
   if (row >= p.B * p.L) return;
   const int64_t b = divide(row, p.L), l = row - b * p.L;
   const Spans spans = row_spans<kPieces, kWide>(p.D);
-  const auto make_new = [&](int base, float (&y)[kPieces][8]) {
+  const auto make_new_residual = [&](int base, float (&y)[kPieces][8]) {
     load_span(p.y.values, p.y.row(b, l), base, p.D, y);
     gate_residual(p.residual, p.gate, b, l, base, p.D, y);
-    store_span(p.out, row * p.D, base, p.D, y);
+    store_span(p.new_residual, row * p.D, base, p.D, y);
   };
   RowSum sum;
   float x[kPieces][8];
-  const float2 statistics = norm_statistics<kWide>(make_new, p.D, p.eps, p.layer, sum, x);
+  const float2 statistics = norm_statistics<kWide>(make_new_residual, p.D, p.eps, p.layer, sum, x);
   const float mean = statistics.x, rstd = statistics.y;
   for (int base = 0; base < spans.end; base += spans.size) {
-    if (kWide) make_new(base, x);
+    if (kWide) make_new_residual(base, x);
     for_columns<kPieces>([&](int j, int k) { x[j][k] = (x[j][k] - mean) * rstd; });
     modulate(p.modulation, b, l, base, p.D, x);
     store_span(p.normed, row * p.D, base, p.D, x);
@@ -69,10 +71,10 @@ __global__ void __launch_bounds__(row_threads(kPieces))
   if (p.layer) p.statistics[p.B * p.L + row] = mean;
 }
 
-// d, the gradient of out, becomes that of y. gate_sum, or dgate where the gate has a row per token,
-// gets d * y.
+// d, the gradient of new_residual, becomes that of y. gate_sum, or dgate where the gate has a row
+// per token, gets d * y.
 template <int kPieces>
-__device__ __forceinline__ void gate_bwd(const GateResidualNormBwd& p, int64_t b, int64_t l,
+__device__ __forceinline__ void gate_bwd(const GateResidualNormBwdParams& p, int64_t b, int64_t l,
                                          int64_t row, int base, float (&d)[kPieces][8],
                                          float (&gate_sum)[kPieces][8]) {
 #pragma unroll
@@ -90,11 +92,12 @@ __device__ __forceinline__ void gate_bwd(const GateResidualNormBwd& p, int64_t b
   }
 }
 
-// dresidual = dnew + that of the norm's input, dy = gate * dresidual; `out` is computed again
-// rather than read rounded. partial: sums over `chunk` rows; of dresidual * y, which is dgate.
+// dresidual = dnew_residual + that of the norm's input, dy = gate * dresidual; `new_residual` is
+// computed again rather than read rounded. partial: sums over `chunk` rows; of dresidual * y, which
+// is dgate.
 template <int kPieces, bool kWide>
 __global__ void __launch_bounds__(row_threads(kPieces))
-    gate_residual_norm_bwd_kernel(const GateResidualNormBwd p) {
+    gate_residual_norm_bwd_kernel(const GateResidualNormBwdParams p) {
   const int64_t number = row_number(), chunks = ceil_div(p.L, p.chunk);
   if (number >= p.B * chunks) return;
   const int64_t sample = divide(number, chunks), start = (number - sample * chunks) * p.chunk;
@@ -109,7 +112,7 @@ __global__ void __launch_bounds__(row_threads(kPieces))
   clear(gate_sum);
   RowSum sum;
   for (int64_t l = start; l < end; ++l) {
-    const int64_t b = anew(sample), row = b * p.L + l;
+    const int64_t b = opaque(sample), row = b * p.L + l;
     const float rstd = p.statistics[row], mean = p.layer ? p.statistics[p.B * p.L + row] : 0.0f;
     const auto gradient = [&](int base) {
       load_span(p.y.values, p.y.row(b, l), base, D, n);
@@ -133,7 +136,7 @@ __global__ void __launch_bounds__(row_threads(kPieces))
     for (int base = 0; base < spans.end; base += spans.size) {
       if (kWide) gradient(base);
       norm_bwd(d, n, rstd, sums.x / D, p.layer ? sums.y / D : 0.0f);
-      add_span(p.dnew.values, p.dnew.row(b, l), base, D, d);
+      add_span(p.dnew_residual.values, p.dnew_residual.row(b, l), base, D, d);
       store_span(p.dresidual, row * D, base, D, d);
       gate_bwd(p, b, l, row, base, d, gate_sum);
       store_span(p.dy, row * D, base, D, d);

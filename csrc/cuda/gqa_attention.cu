@@ -64,10 +64,10 @@ AttentionBias bias_of(const OptionalTensor& bias) {
 }
 
 template <class T>
-AttentionFwd<T> arguments(const Inputs& x, const Saved& outs) {
+AttentionFwdParams<T> arguments(const Inputs& x, const Saved& outs) {
   const auto& [out, error, lse, text_lse] = outs;
   const int64_t L = x.q.size(1), H = x.q.size(2), G = x.k.size(2), K = x.q.size(3);
-  AttentionFwd<T> p{};
+  AttentionFwdParams<T> p{};
   p.q = heads_of<T>(x.q);
   p.keys[0] = keys_of<T>(x.k, x.v, x.key_mask, x.scale);
   p.text = x.text_k.has_value();
@@ -90,7 +90,7 @@ AttentionFwd<T> arguments(const Inputs& x, const Saved& outs) {
 
 template <int kLaneColumns>
 void launch_float(const Inputs& x, const Saved& outs) {
-  AttentionFwd<float> p = arguments<float>(x, outs);
+  AttentionFwdParams<float> p = arguments<float>(x, outs);
   p.row_blocks = static_cast<int>(ceil_div(p.rows, AttentionFloatTile<kLaneColumns>::kRows));
   const LaunchConfig config = gqa_attention_float_config<kLaneColumns>(x.q.size(0) * p.G, p.rows);
   LUMINA_LAUNCH(x.q, config, gqa_attention_float_fwd_kernel<kLaneColumns>, p);
@@ -98,7 +98,7 @@ void launch_float(const Inputs& x, const Saved& outs) {
 
 template <int kHeadDim, Dtype kDtype, bool kBias>
 void launch_mma(const Inputs& x, const Saved& outs) {
-  AttentionFwd<uint16_t> p = arguments<uint16_t>(x, outs);
+  AttentionFwdParams<uint16_t> p = arguments<uint16_t>(x, outs);
   p.row_blocks = static_cast<int>(ceil_div(p.rows, AttentionTile<kHeadDim, kBias>::kRows));
   const LaunchConfig config =
       gqa_attention_config<kHeadDim, kBias>(x.q.size(0) * p.G, p.rows, x.text_k.has_value());
@@ -141,9 +141,16 @@ Saved gqa_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
   const Saved outs =
       outputs_of(q, k.size(2), text_k.has_value(), with_error && dtype != Dtype::kFloat);
   if (std::get<0>(outs).numel() == 0) return outs;
-  const Inputs x{packed(q),      packed(k),      packed(v),         packed(key_mask),
-                 packed(text_k), packed(text_v), packed(text_mask), packed(text_gate),
-                 bias,           scale};
+  const Inputs x{.q = packed(q),
+                 .k = packed(k),
+                 .v = packed(v),
+                 .key_mask = packed(key_mask),
+                 .text_k = packed(text_k),
+                 .text_v = packed(text_v),
+                 .text_mask = packed(text_mask),
+                 .text_gate = packed(text_gate),
+                 .bias = bias,
+                 .scale = scale};
   check_sizes(x);
   const int64_t K = q.size(3);
   if (dtype == Dtype::kFloat) {

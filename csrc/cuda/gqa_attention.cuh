@@ -32,11 +32,11 @@ constexpr double attention_useful_fraction(int K) {
 
 // What a warp's registers hold of one softmax becomes weighted, and its lse is written.
 template <class Warp>
-__device__ __forceinline__ void finish_softmax(Warp& warp, const AttentionFwd<uint16_t>& p,
+__device__ __forceinline__ void finish_softmax(Warp& warp, const AttentionFwdParams<uint16_t>& p,
                                                const Values& gate, Global<float> lse) {
   const AttentionPlace<uint16_t> at(p, Warp::Tile::kRows);
-  const int lane = lane_again();
-  const int first_row = at.first_row + thread_again() / 32 * Warp::Tile::kWarpRows;
+  const int lane = lane_index();
+  const int first_row = at.first_row + thread_index() / 32 * Warp::Tile::kWarpRows;
 #pragma unroll
   for (int m = 0; m < Warp::kRowTiles; ++m) {
 #pragma unroll
@@ -108,7 +108,7 @@ template <class Tile>
 __device__ __forceinline__ void store_rows(const AttentionPlace<uint16_t>& at, int first_row,
                                            int lane, Shared<uint16_t> rows,
                                            Shared<uint8_t> errors) {
-  const AttentionFwd<uint16_t>& p = at.p;
+  const AttentionFwdParams<uint16_t>& p = at.p;
   const bool chunks = p.K % 8 == 0;
 #pragma unroll 1
   for (int i = lane; i < Tile::kWarpRows * Tile::kChunks; i += 32) {
@@ -129,11 +129,12 @@ __device__ __forceinline__ void store_rows(const AttentionPlace<uint16_t>& at, i
 }
 
 template <Dtype kDtype, class Warp>
-__device__ __forceinline__ void store_results(const Warp& warp, const AttentionFwd<uint16_t>& p,
+__device__ __forceinline__ void store_results(const Warp& warp,
+                                              const AttentionFwdParams<uint16_t>& p,
                                               Shared<uint16_t> tiles) {
   using Tile = typename Warp::Tile;
   __syncthreads();  // the last tile is read
-  const int thread = thread_again(), lane = thread % 32;
+  const int thread = thread_index(), lane = thread % 32;
   const Shared<uint16_t> rows = tiles + thread / 32 * Tile::kRowElements;
   const Shared<uint8_t> errors =
       as_shared<uint8_t>(tiles) + (Tile::kErrors + thread / 32 * Tile::kRowElements);
@@ -158,13 +159,13 @@ LaunchConfig gqa_attention_config(int64_t heads, int64_t rows, bool text) {
 // longer read, so that the next one may take its place while this one is computed with.
 template <int kHeadDim, Dtype kDtype, bool kBias>
 __global__ void __launch_bounds__(kAttentionThreads, AttentionTile<kHeadDim, kBias>::kBlocks)
-    gqa_attention_fwd_kernel(const LUMINA_GRID_CONSTANT AttentionFwd<uint16_t> p) {
+    gqa_attention_fwd_kernel(const LUMINA_GRID_CONSTANT AttentionFwdParams<uint16_t> p) {
   using Tile = AttentionTile<kHeadDim, kBias>;
   LUMINA_DYNAMIC_SHARED(uint16_t, tiles);
   const AttentionPlace<uint16_t> at(p, Tile::kRows);
   AttentionWarp<kHeadDim, kDtype, kBias> warp;
-  const auto first_row = [&] { return at.first_row + thread_again() / 32 * Tile::kWarpRows; };
-  warp.load_queries(at, first_row(), tiles + thread_again() / 32 * Tile::kRowElements);
+  const auto first_row = [&] { return at.first_row + thread_index() / 32 * Tile::kWarpRows; };
+  warp.load_queries(at, first_row(), tiles + thread_index() / 32 * Tile::kRowElements);
   if (p.negative) warp.negate_queries();
 
 #pragma unroll 1

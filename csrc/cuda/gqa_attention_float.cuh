@@ -161,7 +161,7 @@ LaunchConfig gqa_attention_float_config(int64_t heads, int64_t rows) {
 // out = P v + tanh(gate) P_t v_t, as gqa_attention_fwd_kernel.
 template <int kLaneColumns>
 __global__ void __launch_bounds__(kAttentionThreads, 2)
-    gqa_attention_float_fwd_kernel(const LUMINA_GRID_CONSTANT AttentionFwd<float> p) {
+    gqa_attention_float_fwd_kernel(const LUMINA_GRID_CONSTANT AttentionFwdParams<float> p) {
   using Tile = AttentionFloatTile<kLaneColumns>;
   LUMINA_DYNAMIC_SHARED(float, tiles);
   const AttentionPlace<float> at(p, Tile::kRows);

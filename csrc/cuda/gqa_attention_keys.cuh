@@ -44,7 +44,7 @@ struct AttentionBias {
 };
 
 template <class T>
-struct AttentionFwd {
+struct AttentionFwdParams {
   AttentionHeads<T> q;
   AttentionKeys<T> keys[2];  // of the image, and of the text if `text`
   Values gate;               // (H,)
@@ -62,12 +62,12 @@ struct AttentionFwd {
 // Which rows a block has: row = token * R + head of the group, of kv head g of sample b.
 template <class T>
 struct AttentionPlace {
-  const AttentionFwd<T>& p;
+  const AttentionFwdParams<T>& p;
   int b, g, first_row;
 
-  __device__ __forceinline__ AttentionPlace(const AttentionFwd<T>& given, int block_rows)
+  __device__ __forceinline__ AttentionPlace(const AttentionFwdParams<T>& given, int block_rows)
       : p(given) {
-    const int block = block_again(), head = block / p.row_blocks;
+    const int block = block_index(), head = block / p.row_blocks;
     first_row = (block - head * p.row_blocks) * block_rows;
     b = head / p.G;
     g = head - b * p.G;
@@ -128,7 +128,7 @@ struct KeyWalk {
 
   template <class T>
   __device__ __forceinline__ void read_window(const AttentionKeys<T>& keys, int b) {
-    const int start = first + 32 * lane_again(), left = keys.count - start;
+    const int start = first + 32 * lane_index(), left = keys.count - start;
     mine = left >= 32 ? ~0u : left > 0 ? (1u << left) - 1 : 0;
     if (keys.mask == nullptr || left <= 0) return;
     const Global<const uint8_t> mask = keys.mask + (b * keys.mask_step + start);

@@ -62,7 +62,7 @@ __device__ __forceinline__ void copy_keys(Shared<uint16_t> to, Global<const uint
                                           int64_t step, int first, int count, int K, bool vectors) {
   if (vectors) {
     constexpr int kPass = kAttentionThreads / Tile::kChunks;  // rows that all threads copy at once
-    const int thread = thread_again();
+    const int thread = thread_index();
     const int row = thread / Tile::kChunks, column = thread % Tile::kChunks * 8;
     if (row >= kPass) return;
     const int end = column < K ? count - first : 0;
@@ -74,7 +74,7 @@ __device__ __forceinline__ void copy_keys(Shared<uint16_t> to, Global<const uint
     }
   } else {
 #pragma unroll 1
-    for (int i = thread_again(); i < Tile::kKeys * Tile::kK; i += kAttentionThreads) {
+    for (int i = thread_index(); i < Tile::kKeys * Tile::kK; i += kAttentionThreads) {
       const int row = i / Tile::kK, column = i % Tile::kK;
       uint16_t value = 0;
       if (first + row < count && column < K) {
@@ -116,8 +116,8 @@ struct AttentionWarp {
   // `rows` of the warp come here, in shared memory of its own.
   __device__ __forceinline__ void load_queries(const Place& at, int first_row,
                                                Shared<uint16_t> rows) {
-    const AttentionFwd<uint16_t>& p = at.p;
-    const int lane = lane_again();
+    const AttentionFwdParams<uint16_t>& p = at.p;
+    const int lane = lane_index();
 #pragma unroll 4
     for (int i = lane; i < Tile::kWarpRows * Tile::kChunks; i += 32) {
       const int row = i / Tile::kChunks, column = i % Tile::kChunks * 8;
@@ -179,7 +179,7 @@ struct AttentionWarp {
       }
     }
     // Matrices: 8 keys, columns 0 to 7 and 8 to 15; the next 8 keys.
-    const int lane = lane_again(), row = lane / 16 * 8 + lane % 8, column = lane / 8 % 2 * 8;
+    const int lane = lane_index(), row = lane / 16 * 8 + lane % 8, column = lane / 8 % 2 * 8;
 #pragma unroll
     for (int k = 0; k < Tile::kSteps; ++k) {
 #pragma unroll
@@ -210,7 +210,7 @@ struct AttentionWarp {
   // scores = scale * scores + bias, in base 2.
   __device__ __forceinline__ void add_bias(const AttentionBias& bias, const Place& at,
                                            int first_row, int first_key, int count, float scale) {
-    const int lane = lane_again();
+    const int lane = lane_index();
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
@@ -234,7 +234,7 @@ struct AttentionWarp {
 
   // -inf for keys that are not in `bits`.
   __device__ __forceinline__ void mask(uint64_t bits) {
-    bits >>= lane_again() % 4 * 2;
+    bits >>= lane_index() % 4 * 2;
     const uint32_t words[2] = {static_cast<uint32_t>(bits), static_cast<uint32_t>(bits >> 32)};
 #pragma unroll
     for (int n = 0; n < kKeyTiles; ++n) {
@@ -284,7 +284,7 @@ struct AttentionWarp {
 
   // out += scores v. The fragments of scores are those of A as they are.
   __device__ __forceinline__ void multiply_values(Shared<uint16_t> values) {
-    const int lane = lane_again();
+    const int lane = lane_index();
     // Matrices: 8 keys and the next 8, columns 0 to 7; columns 8 to 15.
     values += lane % 16 * Tile::kStep;
 #pragma unroll

@@ -22,16 +22,16 @@ Tensor guided_step_fwd(const Tensor& x, const Tensor& v, const OptionalTensor& w
   };
   const Tensor xs = flat(x), vs = flat(v), outs = flat(out);
   const OptionalTensor weights = number_of(weight), dts = number_of(dt);
-  const GuidedStepFwd p{values_of(xs),
-                        values_of(vs),
-                        values_of(outs),
-                        values_of(weights),
-                        values_of(dts),
-                        static_cast<float>(weight_value),
-                        static_cast<float>(dt_value),
-                        B,
-                        N,
-                        guided};
+  const GuidedStepFwdParams p{.x = values_of(xs),
+                              .v = values_of(vs),
+                              .out = values_of(outs),
+                              .weight = values_of(weights),
+                              .dt = values_of(dts),
+                              .weight_value = static_cast<float>(weight_value),
+                              .dt_value = static_cast<float>(dt_value),
+                              .B = B,
+                              .N = N,
+                              .guided = guided};
   LUMINA_LAUNCH(x, guided_step_config(B, N), guided_step_fwd_kernel, p);
   return out;
 }

@@ -8,7 +8,7 @@ namespace lumina_kernels::cuda {
 constexpr int kGuidedStepThreads = 256;
 
 // x and out (B, N), v (2B, N), without gaps. A weight or dt in a tensor stays on the device.
-struct GuidedStepFwd {
+struct GuidedStepFwdParams {
   Values x, v, out;
   Values weight, dt;  // null where the number counts
   float weight_value, dt_value;
@@ -24,7 +24,7 @@ inline LaunchConfig guided_step_config(int64_t B, int64_t N) {
 // out = x + dt * (uncond + weight * (cond - uncond)) for the first `guided` values of a sample,
 // x + dt * cond for the others
 __global__ void __launch_bounds__(kGuidedStepThreads)
-    guided_step_fwd_kernel(const GuidedStepFwd p) {
+    guided_step_fwd_kernel(const GuidedStepFwdParams p) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kGuidedStepThreads + threadIdx.x;
   const int64_t pieces = ceil_div(p.N, 8), b = divide(i, pieces), first = (i - b * pieces) * 8;
   if (b >= p.B) return;

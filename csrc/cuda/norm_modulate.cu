@@ -17,15 +17,15 @@ std::tuple<Tensor, Tensor> norm_modulate_fwd(const Tensor& x, const OptionalTens
   if (out.numel() == 0) return {out, statistics};
   const Tensor xs = packed(x);
   const PackedModulation modulation(weight, bias, scale, shift);
-  const NormModulateFwd p{rows_of(xs),
-                          modulation.rows(),
-                          values_of(out),
-                          pointer_to<float>(statistics),
-                          B,
-                          L,
-                          static_cast<int>(D),
-                          static_cast<float>(eps),
-                          layer};
+  const NormModulateFwdParams p{.x = rows_of(xs),
+                                .modulation = modulation.rows(),
+                                .out = values_of(out),
+                                .statistics = pointer_to<float>(statistics),
+                                .B = B,
+                                .L = L,
+                                .D = static_cast<int>(D),
+                                .eps = static_cast<float>(eps),
+                                .layer = layer};
   LUMINA_LAUNCH_ROWS(x, B * L, D, norm_modulate_fwd_kernel, p);
   return {out, statistics};
 }
@@ -44,18 +44,18 @@ std::vector<Tensor> norm_modulate_bwd(const Tensor& dout, const Tensor& x,
   const OptionalTensor dscale = gradient_per_token(scale);
   const Tensor douts = packed(dout), xs = packed(x);
   const PackedModulation modulation(weight, bias, scale, shift);
-  const NormModulateBwd p{rows_of(douts),
-                          rows_of(xs),
-                          modulation.rows(),
-                          pointer_to<const float>(statistics),
-                          values_of(dx),
-                          values_of(dscale),
-                          pointer_to<float>(partial),
-                          B,
-                          L,
-                          chunk,
-                          static_cast<int>(D),
-                          statistics.size(0) == 2};
+  const NormModulateBwdParams p{.dout = rows_of(douts),
+                                .x = rows_of(xs),
+                                .modulation = modulation.rows(),
+                                .statistics = pointer_to<const float>(statistics),
+                                .dx = values_of(dx),
+                                .dscale = values_of(dscale),
+                                .partial = pointer_to<float>(partial),
+                                .B = B,
+                                .L = L,
+                                .chunk = chunk,
+                                .D = static_cast<int>(D),
+                                .layer = statistics.size(0) == 2};
   LUMINA_LAUNCH_ROWS(x, B * chunks, D, norm_modulate_bwd_kernel, p);
   std::vector<Tensor> grads = modulation_grads(partial, weight, bias, scale, shift, dout);
   if (dscale) grads[2] = *dscale;

@@ -6,9 +6,9 @@
 namespace lumina_kernels::cuda {
 
 // statistics: rstd (B, L) and, of a LayerNorm, behind it the mean (B, L).
-struct NormModulateFwd {
-  Rows x;
-  Modulation modulation;
+struct NormModulateFwdParams {
+  RowsView x;
+  ModulationView modulation;
   Values out;
   Global<float> statistics;
   int64_t B, L;
@@ -17,9 +17,9 @@ struct NormModulateFwd {
   bool layer;
 };
 
-struct NormModulateBwd {
-  Rows dout, x;
-  Modulation modulation;
+struct NormModulateBwdParams {
+  RowsView dout, x;
+  ModulationView modulation;
   Global<const float> statistics;
   Values dx, dscale;      // dscale only where scale has a row per token
   Global<float> partial;  // (B, chunks, 2, D)
@@ -31,7 +31,7 @@ struct NormModulateBwd {
 // out = ((x - mean) * rstd * weight + bias) * (1 + scale) + shift
 template <int kPieces, bool kWide>
 __global__ void __launch_bounds__(row_threads(kPieces))
-    norm_modulate_fwd_kernel(const NormModulateFwd p) {
+    norm_modulate_fwd_kernel(const NormModulateFwdParams p) {
   const int64_t row = row_number();
   if (row >= p.B * p.L) return;
   const int64_t b = divide(row, p.L), l = row - b * p.L;
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(row_threads(kPieces))
 // dx = rstd * (d - mean(d) - n * mean(d * n)); partial: sums over `chunk` rows, see modulate_bwd.
 template <int kPieces, bool kWide>
 __global__ void __launch_bounds__(row_threads(kPieces))
-    norm_modulate_bwd_kernel(const NormModulateBwd p) {
+    norm_modulate_bwd_kernel(const NormModulateBwdParams p) {
   const int64_t number = row_number(), chunks = ceil_div(p.L, p.chunk);
   if (number >= p.B * chunks) return;
   const int64_t sample = divide(number, chunks), start = (number - sample * chunks) * p.chunk;
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(row_threads(kPieces))
   RowSum sum;
 #pragma unroll 1
   for (int64_t l = start; l < end; ++l) {
-    const int64_t b = anew(sample), row = b * p.L + l;
+    const int64_t b = opaque(sample), row = b * p.L + l;
     const float rstd = p.statistics[row], mean = p.layer ? p.statistics[p.B * p.L + row] : 0.0f;
     const auto gradient = [&](int base) {
       load_span(p.dout.values, p.dout.row(b, l), base, D, d);

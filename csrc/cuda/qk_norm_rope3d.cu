@@ -22,9 +22,15 @@ std::tuple<Tensor, Tensor> qk_norm_rope3d_fwd(
   const NormShape shape = norm_shape(q.size(2), k.size(2), K, eps, norm, kFwdLimits, N);
   const NormParameters parameters{parameter_of(qw, K), parameter_of(qb, K), parameter_of(kw, K),
                                   parameter_of(kb, K)};
-  const QkNormRope3d p{heads_of(qs),    heads_of(ks), heads_of(q_out),
-                       heads_of(k_out), parameters,   rope_table_of(positions, inv_freq, axis),
-                       shape,           tokens,       q.size(1)};
+  const QkNormRope3dFwdParams p{.q = heads_of(qs),
+                                .k = heads_of(ks),
+                                .q_out = heads_of(q_out),
+                                .k_out = heads_of(k_out),
+                                .parameters = parameters,
+                                .angles = angles_of(positions, inv_freq, axis),
+                                .shape = shape,
+                                .tokens = tokens,
+                                .L = q.size(1)};
   const LaunchConfig config = row_config(shape.layout, ceil_div(tokens, shape.layout.slots),
                                          norm_floats(shape.layout, shape.norm, N));
   with_heads<kFwdLimits.heads>(
@@ -37,9 +43,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> qk_norm_rope3d_bwd(
     const OptionalTensor& q_weight, const OptionalTensor& q_bias, const OptionalTensor& k_weight,
     const OptionalTensor& k_bias, const Tensor& positions, const Tensor& inv_freq,
     const Tensor& axis, double eps, const std::string& norm) {
-  const RopeTable table = rope_table_of(positions, inv_freq, axis);
-  const auto [dq, q_partial] = row_bwd(dq_out, q, q_weight, q_bias, table, eps, norm, nullptr);
-  const auto [dk, k_partial] = row_bwd(dk_out, k, k_weight, k_bias, table, eps, norm, nullptr);
+  const AnglesView angles = angles_of(positions, inv_freq, axis);
+  const auto [dq, q_partial] = row_bwd(dq_out, q, q_weight, q_bias, angles, eps, norm, nullptr);
+  const auto [dk, k_partial] = row_bwd(dk_out, k, k_weight, k_bias, angles, eps, norm, nullptr);
   const ParameterGrads grads =
       parameter_grads(q_partial, k_partial, q_weight, q_bias, k_weight, k_bias);
   return {dq, dk, grads.q_weight, grads.q_bias, grads.k_weight, grads.k_bias};
@@ -63,11 +69,11 @@ ParameterSum sum_of(const Tensor& partial, int64_t first, const OptionalTensor& 
 
 std::tuple<Tensor, Tensor> row_bwd(const Tensor& dout, const Tensor& x,
                                    const OptionalTensor& weight, const OptionalTensor& bias,
-                                   const RopeTable& table, double eps, const std::string& norm,
-                                   const Pool* pool) {
+                                   const AnglesView& angles, double eps, const std::string& norm,
+                                   const CountedWindows* pool) {
   Tensor dx = empty_as(x);
   const int64_t L = x.size(1), tokens = x.size(0) * L, H = x.size(2), K = x.size(3);
-  const int64_t width = norm_of(norm) == Norm::kRmsPerHead ? K : H * K;
+  const int64_t width = norm_of(norm) == NormKind::kRmsPerHead ? K : H * K;
   const int sums = bias ? 2 : weight ? 1 : 0;
   if (x.numel() == 0) return {dx, empty(x, {0, sums * width}, ScalarType::Float)};
   check_tokens(tokens);
@@ -80,23 +86,31 @@ std::tuple<Tensor, Tensor> row_bwd(const Tensor& dout, const Tensor& x,
   const OptionalTensor weights = packed(weight);
   Values partials = values_of(partial);
   partials.vectors = K % 4 == 0;
-  const Windows none{1, 1, 1, 1, 1, 1, nullptr, 0, 0};
-  const QkNormRope3dBwd p{
-      heads_of(douts),
-      heads_of(xs),
-      heads_of(dx),
-      parameter_of(weights, K),
-      partials,
-      table,
-      shape,
-      sums,
-      width,
-      tokens,
-      L,
-      chunk,
-      pool ? pool->windows : none,
-      pool ? pointer_to<const float>(pool->counts) : Global<const float>(nullptr),
-      pool ? pool->counts.stride(0) : 0};
+  const MaskedWindows none{.T = 1,
+                           .grid_h = 1,
+                           .grid_w = 1,
+                           .factor = 1,
+                           .rows = 1,
+                           .columns = 1,
+                           .mask = nullptr,
+                           .mask_b = 0,
+                           .mask_l = 0};
+  const QkNormRope3dBwdParams p{
+      .dout = heads_of(douts),
+      .x = heads_of(xs),
+      .dx = heads_of(dx),
+      .weight = parameter_of(weights, K),
+      .partial = partials,
+      .angles = angles,
+      .shape = shape,
+      .sums = sums,
+      .width = width,
+      .tokens = tokens,
+      .L = L,
+      .chunk = chunk,
+      .windows = pool ? pool->windows : none,
+      .counts = pool ? pointer_to<const float>(pool->counts) : Global<const float>(nullptr),
+      .counts_b = pool ? pool->counts.stride(0) : 0};
   const int64_t threads = shape.layout.slots * shape.layout.threads;
   const int64_t floats = std::max(norm_floats(shape.layout, shape.norm, N), 8 * threads);
   const LaunchConfig config = row_config(shape.layout, blocks, floats);

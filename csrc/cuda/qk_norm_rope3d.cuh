@@ -10,17 +10,18 @@ namespace lumina_kernels::cuda {
 
 constexpr NormLimits kFwdLimits{4, 256, 512, 128}, kBwdLimits{2, 320, 512, 256};
 
-struct QkNormRope3d {
-  Heads q, k, q_out, k_out;
+struct QkNormRope3dFwdParams {
+  HeadsView q, k, q_out, k_out;
   NormParameters parameters;
-  RopeTable table;
+  AnglesView angles;
   NormShape shape;
   int64_t tokens, L;
 };
 
 // x -> turn(norm(x) * weight + bias) for q and k, the turn as in rope3d
 template <int N>
-__global__ void __launch_bounds__(kFwdLimits.bound(N)) qk_norm_rope3d_kernel(const QkNormRope3d p) {
+__global__ void __launch_bounds__(kFwdLimits.bound(N))
+    qk_norm_rope3d_kernel(const QkNormRope3dFwdParams p) {
   LUMINA_DYNAMIC_SHARED(float, memory);
   const NormShared shared = norm_shared<N>(p.shape, memory);
   const RowLayout& layout = p.shape.layout;
@@ -30,28 +31,28 @@ __global__ void __launch_bounds__(kFwdLimits.bound(N)) qk_norm_rope3d_kernel(con
   const Token token = token_of(there ? number : p.tokens - 1, p.L);
   float x[N][8];
   load_heads(x, p.q, p.k, token, there, there, p.shape, at);
-  fill_turns(p.table, token, 1.0f, 0, p.shape.K, layout, at, shared.turns);
-  norm_turn(x, p.parameters, p.shape, at, shared);
+  fill_rotations(p.angles, token, 1.0f, 0, p.shape.K, layout, at, shared.rotations);
+  norm_rotate(x, p.parameters, p.shape, at, shared);
   if (!there) return;
 #pragma unroll
   for (int n = 0; n < N; ++n) {
     const int head = at.head + n * layout.step;
     const bool of_q = head < p.shape.H;
-    const Heads to = either(of_q, p.q_out, p.k_out);
+    const HeadsView to = select(of_q, p.q_out, p.k_out);
     const int64_t start = to.at(token.b, token.l, of_q ? head : head - p.shape.H);
     store8(to.values, start + 8 * at.piece, channels(p.shape, at, n), x[n]);
   }
 }
 
-struct QkNormRope3dBwd {
-  Heads dout, x, dx;
+struct QkNormRope3dBwdParams {
+  HeadsView dout, x, dx;
   Values weight, partial;  // partial sums (blocks, sums, width), float32
-  RopeTable table;
+  AnglesView angles;
   NormShape shape;  // of one tensor: G is 0
   int sums;         // 0 for no parameter, 1 for a weight alone, 2 for weight and bias
   int64_t width;    // of a parameter
   int64_t tokens, L, chunk;
-  Windows windows;             // where dout is that of means over windows,
+  MaskedWindows windows;       // where dout is that of means over windows,
   Global<const float> counts;  // their (B, windows) valid tokens, else null
   int64_t counts_b;
 };
@@ -62,16 +63,16 @@ struct QkNormRope3dBwd {
 // dbias = d, dx = rstd * (g - mean(g) - n * mean(g * n)), without mean(g) for an RMS norm. x
 // becomes n and then dx; d is turned back by shared.turns, whose sines are negative.
 template <int N>
-__device__ __forceinline__ void norm_turn_bwd(float (&x)[N][8], float (&d)[N][8],
-                                              float (&dweight)[N][8], float (&dbias)[N][8],
-                                              bool keep, const QkNormRope3dBwd& p,
-                                              const RowPlace& at, const NormShared& shared) {
+__device__ __forceinline__ void norm_rotate_bwd(float (&x)[N][8], float (&d)[N][8],
+                                                float (&dweight)[N][8], float (&dbias)[N][8],
+                                                bool keep, const QkNormRope3dBwdParams& p,
+                                                const RowPlace& at, const NormShared& shared) {
   float rstd[N], sums[2][N];
   normalise(x, rstd, p.shape, at, shared);
-  const Turn turn = load_turn(shared.turns, p.shape.layout, at);
+  const PieceRotation rotation = load_rotation(shared.rotations, p.shape.layout, at);
 #pragma unroll
   for (int n = 0; n < N; ++n) {
-    turn_piece(d[n], turn);
+    rotate_piece(d[n], rotation);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       dweight[n][i] += keep ? d[n][i] * x[n][i] : 0.0f;  // n may be NaN where all is masked
@@ -89,14 +90,14 @@ __device__ __forceinline__ void norm_turn_bwd(float (&x)[N][8], float (&d)[N][8]
 #pragma unroll
     for (int i = 0; i < 8; ++i) sums[1][n] += d[n][i];
   }
-  if (p.shape.norm == Norm::kRmsPerHead) {
+  if (p.shape.norm == NormKind::kRmsPerHead) {
     means_per_head(sums[0], p.shape, at, shared.scratch[2]);
   } else {
     means_across_heads(sums, p.shape, at, shared.scratch[2]);
   }
 #pragma unroll
   for (int n = 0; n < N; ++n) {
-    const float shift = p.shape.norm == Norm::kLayerAcrossHeads ? sums[1][n] : 0.0f;
+    const float shift = p.shape.norm == NormKind::kLayerAcrossHeads ? sums[1][n] : 0.0f;
 #pragma unroll
     for (int i = 0; i < 8; ++i) x[n][i] = rstd[n] * (d[n][i] - shift - x[n][i] * sums[0][n]);
   }
@@ -114,11 +115,11 @@ __device__ __forceinline__ void share_sums(const float (&sums)[8], Shared<float>
 // them from value `first` of p.partial on.
 template <int N>
 __device__ __forceinline__ void store_sums(float (&sums)[N][8], int64_t first,
-                                           const QkNormRope3dBwd& p, const RowPlace& at,
+                                           const QkNormRope3dBwdParams& p, const RowPlace& at,
                                            Shared<float> shared) {
   const RowLayout& layout = p.shape.layout;
   const Shared<float> mine = shared + 8 * threadIdx.x;
-  if (p.shape.norm == Norm::kRmsPerHead) {
+  if (p.shape.norm == NormKind::kRmsPerHead) {
 #pragma unroll
     for (int n = 1; n < N; ++n) {
 #pragma unroll
@@ -149,11 +150,11 @@ __device__ __forceinline__ void store_sums(float (&sums)[N][8], int64_t first,
   }
 }
 
-// dx of `chunk` tokens by `norm_turn_bwd`, and the sums of its dweight and dbias over them. With
+// dx of `chunk` tokens by `norm_rotate_bwd`, and the sums of its dweight and dbias over them. With
 // counts a valid token has its share in the gradient of its window, others have none.
 template <int N>
 __global__ void __launch_bounds__(kBwdLimits.bound(N), N == 1 ? 2 : 1)
-    qk_norm_rope3d_bwd_kernel(const QkNormRope3dBwd p) {
+    qk_norm_rope3d_bwd_kernel(const QkNormRope3dBwdParams p) {
   LUMINA_DYNAMIC_SHARED(float, memory);
   const NormShared shared = norm_shared<N>(p.shape, memory);
   const RowLayout& layout = p.shape.layout;
@@ -178,8 +179,8 @@ __global__ void __launch_bounds__(kBwdLimits.bound(N), N == 1 ? 2 : 1)
         for (int i = 0; i < 8; ++i) d[n][i] *= share;
       }
     }
-    fill_turns(p.table, token, -1.0f, 0, p.shape.K, layout, at, shared.turns);
-    norm_turn_bwd(x, d, dweight, dbias, keep, p, at, shared);
+    fill_rotations(p.angles, token, -1.0f, 0, p.shape.K, layout, at, shared.rotations);
+    norm_rotate_bwd(x, d, dweight, dbias, keep, p, at, shared);
 #pragma unroll
     for (int n = 0; n < N; ++n) {
       const int64_t head = at.head + n * layout.step;

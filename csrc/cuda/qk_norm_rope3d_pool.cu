@@ -11,7 +11,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> qk_norm_rope3d_pool_fwd(
     const Tensor& positions, const Tensor& inv_freq, const Tensor& axis,
     const std::vector<int64_t>& grid, int64_t factor, const OptionalTensor& key_mask, double eps,
     const std::string& norm) {
-  const Windows windows = windows_of(grid, factor, key_mask);
+  const MaskedWindows windows = windows_of(grid, factor, key_mask);
   const int64_t B = q.size(0), H = q.size(2), G = k.size(2), K = q.size(3);
   const int64_t L_out = count_of(windows);
   Tensor q_out = empty_as(q);
@@ -27,18 +27,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> qk_norm_rope3d_pool_fwd(
   const NormShape shape = norm_shape(H, G, K, eps, norm, kPoolLimits, N);
   const NormParameters parameters{parameter_of(qw, K), parameter_of(qb, K), parameter_of(kw, K),
                                   parameter_of(kb, K)};
-  const QkNormRope3dPool p{heads_of(qs),
-                           heads_of(ks),
-                           heads_of(vs),
-                           heads_of(q_out),
-                           heads_of(k_out),
-                           heads_of(v_out),
-                           parameters,
-                           rope_table_of(positions, inv_freq, axis),
-                           shape,
-                           pointer_to<unsigned char>(mask),
-                           pointer_to<float>(counts),
-                           windows};
+  const QkNormRope3dPoolParams p{.q = heads_of(qs),
+                                 .k = heads_of(ks),
+                                 .v = heads_of(vs),
+                                 .q_out = heads_of(q_out),
+                                 .k_out = heads_of(k_out),
+                                 .v_out = heads_of(v_out),
+                                 .parameters = parameters,
+                                 .angles = angles_of(positions, inv_freq, axis),
+                                 .shape = shape,
+                                 .mask_out = pointer_to<unsigned char>(mask),
+                                 .counts = pointer_to<float>(counts),
+                                 .windows = windows};
   const LaunchConfig config =
       row_config(shape.layout, B * L_out, norm_floats(shape.layout, shape.norm, N));
   with_heads<kPoolLimits.heads>(
@@ -53,10 +53,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> qk_norm_rope3
     const Tensor& inv_freq, const Tensor& axis, const Tensor& counts,
     const std::vector<int64_t>& grid, int64_t factor, const OptionalTensor& key_mask, double eps,
     const std::string& norm) {
-  const RopeTable table = rope_table_of(positions, inv_freq, axis);
-  const Pool pool{windows_of(grid, factor, key_mask), packed(counts)};
-  const auto [dq, q_partial] = row_bwd(dq_out, q, q_weight, q_bias, table, eps, norm, nullptr);
-  const auto [dk, k_partial] = row_bwd(dk_out, k, k_weight, k_bias, table, eps, norm, &pool);
+  const AnglesView angles = angles_of(positions, inv_freq, axis);
+  const CountedWindows pool{windows_of(grid, factor, key_mask), packed(counts)};
+  const auto [dq, q_partial] = row_bwd(dq_out, q, q_weight, q_bias, angles, eps, norm, nullptr);
+  const auto [dk, k_partial] = row_bwd(dk_out, k, k_weight, k_bias, angles, eps, norm, &pool);
   const Tensor dv = window_mean_bwd(dv_out, pool.counts, pool.windows);
   const ParameterGrads grads =
       parameter_grads(q_partial, k_partial, q_weight, q_bias, k_weight, k_bias);

@@ -12,21 +12,21 @@ namespace lumina_kernels::cuda {
 
 constexpr NormLimits kPoolLimits{4, 256, 384, 0};
 
-struct QkNormRope3dPool {
-  Heads q, k, v, q_out, k_out, v_out;
+struct QkNormRope3dPoolParams {
+  HeadsView q, k, v, q_out, k_out, v_out;
   NormParameters parameters;
-  RopeTable table;
+  AnglesView angles;
   NormShape shape;  // a block has one slot
   Global<unsigned char> mask_out;
   Global<float> counts;
-  Windows windows;
+  MaskedWindows windows;
 };
 
 // turn(norm(q)) for the tokens of a window; over the valid ones the means of turn(norm(k)) and of
 // v, 0 where there is none; their number
 template <int N>
 __global__ void __launch_bounds__(kPoolLimits.bound(N), N < 4 ? 2 : 1)
-    qk_norm_rope3d_pool_kernel(const QkNormRope3dPool p) {
+    qk_norm_rope3d_pool_kernel(const QkNormRope3dPoolParams p) {
   LUMINA_DYNAMIC_SHARED(float, memory);
   const NormShared shared = norm_shared<N>(p.shape, memory);
   const RowLayout& layout = p.shape.layout;
@@ -42,8 +42,8 @@ __global__ void __launch_bounds__(kPoolLimits.bound(N), N < 4 ? 2 : 1)
     float x[N][8];
     load_heads(x, p.q, p.k, token, true, keep, p.shape, at);
     if (i > 0) __syncthreads();  // what the last token's means wrote and read
-    fill_turns(p.table, token, 1.0f, 0, p.shape.K, layout, at, shared.turns);
-    norm_turn(x, p.parameters, p.shape, at, shared);
+    fill_rotations(p.angles, token, 1.0f, 0, p.shape.K, layout, at, shared.rotations);
+    norm_rotate(x, p.parameters, p.shape, at, shared);
 #pragma unroll
     for (int n = 0; n < N; ++n) {
       const int head = at.head + n * layout.step;

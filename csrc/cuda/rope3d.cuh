@@ -8,9 +8,9 @@ namespace lumina_kernels::cuda {
 constexpr int kRope3dThreads = 256;
 constexpr int kRope3dHeads = 2;  // of a thread at a time, so that their loads overlap
 
-struct Rope3d {
-  Heads q, k, q_out, k_out;
-  RopeTable table;
+struct Rope3dParams {
+  HeadsView q, k, q_out, k_out;
+  AnglesView angles;
   RowLayout layout;
   int64_t tokens, L;
   int H, G, K;
@@ -18,12 +18,13 @@ struct Rope3d {
 };
 
 inline LaunchConfig rope3d_config(const RowLayout& layout, int64_t tokens, int64_t K) {
-  return token_config(layout, tokens, ceil_div(K, 8), layout.slots * turn_floats(layout.pieces));
+  return token_config(layout, tokens, ceil_div(K, 8),
+                      layout.slots * rotation_floats(layout.pieces));
 }
 
 // (a, b) -> (a cos - b sin, a sin + b cos) with the angle sign * position[axis] * inv_freq
-__global__ void __launch_bounds__(kRope3dThreads, 3) rope3d_kernel(const Rope3d p) {
-  LUMINA_DYNAMIC_SHARED(float, turns);
+__global__ void __launch_bounds__(kRope3dThreads, 3) rope3d_kernel(const Rope3dParams p) {
+  LUMINA_DYNAMIC_SHARED(float, rotations);
   const RowPlace at = row_place(p.layout);
   const int64_t number = static_cast<int64_t>(blockIdx.x) * p.layout.slots + at.slot;
   const Token token = token_of(number < p.tokens ? number : p.tokens - 1, p.L);
@@ -36,22 +37,22 @@ __global__ void __launch_bounds__(kRope3dThreads, 3) rope3d_kernel(const Rope3d 
 #pragma unroll
     for (int n = 0; n < kRope3dHeads; ++n) {
       const int head = first + n * p.layout.step;
-      const Heads from = either(head < p.H, p.q, p.k);
+      const HeadsView from = select(head < p.H, p.q, p.k);
       const int64_t start = from.at(token.b, token.l, head < p.H ? head : head - p.H);
       load8(from.values, start + column, head < heads ? count : 0, x[n]);
     }
   };
   load(at.head);
-  fill_turns(p.table, token, p.sign, 4 * first_piece, p.K, p.layout, at, turns);
+  fill_rotations(p.angles, token, p.sign, 4 * first_piece, p.K, p.layout, at, rotations);
   __syncthreads();
-  const Turn turn = load_turn(turns, p.layout, at);
+  const PieceRotation rotation = load_rotation(rotations, p.layout, at);
   for (int first = at.head; first < heads;) {
 #pragma unroll
     for (int n = 0; n < kRope3dHeads; ++n) {
       const int head = first + n * p.layout.step;
       if (head >= heads) break;
-      turn_piece(x[n], turn);
-      const Heads to = either(head < p.H, p.q_out, p.k_out);
+      rotate_piece(x[n], rotation);
+      const HeadsView to = select(head < p.H, p.q_out, p.k_out);
       const int64_t start = to.at(token.b, token.l, head < p.H ? head : head - p.H);
       store8(to.values, start + column, count, x[n]);
     }

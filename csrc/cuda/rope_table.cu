@@ -16,22 +16,22 @@ bool takes_fours(const Tensor& tensor) {
   return aligned;
 }
 
-Heads heads_of(const Tensor& x, bool half) {
-  Heads heads = cuda::heads_of(x);
+HeadsView heads_of(const Tensor& x, bool half) {
+  HeadsView heads = cuda::heads_of(x);
   if (half) heads.values.vectors = takes_fours(x);
   return heads;
 }
 
 // A table (L, K) or (B, L, K).
-Rows table_of(const Tensor& table, bool half) {
+RowsView table_of(const Tensor& table, bool half) {
   const int64_t dim = table.dim();
-  Rows rows{values_of(table), dim == 2 ? 0 : table.stride(0), table.stride(dim - 2), true};
+  RowsView rows{values_of(table), dim == 2 ? 0 : table.stride(0), table.stride(dim - 2), true};
   if (half) rows.values.vectors = takes_fours(table);
   return rows;
 }
 
-std::tuple<Tensor, Tensor> turned(const Tensor& q, const OptionalTensor& k, const Tensor& cos,
-                                  const Tensor& sin, const std::string& pairing, bool back) {
+std::tuple<Tensor, Tensor> rotated(const Tensor& q, const OptionalTensor& k, const Tensor& cos,
+                                   const Tensor& sin, const std::string& pairing, bool back) {
   Tensor q_out = empty_as(q), k_out = empty_as(k, q);
   if (q.numel() + k_out.numel() == 0) return {q_out, k_out};
   const bool half = pairing == "half";
@@ -41,20 +41,20 @@ std::tuple<Tensor, Tensor> turned(const Tensor& q, const OptionalTensor& k, cons
   check_tokens(tokens);
   const Tensor qs = packed(q), ks = k ? packed(*k) : qs, cosines = packed(cos), sines = packed(sin);
   const RowLayout layout = token_layout(H + G, pieces, kRopeTableThreads);
-  const RopeTableTurn p{heads_of(qs, half),
-                        heads_of(ks, half),
-                        heads_of(q_out, half),
-                        heads_of(k ? k_out : q_out, half),
-                        table_of(cosines, half),
-                        table_of(sines, half),
-                        layout,
-                        tokens,
-                        q.size(1),
-                        static_cast<int>(H),
-                        static_cast<int>(G),
-                        static_cast<int>(K),
-                        half,
-                        back};
+  const RopeTableParams p{.q = heads_of(qs, half),
+                          .k = heads_of(ks, half),
+                          .q_out = heads_of(q_out, half),
+                          .k_out = heads_of(k ? k_out : q_out, half),
+                          .cos = table_of(cosines, half),
+                          .sin = table_of(sines, half),
+                          .layout = layout,
+                          .tokens = tokens,
+                          .L = q.size(1),
+                          .H = static_cast<int>(H),
+                          .G = static_cast<int>(G),
+                          .K = static_cast<int>(K),
+                          .half = half,
+                          .back = back};
   LUMINA_LAUNCH(q, rope_table_config(layout, tokens, pieces), rope_table_kernel, p);
   return {q_out, k_out};
 }
@@ -62,13 +62,13 @@ std::tuple<Tensor, Tensor> turned(const Tensor& q, const OptionalTensor& k, cons
 std::tuple<Tensor, Tensor> rope_table_fwd(const Tensor& q, const OptionalTensor& k,
                                           const Tensor& cos, const Tensor& sin,
                                           const std::string& pairing) {
-  return turned(q, k, cos, sin, pairing, false);
+  return rotated(q, k, cos, sin, pairing, false);
 }
 
 std::tuple<Tensor, Tensor> rope_table_bwd(const Tensor& dq_out, const OptionalTensor& dk_out,
                                           const Tensor& cos, const Tensor& sin,
                                           const std::string& pairing) {
-  return turned(dq_out, dk_out, cos, sin, pairing, true);
+  return rotated(dq_out, dk_out, cos, sin, pairing, true);
 }
 
 }  // namespace

@@ -10,9 +10,9 @@ constexpr int kRopeTableThreads = 256;
 // A thread has 8 channels that follow each other where those of a pair do. Where these are K/2
 // apart, it has 4 and their partners, both aligned to 4 values for every K that 8 divides; there
 // `vectors` of q, k and the tables says that they are.
-struct RopeTableTurn {
-  Heads q, k, q_out, k_out;
-  Rows cos, sin;
+struct RopeTableParams {
+  HeadsView q, k, q_out, k_out;
+  RowsView cos, sin;
   RowLayout layout;
   int64_t tokens, L;
   int H, G, K;
@@ -81,15 +81,15 @@ __device__ __forceinline__ void store_piece(const Values& x, int64_t i, int piec
 
 // (a, b) -> (a cos_a - b sin_a, b cos_b + a sin_b), or where `back` with (-sin_b, -sin_a) for the
 // sines. a and b are values i and j of a piece.
-__device__ __forceinline__ void turn_values(float (&x)[8], int i, int j, const float (&cos)[8],
-                                            const float (&sin)[8], bool back) {
+__device__ __forceinline__ void rotate_values(float (&x)[8], int i, int j, const float (&cos)[8],
+                                              const float (&sin)[8], bool back) {
   const float a = x[i], b = x[j];
   x[i] = a * cos[i] - b * (back ? -sin[j] : sin[i]);
   x[j] = b * cos[j] + a * (back ? -sin[i] : sin[j]);
 }
 
 // x -> x * cos + rot(x) * sin for q and k, or where `back` the gradient of x from that of this
-__global__ void __launch_bounds__(kRopeTableThreads, 3) rope_table_kernel(const RopeTableTurn p) {
+__global__ void __launch_bounds__(kRopeTableThreads, 3) rope_table_kernel(const RopeTableParams p) {
   RowPlace at = row_place(p.layout);
   at.piece += static_cast<int>(blockIdx.y) * p.layout.pieces;
   const int64_t number = static_cast<int64_t>(blockIdx.x) * p.layout.slots + at.slot;
@@ -101,15 +101,15 @@ __global__ void __launch_bounds__(kRopeTableThreads, 3) rope_table_kernel(const 
   for (int row = at.head; row < p.H + p.G; row += p.layout.step) {
     const bool of_q = row < p.H;
     const int head = of_q ? row : row - p.H;
-    const Heads from = either(of_q, p.q, p.k), to = either(of_q, p.q_out, p.k_out);
+    const HeadsView from = select(of_q, p.q, p.k), to = select(of_q, p.q_out, p.k_out);
     float x[8];
     load_piece(from.values, from.at(token.b, token.l, head), at.piece, p.K, p.half, x);
     if (p.half) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) turn_values(x, i, i + 4, cos, sin, p.back);
+      for (int i = 0; i < 4; ++i) rotate_values(x, i, i + 4, cos, sin, p.back);
     } else {
 #pragma unroll
-      for (int i = 0; i < 8; i += 2) turn_values(x, i, i + 1, cos, sin, p.back);
+      for (int i = 0; i < 8; i += 2) rotate_values(x, i, i + 1, cos, sin, p.back);
     }
     store_piece(to.values, to.at(token.b, token.l, head), at.piece, p.K, p.half, x);
   }

@@ -10,12 +10,12 @@ std::tuple<Tensor, Tensor> gate_grads(const Tensor& partial, int64_t which, cons
   Tensor dweight = empty_as(weight), dgate = gate.dim() == 2 ? empty_as(gate) : nothing(gate);
   const OptionalTensor gates = gate.dim() == 2 ? OptionalTensor(packed(gate)) : OptionalTensor();
   const Tensor weights = packed(weight);
-  const SandwichNormGate p{{pointer_to<const float>(partial) + which * D, B, partial.size(1),
-                            static_cast<int>(partial.size(2)), static_cast<int>(D)},
-                           values_of(weights),
-                           rows_of(gates),
-                           values_of(dweight),
-                           values_of(dgate)};
+  const GateGradsParams p{{pointer_to<const float>(partial) + which * D, B, partial.size(1),
+                           static_cast<int>(partial.size(2)), static_cast<int>(D)},
+                          values_of(weights),
+                          rows_of(gates),
+                          values_of(dweight),
+                          values_of(dgate)};
   LUMINA_LAUNCH(partial, sums_config(D), sandwich_norm_gate_kernel, p);
   return {dweight, dgate};
 }
@@ -29,14 +29,16 @@ std::tuple<Tensor, Tensor> sandwich_norm_fwd(const Tensor& y, const Tensor& resi
   if (out.numel() == 0) return {out, rstd};
   const Tensor ys = packed(y), residuals = packed(residual);
   const Tensor weights = packed(weight), gates = packed(gate);
-  const SandwichNormFwd p{rows_of(ys),
-                          {rows_of(residuals), rows_of(weights), rows_of(gates)},
-                          values_of(out),
-                          pointer_to<float>(rstd),
-                          B,
-                          L,
-                          static_cast<int>(D),
-                          static_cast<float>(eps)};
+  const SandwichNormFwdParams p{.y = rows_of(ys),
+                                .sandwich = {.residual = rows_of(residuals),
+                                             .weight = rows_of(weights),
+                                             .gate = rows_of(gates)},
+                                .out = values_of(out),
+                                .rstd = pointer_to<float>(rstd),
+                                .B = B,
+                                .L = L,
+                                .D = static_cast<int>(D),
+                                .eps = static_cast<float>(eps)};
   LUMINA_LAUNCH_ROWS(y, B * L, D, sandwich_norm_fwd_kernel, p);
   return {out, rstd};
 }
@@ -51,17 +53,17 @@ std::tuple<Tensor, Tensor, Tensor> sandwich_norm_bwd(const Tensor& dout, const T
   const Tensor partial = empty(y, {B, chunks, 1, D}, ScalarType::Float);
   const OptionalTensor per_token = gradient_per_token(gate);
   const Tensor douts = packed(dout), ys = packed(y), weights = packed(weight), gates = packed(gate);
-  const SandwichNormBwd p{rows_of(douts),
-                          rows_of(ys),
-                          {rows_of(OptionalTensor()), rows_of(weights), rows_of(gates)},
-                          pointer_to<const float>(rstd),
-                          values_of(dy),
-                          values_of(per_token),
-                          pointer_to<float>(partial),
-                          B,
-                          L,
-                          chunk,
-                          static_cast<int>(D)};
+  const SandwichNormBwdParams p{.dout = rows_of(douts),
+                                .y = rows_of(ys),
+                                .sandwich = {.weight = rows_of(weights), .gate = rows_of(gates)},
+                                .rstd = pointer_to<const float>(rstd),
+                                .dy = values_of(dy),
+                                .dgate = values_of(per_token),
+                                .partial = pointer_to<float>(partial),
+                                .B = B,
+                                .L = L,
+                                .chunk = chunk,
+                                .D = static_cast<int>(D)};
   LUMINA_LAUNCH_ROWS(y, B * chunks, D, sandwich_norm_bwd_kernel, p);
   const auto [dweight, per_sample] = gate_grads(partial, 0, weight, gate);
   return {dy, dweight, per_token ? *per_token : per_sample};

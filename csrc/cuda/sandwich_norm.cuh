@@ -5,8 +5,8 @@
 
 namespace lumina_kernels::cuda {
 
-struct SandwichNormFwd {
-  Rows y;
+struct SandwichNormFwdParams {
+  RowsView y;
   Sandwich sandwich;
   Values out;
   Global<float> rstd;  // (B, L)
@@ -15,8 +15,8 @@ struct SandwichNormFwd {
   float eps;
 };
 
-struct SandwichNormBwd {
-  Rows dout, y;
+struct SandwichNormBwdParams {
+  RowsView dout, y;
   Sandwich sandwich;  // without residual
   Global<const float> rstd;
   Values dy, dgate;       // dgate only where gate has a row per token
@@ -26,17 +26,17 @@ struct SandwichNormBwd {
 };
 
 // The second stage; gate and dgate are (B, D), or null where gate has a row per token.
-struct SandwichNormGate {
-  Partials partials;
+struct GateGradsParams {
+  PartialSums partials;
   Values weight;
-  Rows gate;
+  RowsView gate;
   Values dweight, dgate;
 };
 
 // out = residual + tanh(gate) * y * rstd * weight,  rstd = 1 / sqrt(mean(y²) + eps)
 template <int kPieces, bool kWide>
 __global__ void __launch_bounds__(row_threads(kPieces))
-    sandwich_norm_fwd_kernel(const SandwichNormFwd p) {
+    sandwich_norm_fwd_kernel(const SandwichNormFwdParams p) {
   const int64_t row = row_number();
   if (row >= p.B * p.L) return;
   const int64_t b = divide(row, p.L), l = row - b * p.L;
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(row_threads(kPieces))
 // partial: sums over `chunk` rows, see sandwich_bwd.
 template <int kPieces, bool kWide>
 __global__ void __launch_bounds__(row_threads(kPieces))
-    sandwich_norm_bwd_kernel(const SandwichNormBwd p) {
+    sandwich_norm_bwd_kernel(const SandwichNormBwdParams p) {
   const int64_t number = row_number(), chunks = ceil_div(p.L, p.chunk);
   if (number >= p.B * chunks) return;
   const int64_t sample = divide(number, chunks), start = (number - sample * chunks) * p.chunk;
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(row_threads(kPieces))
   clear(gate_sum);
   RowSum sum;
   for (int64_t l = start; l < end; ++l) {
-    const int64_t b = anew(sample), row = b * p.L + l;
+    const int64_t b = opaque(sample), row = b * p.L + l;
     const float rstd = p.rstd[row];
     const auto gradient = [&](int base) {
       load_span(p.dout.values, p.dout.row(b, l), base, D, d);
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(row_threads(kPieces))
 // Of the sums S of dout * n over a sample's rows: dgate = (1 - tanh(gate)²) * weight * S,
 // dweight = sum_b tanh(gate) * S; without gate, S has that factor and dweight = sum_b S.
 __global__ void __launch_bounds__(kSumColumns* kSumSlices)
-    sandwich_norm_gate_kernel(const SandwichNormGate p) {
+    sandwich_norm_gate_kernel(const GateGradsParams p) {
   const int D = p.partials.D;
   const int column = static_cast<int>(blockIdx.x) * kSumColumns + static_cast<int>(threadIdx.x);
   const auto finish = [&](int64_t b, float (&S)[1]) {

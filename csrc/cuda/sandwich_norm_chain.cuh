@@ -5,21 +5,21 @@
 
 namespace lumina_kernels::cuda {
 
-struct SandwichNormChainFwd {
-  Rows y;
+struct SandwichNormChainFwdParams {
+  RowsView y;
   Sandwich sandwich;
-  Modulation next;  // weight and scale
-  Values out, normed;
+  ModulationView next;  // weight and scale
+  Values new_residual, normed;
   Global<float> rstd, next_rstd;  // (B, L)
   int64_t B, L;
   int D;
   float eps;
 };
 
-struct SandwichNormChainBwd {
-  Rows dnew, dnormed, y;
+struct SandwichNormChainBwdParams {
+  RowsView dnew_residual, dnormed, y;
   Sandwich sandwich;
-  Modulation next;
+  ModulationView next;
   Global<const float> rstd, next_rstd;
   Values dy, dresidual;
   Values dgate, dscale;   // only where gate, scale have a row per token
@@ -28,11 +28,11 @@ struct SandwichNormChainBwd {
   int D;
 };
 
-// out = residual + tanh(gate) * y * rstd * weight,
-// normed = out * next_rstd * next_weight * (1 + next_scale)
+// new_residual = residual + tanh(gate) * y * rstd * weight,
+// normed = new_residual * next_rstd * next_weight * (1 + next_scale)
 template <int kPieces, bool kWide>
 __global__ void __launch_bounds__(row_threads(kPieces))
-    sandwich_norm_chain_fwd_kernel(const SandwichNormChainFwd p) {
+    sandwich_norm_chain_fwd_kernel(const SandwichNormChainFwdParams p) {
   const int64_t row = row_number();
   if (row >= p.B * p.L) return;
   const int64_t b = divide(row, p.L), l = row - b * p.L;
@@ -43,15 +43,15 @@ __global__ void __launch_bounds__(row_threads(kPieces))
     load_span(p.y.values, p.y.row(b, l), base, p.D, y);
   };
   const float rstd = norm_statistics<kWide>(load_y, p.D, p.eps, false, sum, x).y;
-  const auto make_new = [&](int base, float (&y)[kPieces][8]) {
+  const auto make_new_residual = [&](int base, float (&y)[kPieces][8]) {
     if (kWide) load_y(base, y);  // else it is there
     for_columns<kPieces>([&](int j, int k) { y[j][k] *= rstd; });
     sandwich(p.sandwich, b, l, base, p.D, y);
-    store_span(p.out, row * p.D, base, p.D, y);
+    store_span(p.new_residual, row * p.D, base, p.D, y);
   };
-  const float next_rstd = norm_statistics<kWide>(make_new, p.D, p.eps, false, sum, x).y;
+  const float next_rstd = norm_statistics<kWide>(make_new_residual, p.D, p.eps, false, sum, x).y;
   for (int base = 0; base < spans.end; base += spans.size) {
-    if (kWide) make_new(base, x);
+    if (kWide) make_new_residual(base, x);
     for_columns<kPieces>([&](int j, int k) { x[j][k] *= next_rstd; });
     modulate(p.next, b, l, base, p.D, x);
     store_span(p.normed, row * p.D, base, p.D, x);
@@ -61,11 +61,11 @@ __global__ void __launch_bounds__(row_threads(kPieces))
   p.next_rstd[row] = next_rstd;
 }
 
-// dresidual = dnew + that of the next norm's input, with `out` computed again rather than read
-// rounded; dy from it as in sandwich_norm. partial: sums over `chunk` rows.
+// dresidual = dnew_residual + that of the next norm's input, with `new_residual` computed again
+// rather than read rounded; dy from it as in sandwich_norm. partial: sums over `chunk` rows.
 template <int kPieces, bool kWide>
 __global__ void __launch_bounds__(row_threads(kPieces))
-    sandwich_norm_chain_bwd_kernel(const SandwichNormChainBwd p) {
+    sandwich_norm_chain_bwd_kernel(const SandwichNormChainBwdParams p) {
   const int64_t number = row_number(), chunks = ceil_div(p.L, p.chunk);
   if (number >= p.B * chunks) return;
   const int64_t sample = divide(number, chunks), start = (number - sample * chunks) * p.chunk;
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(row_threads(kPieces))
   clear(gate_sum);
   RowSum sum;
   for (int64_t l = start; l < end; ++l) {
-    const int64_t b = anew(sample), row = b * p.L + l;
+    const int64_t b = opaque(sample), row = b * p.L + l;
     const float rstd = p.rstd[row], next_rstd = p.next_rstd[row];
     const auto load_n = [&](int base) {
       load_span(p.y.values, p.y.row(b, l), base, D, n);
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(row_threads(kPieces))
     const auto gradient = [&](int base) {
       if (kWide) next_gradient(base);
       norm_bwd(d, n, next_rstd, next_along, 0.0f);
-      add_span(p.dnew.values, p.dnew.row(b, l), base, D, d);
+      add_span(p.dnew_residual.values, p.dnew_residual.row(b, l), base, D, d);
       store_span(p.dresidual, row * D, base, D, d);
       load_n(base);
       sandwich_bwd(p.sandwich, p.dgate, b, l, row, base, D, n, d, gate_sum);

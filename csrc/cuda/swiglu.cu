@@ -26,8 +26,13 @@ Tensor swiglu_fwd(const Tensor& a, const Tensor& b) {
   if (out.numel() == 0) return out;
   const auto [rows, F] = flat_shape({a, b});
   const Tensor as = flat(a, rows, F), bs = flat(b, rows, F), outs = flat(out, rows, F);
-  const SwigluFwd p{
-      values_of(as), values_of(bs), values_of(outs), as.stride(0), bs.stride(0), rows, F};
+  const SwigluFwdParams p{.a = values_of(as),
+                          .b = values_of(bs),
+                          .out = values_of(outs),
+                          .a_step = as.stride(0),
+                          .b_step = bs.stride(0),
+                          .rows = rows,
+                          .F = F};
   LUMINA_LAUNCH(a, swiglu_config(rows, F), swiglu_fwd_kernel, p);
   return out;
 }
@@ -38,8 +43,16 @@ std::tuple<Tensor, Tensor> swiglu_bwd(const Tensor& dout, const Tensor& a, const
   const auto [rows, F] = flat_shape({dout, a, b});
   const Tensor douts = flat(dout, rows, F), as = flat(a, rows, F), bs = flat(b, rows, F);
   const Tensor das = flat(da, rows, F), dbs = flat(db, rows, F);
-  const SwigluBwd p{values_of(douts), values_of(as), values_of(bs), values_of(das), values_of(dbs),
-                    douts.stride(0),  as.stride(0),  bs.stride(0),  rows,           F};
+  const SwigluBwdParams p{.dout = values_of(douts),
+                          .a = values_of(as),
+                          .b = values_of(bs),
+                          .da = values_of(das),
+                          .db = values_of(dbs),
+                          .dout_step = douts.stride(0),
+                          .a_step = as.stride(0),
+                          .b_step = bs.stride(0),
+                          .rows = rows,
+                          .F = F};
   LUMINA_LAUNCH(a, swiglu_config(rows, F), swiglu_bwd_kernel, p);
   return {da, db};
 }

@@ -8,13 +8,13 @@ namespace lumina_kernels::cuda {
 constexpr int kSwigluThreads = 256;
 
 // `rows` rows of F values in each tensor; `step` is from row to row, in elements.
-struct SwigluFwd {
+struct SwigluFwdParams {
   Values a, b, out;
   int64_t a_step, b_step;
   int64_t rows, F;
 };
 
-struct SwigluBwd {
+struct SwigluBwdParams {
   Values dout, a, b, da, db;
   int64_t dout_step, a_step, b_step;
   int64_t rows, F;
@@ -36,7 +36,7 @@ __device__ __forceinline__ void swiglu_place(int64_t rows, int64_t F, int64_t& r
 }
 
 // out = a / (1 + exp(-a)) * b
-__global__ void __launch_bounds__(kSwigluThreads) swiglu_fwd_kernel(const SwigluFwd p) {
+__global__ void __launch_bounds__(kSwigluThreads) swiglu_fwd_kernel(const SwigluFwdParams p) {
   int64_t row, column;
   swiglu_place(p.rows, p.F, row, column);
   if (row >= p.rows) return;
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kSwigluThreads) swiglu_fwd_kernel(const Swiglu
 }
 
 // With s = 1 / (1 + exp(-a)): da = dout * b * s * (1 + a * (1 - s)),  db = dout * a * s
-__global__ void __launch_bounds__(kSwigluThreads) swiglu_bwd_kernel(const SwigluBwd p) {
+__global__ void __launch_bounds__(kSwigluThreads) swiglu_bwd_kernel(const SwigluBwdParams p) {
   int64_t row, column;
   swiglu_place(p.rows, p.F, row, column);
   if (row >= p.rows) return;

@@ -17,7 +17,7 @@ CSRC = HERE.parents[1] / "csrc"
 RUNTIME = [HERE / "cuda_host.cpp", HERE / "memory.cpp"]
 NAMESPACE = "lumina_kernels_cuda_host"
 FLAGS = [
-    "-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas",
+    "-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas",
     "-DLUMINA_CUDA_HOST", "-DTORCH_TARGET_VERSION=0x020a000000000000",
 ]  # fmt: skip
 COUNTERS = ("launches", "bytes_read", "bytes_written", "bank_conflicts")

@@ -91,8 +91,8 @@ LUMINA_INLINE Moments moments_of(const float* row, int64_t length, Norm norm) {
 }
 
 // out = turn(norm(x) * weight + bias), `row` room for the padded token
-LUMINA_INLINE void norm_turn(const Heads& x, const float* weight, const float* bias, Norm norm,
-                             Turns turns, int64_t K, Row out, float* row) {
+LUMINA_INLINE void norm_rotate(const TokenHeads& x, const float* weight, const float* bias,
+                               Norm norm, Rotation rotation, int64_t K, Row out, float* row) {
   stage(x, row);
   const int64_t size = x.size(), length = norm.per_head ? K : size;
   for (int64_t at = 0; at < size; at += length) {
@@ -102,7 +102,7 @@ LUMINA_INLINE void norm_turn(const Heads& x, const float* weight, const float* b
       Vec y = (load(part + i) - mean) * rstd;
       if (weight != nullptr) y = y * load(weight + at + i);
       if (bias != nullptr) y = y + load(bias + at + i);
-      store(out, at + i, turned(y, turns, c), count);
+      store(out, at + i, rotated(y, rotation, c), count);
     });
   }
 }

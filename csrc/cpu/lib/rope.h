@@ -9,21 +9,21 @@ namespace lumina_kernels::cpu {
 constexpr int64_t kWidest = 16;  // floats in the widest vector of any level
 
 // All heads of a token: `count` pieces of `length` values, `step` apart; one piece without gaps.
-struct Heads {
+struct TokenHeads {
   Row row;
   int64_t count, length, step;
 
   int64_t size() const { return count * length; }
 };
 
-inline Heads heads_at(const Rows& x, int64_t b, int64_t l, int64_t H, int64_t K) {
+inline TokenHeads heads_at(const Rows& x, int64_t b, int64_t l, int64_t H, int64_t K) {
   if (H <= 1 || x.h == K) return {x(b, l), 1, H * K, 0};
   return {x(b, l), H, K, x.h};
 }
 
 // Asks for the heads of a token that comes next, and for the lines they will be written to: memory
 // would else rest during this one's angles and sums. A hint: nothing is read.
-inline void prefetch(const Heads& x, Row out) {
+inline void prefetch(const TokenHeads& x, Row out) {
   constexpr int64_t kLine = 64;
   const int64_t bytes = x.length * size_of(x.row.dtype), step = x.step * size_of(x.row.dtype);
   for (int64_t n = 0; n < x.count; ++n)
@@ -44,12 +44,14 @@ inline float* scratch(int64_t count) {
 
 // A token's cosines and sines for the K channels of a head, as x * cos + swapped(x) * sin wants
 // them, and their first values again behind them: a vector may begin at any channel.
-struct Turns {
+struct Rotation {
   float *cos, *sin;
 };
 
-inline int64_t turns_size(int64_t K) { return 2 * padded(K + kWidest); }
-inline Turns turns_in(float* memory, int64_t K) { return {memory, memory + turns_size(K) / 2}; }
+inline int64_t rotation_size(int64_t K) { return 2 * padded(K + kWidest); }
+inline Rotation rotation_in(float* memory, int64_t K) {
+  return {memory, memory + rotation_size(K) / 2};
+}
 
 // A tensor of numbers of any dtype, read one by one.
 struct Numbers {
@@ -197,7 +199,7 @@ LUMINA_INLINE void for_channels(int64_t length, int64_t K, const F& f) {
 }
 
 // All heads of a token in float32, one after another.
-LUMINA_INLINE void stage(const Heads& x, float* to) {
+LUMINA_INLINE void stage(const TokenHeads& x, float* to) {
   for (int64_t n = 0; n < x.count; ++n) {
     const Row from = x.row + n * x.step;
     float* piece = to + n * x.length;
@@ -254,7 +256,7 @@ LUMINA_INLINE void repeat(float* table, int64_t K) {
 }
 
 // Cosines and sines of one token, for all of its heads.
-LUMINA_INLINE void make_turns(const Angles& angles, int64_t b, int64_t l, Turns turns) {
+LUMINA_INLINE void make_rotation(const Angles& angles, int64_t b, int64_t l, Rotation rotation) {
   const int64_t at = b * angles.b + l * angles.l, sample = angles.freq_b == 0 ? 0 : b;
   const Numbers& positions = angles.positions;
   const float p[] = {positions[at], positions[at + angles.c], positions[at + 2 * angles.c]};
@@ -279,24 +281,24 @@ LUMINA_INLINE void make_turns(const Angles& angles, int64_t b, int64_t l, Turns 
       far_sincos(values[0], values[1], values[2], kWidth);
       sin = load(values[1]), cos = load(values[2]);
     }
-    store_pairs(turns.cos + 2 * j, cos, 0);
-    store_pairs(turns.sin + 2 * j, sin, flip);
+    store_pairs(rotation.cos + 2 * j, cos, 0);
+    store_pairs(rotation.sin + 2 * j, sin, flip);
   }
-  repeat(turns.cos, 2 * angles.pairs);
-  repeat(turns.sin, 2 * angles.pairs);
+  repeat(rotation.cos, 2 * angles.pairs);
+  repeat(rotation.sin, 2 * angles.pairs);
 }
 
 // (a, b) -> (a cos - b sin, a sin + b cos) for the pairs of a vector that begins at channel c.
-LUMINA_INLINE Vec turned(Vec x, Turns turns, int64_t c) {
-  return x * load(turns.cos + c) + swapped(x) * load(turns.sin + c);
+LUMINA_INLINE Vec rotated(Vec x, Rotation rotation, int64_t c) {
+  return x * load(rotation.cos + c) + swapped(x) * load(rotation.sin + c);
 }
 
 // All heads of a token, turned, one after another.
-LUMINA_INLINE void turn_heads(const Heads& x, Turns turns, int64_t K, Row out) {
+LUMINA_INLINE void rotate_heads(const TokenHeads& x, Rotation rotation, int64_t K, Row out) {
   for (int64_t n = 0; n < x.count; ++n) {
     const Row from = x.row + n * x.step, to = out + n * x.length;
     for_channels(x.length, K, [&](int64_t i, int64_t c, int64_t count) {
-      store(to, i, turned(load(from, i, count), turns, c), count);
+      store(to, i, rotated(load(from, i, count), rotation, c), count);
     });
   }
 }

@@ -66,8 +66,8 @@ inline const std::vector<int64_t>& valid_tokens(const Windows& windows, const Ma
 }
 
 // The gradient of x, (B, L, G, K), from that of its means over windows.
-Tensor window_means_bwd(const Tensor& dout, const Tensor& counts, const Windows& windows,
-                        const Mask& mask);
+Tensor window_mean_bwd(const Tensor& dout, const Tensor& counts, const Windows& windows,
+                       const Mask& mask);
 
 }  // namespace lumina_kernels::cpu
 #endif  // LUMINA_WINDOW
@@ -76,9 +76,9 @@ Tensor window_means_bwd(const Tensor& dout, const Tensor& counts, const Windows&
 namespace lumina_kernels::cpu::LUMINA_LEVEL {
 
 // The mean of all heads of `tokens` of sample b; 0 where there is none.
-LUMINA_INLINE void mean_of(const Rows& x, int64_t b, const std::vector<int64_t>& tokens, int64_t G,
-                           int64_t K, Row out) {
-  const Heads heads = heads_at(x, b, 0, G, K);
+LUMINA_INLINE void window_mean(const Rows& x, int64_t b, const std::vector<int64_t>& tokens,
+                               int64_t G, int64_t K, Row out) {
+  const TokenHeads heads = heads_at(x, b, 0, G, K);
   const Vec size = broadcast(static_cast<float>(std::max<size_t>(tokens.size(), 1)));
   const int64_t step = x.l;
   const int64_t *begin = tokens.data(), *end = begin + tokens.size();

@@ -157,14 +157,14 @@ inline OptionalTensor packed(const OptionalTensor& tensor) {
 }
 
 // Of a packed tensor (D,), (B, D) or (B, L, D). The caller keeps the tensor until the launch.
-inline Rows rows_of(const Tensor& tensor) {
+inline RowsView rows_of(const Tensor& tensor) {
   const int64_t dim = tensor.dim();
   return {values_of(tensor), dim > 1 ? tensor.stride(0) : 0, dim > 2 ? tensor.stride(1) : 0,
           dim > 2};
 }
 
-inline Rows rows_of(const OptionalTensor& tensor) {
-  return tensor ? rows_of(*tensor) : Rows{values_of(tensor), 0, 0, false};
+inline RowsView rows_of(const OptionalTensor& tensor) {
+  return tensor ? rows_of(*tensor) : RowsView{values_of(tensor), 0, 0, false};
 }
 
 }  // namespace lumina_kernels::cuda

@@ -7,13 +7,13 @@
 namespace lumina_kernels::cuda {
 
 // Each may be missing. Gradients of scale and shift: see `modulate_bwd`.
-struct Modulation {
-  Rows weight, bias, scale, shift;
+struct ModulationView {
+  RowsView weight, bias, scale, shift;
 };
 
 // f(k, parameter) for the columns of a piece, where the parameter is there.
 template <class F>
-__device__ __forceinline__ void with_parameter(const Rows& parameter, int64_t b, int64_t l,
+__device__ __forceinline__ void with_parameter(const RowsView& parameter, int64_t b, int64_t l,
                                                int column, int D, F f) {
   if (!is_there(parameter)) return;
   float p[8];
@@ -24,8 +24,8 @@ __device__ __forceinline__ void with_parameter(const Rows& parameter, int64_t b,
 
 // n becomes y in the span at `base` of row l of sample b.
 template <int kPieces>
-__device__ __forceinline__ void modulate(const Modulation& m, int64_t b, int64_t l, int base, int D,
-                                         float (&n)[kPieces][8]) {
+__device__ __forceinline__ void modulate(const ModulationView& m, int64_t b, int64_t l, int base,
+                                         int D, float (&n)[kPieces][8]) {
 #pragma unroll
   for (int j = 0; j < kPieces; ++j) {
     const int column = column_of(base, j);
@@ -41,8 +41,8 @@ __device__ __forceinline__ void modulate(const Modulation& m, int64_t b, int64_t
 // f is 1 + scale where `scale` has a row per token: then its gradient d * (n * weight + bias) is
 // written to `dscale`, row `token`. Else f is 1, and the second stage knows scale.
 template <int kPieces>
-__device__ __forceinline__ void modulate_bwd(const Modulation& m, const Values& dscale, int64_t b,
-                                             int64_t l, int64_t token, int base, int D,
+__device__ __forceinline__ void modulate_bwd(const ModulationView& m, const Values& dscale,
+                                             int64_t b, int64_t l, int64_t token, int base, int D,
                                              const float (&n)[kPieces][8], float (&d)[kPieces][8],
                                              float (&dn_sum)[kPieces][8],
                                              float (&d_sum)[kPieces][8]) {

@@ -5,7 +5,7 @@
 namespace lumina_kernels::cuda {
 namespace {
 
-Partials partials_of(const Tensor& partial, int64_t which) {
+PartialSums partials_of(const Tensor& partial, int64_t which) {
   const int64_t D = partial.size(3);
   return {pointer_to<const float>(partial) + which * D, partial.size(0), partial.size(1),
           static_cast<int>(partial.size(2)), static_cast<int>(D)};
@@ -47,29 +47,21 @@ std::vector<Tensor> modulation_grads(const Tensor& partial, const OptionalTensor
   if (dshift) grads[3] = *dshift;
   if (!any) return grads;
   const OptionalTensor weights = packed(weight), biases = packed(bias), scales = packed(per_sample);
-  const ModulationGrads p{partials_of(partial, 0),
-                          values_of(weights),
-                          values_of(biases),
-                          rows_of(scales),
-                          outputs[0],
-                          outputs[1],
-                          outputs[2],
-                          outputs[3]};
+  const ModulationGradsParams p{.partials = partials_of(partial, 0),
+                                .weight = values_of(weights),
+                                .bias = values_of(biases),
+                                .scale = rows_of(scales),
+                                .dweight = outputs[0],
+                                .dbias = outputs[1],
+                                .dscale = outputs[2],
+                                .dshift = outputs[3]};
   LUMINA_LAUNCH(partial, sums_config(partial.size(3)), modulation_grads_kernel, p);
   return grads;
 }
 
 Tensor sample_sums(const Tensor& partial, int64_t which, const Tensor& like) {
   Tensor sums = empty_as(like);
-  const Values none = values_of(OptionalTensor());  // the gradient of a shift is what is asked for
-  const ModulationGrads p{partials_of(partial, which),
-                          none,
-                          none,
-                          rows_of(OptionalTensor()),
-                          none,
-                          none,
-                          none,
-                          values_of(sums)};
+  const ModulationGradsParams p{.partials = partials_of(partial, which), .dshift = values_of(sums)};
   LUMINA_LAUNCH(partial, sums_config(partial.size(3)), modulation_grads_kernel, p);
   return sums;
 }

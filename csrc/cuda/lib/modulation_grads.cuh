@@ -7,17 +7,17 @@ namespace lumina_kernels::cuda {
 
 // The second stage. A gradient that is not wanted is null; scale and shift are (B, D) here, and
 // scale is null where it has a row per token.
-struct ModulationGrads {
-  Partials partials;
+struct ModulationGradsParams {
+  PartialSums partials;
   Values weight, bias;
-  Rows scale;
+  RowsView scale;
   Values dweight, dbias, dscale, dshift;
 };
 
 // Of the sums A of f * d * n and E of f * d over a sample's rows: dscale = A * weight + E * bias,
 // dshift = E, dweight = sum_b (1 + scale) * A, dbias = sum_b (1 + scale) * E.
 __global__ void __launch_bounds__(kSumColumns* kSumSlices)
-    modulation_grads_kernel(const ModulationGrads p) {
+    modulation_grads_kernel(const ModulationGradsParams p) {
   const int D = p.partials.D;
   const int column = static_cast<int>(blockIdx.x) * kSumColumns + static_cast<int>(threadIdx.x);
   const auto finish = [&](int64_t b, float (&S)[2]) {

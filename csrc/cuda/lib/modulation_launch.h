@@ -18,7 +18,7 @@ class PackedModulation {
         scale_(packed(scale)),
         shift_(packed(shift)) {}
 
-  Modulation rows() const {
+  ModulationView rows() const {
     return {rows_of(weight_), rows_of(bias_), rows_of(scale_), rows_of(shift_)};
   }
 

@@ -246,9 +246,9 @@ __device__ __forceinline__ void copy_async_wait() {
 #endif
 }
 
-// threadIdx.x and blockIdx.x, read anew: what is made of them before and after a loop is not kept
+// threadIdx.x and blockIdx.x, read opaque: what is made of them before and after a loop is not kept
 // in registers through it.
-__device__ __forceinline__ int thread_again() {
+__device__ __forceinline__ int thread_index() {
 #ifdef LUMINA_CUDA_HOST
   return static_cast<int>(threadIdx.x);
 #else
@@ -258,9 +258,9 @@ __device__ __forceinline__ int thread_again() {
 #endif
 }
 
-__device__ __forceinline__ int lane_again() { return thread_again() % 32; }
+__device__ __forceinline__ int lane_index() { return thread_index() % 32; }
 
-__device__ __forceinline__ int block_again() {
+__device__ __forceinline__ int block_index() {
 #ifdef LUMINA_CUDA_HOST
   return static_cast<int>(blockIdx.x);
 #else

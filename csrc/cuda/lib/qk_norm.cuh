@@ -18,13 +18,13 @@ struct NormLimits {
   }
 };
 
-enum class Norm : int32_t { kLayerAcrossHeads, kRmsPerHead, kRmsAcrossHeads };
+enum class NormKind : int32_t { kLayerAcrossHeads, kRmsPerHead, kRmsAcrossHeads };
 
 // Heads of a token: H of q, then G of k.
 struct NormShape {
   RowLayout layout;
   int H, G, K;
-  Norm norm;
+  NormKind norm;
   float eps;
   float q_share, k_share, head_share;  // 1 / (H * K), 1 / (G * K), 1 / K
 };
@@ -32,17 +32,18 @@ struct NormShape {
 // --- shared memory: the turns, then one scratch for each of the means of a token ---
 
 // Floats of a scratch: two sums of q and of k for every warp, or one for every head and thread.
-__host__ __device__ constexpr int scratch_floats(const RowLayout& layout, Norm norm, int heads) {
+__host__ __device__ constexpr int scratch_floats(const RowLayout& layout, NormKind norm,
+                                                 int heads) {
   const int threads = layout.slots * layout.threads;
-  return norm == Norm::kRmsPerHead ? heads * threads : 4 * (threads / 32);
+  return norm == NormKind::kRmsPerHead ? heads * threads : 4 * (threads / 32);
 }
 
-inline int64_t norm_floats(const RowLayout& layout, Norm norm, int heads) {
-  return layout.slots * turn_floats(layout.pieces) + 3 * scratch_floats(layout, norm, heads);
+inline int64_t norm_floats(const RowLayout& layout, NormKind norm, int heads) {
+  return layout.slots * rotation_floats(layout.pieces) + 3 * scratch_floats(layout, norm, heads);
 }
 
 struct NormShared {
-  Shared<float> turns, scratch[3];
+  Shared<float> rotations, scratch[3];
 };
 
 // The parts of a block's shared memory, for N heads of a thread.
@@ -131,7 +132,7 @@ __device__ __forceinline__ void normalise(float (&x)[N][8], float (&rstd)[N],
                                           const NormShape& shape, const RowPlace& at,
                                           const NormShared& shared) {
   float sums[1][N];
-  if (shape.norm == Norm::kLayerAcrossHeads) {
+  if (shape.norm == NormKind::kLayerAcrossHeads) {
 #pragma unroll
     for (int n = 0; n < N; ++n) {
       sums[0][n] = 0.0f;
@@ -148,7 +149,7 @@ __device__ __forceinline__ void normalise(float (&x)[N][8], float (&rstd)[N],
   }
 #pragma unroll
   for (int n = 0; n < N; ++n) sums[0][n] = sum_of_products(x[n], x[n]);
-  if (shape.norm == Norm::kRmsPerHead) {
+  if (shape.norm == NormKind::kRmsPerHead) {
     means_per_head(sums[0], shape, at, shared.scratch[1]);
   } else {
     means_across_heads(sums, shape, at, shared.scratch[1]);
@@ -165,7 +166,7 @@ __device__ __forceinline__ void normalise(float (&x)[N][8], float (&rstd)[N],
 __device__ __forceinline__ void load_parameter(const Values& parameter, const NormShape& shape,
                                                const RowPlace& at, int head, int count,
                                                float (&out)[8]) {
-  const int row = shape.norm == Norm::kRmsPerHead ? 0 : head;
+  const int row = shape.norm == NormKind::kRmsPerHead ? 0 : head;
   load8(parameter, static_cast<int64_t>(row) * shape.K + 8 * at.piece, count, out);
 }
 
@@ -176,18 +177,18 @@ struct NormParameters {
 // x becomes turn(norm(x) * weight + bias) for the heads of q and k. With a barrier between what
 // fills the turns and their use.
 template <int N>
-__device__ __forceinline__ void norm_turn(float (&x)[N][8], const NormParameters& parameters,
-                                          const NormShape& shape, const RowPlace& at,
-                                          const NormShared& shared) {
+__device__ __forceinline__ void norm_rotate(float (&x)[N][8], const NormParameters& parameters,
+                                            const NormShape& shape, const RowPlace& at,
+                                            const NormShared& shared) {
   float rstd[N];
   normalise(x, rstd, shape, at, shared);
-  const Turn turn = load_turn(shared.turns, shape.layout, at);
+  const PieceRotation rotation = load_rotation(shared.rotations, shape.layout, at);
 #pragma unroll
   for (int n = 0; n < N; ++n) {
     const int head = at.head + n * shape.layout.step, count = channels(shape, at, n);
     const bool of_q = head < shape.H;
-    const Values weight = either(of_q, parameters.q_weight, parameters.k_weight);
-    const Values bias = either(of_q, parameters.q_bias, parameters.k_bias);
+    const Values weight = select(of_q, parameters.q_weight, parameters.k_weight);
+    const Values bias = select(of_q, parameters.q_bias, parameters.k_bias);
     float values[8];
     if (is_there(weight)) {
       load_parameter(weight, shape, at, of_q ? head : head - shape.H, count, values);
@@ -199,20 +200,20 @@ __device__ __forceinline__ void norm_turn(float (&x)[N][8], const NormParameters
 #pragma unroll
       for (int i = 0; i < 8; ++i) x[n][i] += values[i];
     }
-    turn_piece(x[n], turn);
+    rotate_piece(x[n], rotation);
   }
 }
 
 // The pieces of a token's heads, zeros for those of q and of k that are not wanted.
 template <int N>
-__device__ __forceinline__ void load_heads(float (&x)[N][8], const Heads& q, const Heads& k,
+__device__ __forceinline__ void load_heads(float (&x)[N][8], const HeadsView& q, const HeadsView& k,
                                            const Token& token, bool want_q, bool want_k,
                                            const NormShape& shape, const RowPlace& at) {
 #pragma unroll
   for (int n = 0; n < N; ++n) {
     const int head = at.head + n * shape.layout.step;
     const bool of_q = head < shape.H;
-    const Heads from = either(of_q, q, k);
+    const HeadsView from = select(of_q, q, k);
     const int64_t start = from.at(token.b, token.l, of_q ? head : head - shape.H);
     const int count = (of_q ? want_q : want_k) ? channels(shape, at, n) : 0;
     load8(from.values, start + 8 * at.piece, count, x[n]);

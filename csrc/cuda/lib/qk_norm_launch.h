@@ -18,11 +18,11 @@ void with_heads(int N, const Body& body) {
   body(std::integral_constant<int, kMost>());
 }
 
-inline Norm norm_of(const std::string& norm) {
-  if (norm == "layer_across_heads") return Norm::kLayerAcrossHeads;
-  if (norm == "rms_per_head") return Norm::kRmsPerHead;
+inline NormKind norm_of(const std::string& norm) {
+  if (norm == "layer_across_heads") return NormKind::kLayerAcrossHeads;
+  if (norm == "rms_per_head") return NormKind::kRmsPerHead;
   STD_TORCH_CHECK(norm == "rms_across_heads", "unknown norm ", norm);
-  return Norm::kRmsAcrossHeads;
+  return NormKind::kRmsAcrossHeads;
 }
 
 // H heads of q and G of k among threads, with the fewest heads N of a thread that the limits allow.
@@ -36,15 +36,15 @@ inline NormShape norm_shape(int64_t H, int64_t G, int64_t K, double eps, const s
   STD_TORCH_CHECK(threads(N) <= limits.bound(N), "a token has ", K * (H + G),
                   " values to normalise at once, and the CUDA kernel holds at most ",
                   8 * limits.heads * limits.last_threads);
-  return {row_layout(H + G, pieces, N, limits.fill),
-          static_cast<int>(H),
-          static_cast<int>(G),
-          static_cast<int>(K),
-          norm_of(norm),
-          static_cast<float>(eps),
-          share(H * K),
-          share(G * K),
-          share(K)};
+  return {.layout = row_layout(H + G, pieces, N, limits.fill),
+          .H = static_cast<int>(H),
+          .G = static_cast<int>(G),
+          .K = static_cast<int>(K),
+          .norm = norm_of(norm),
+          .eps = static_cast<float>(eps),
+          .q_share = share(H * K),
+          .k_share = share(G * K),
+          .head_share = share(K)};
 }
 
 // A parameter for heads of K values: their first ones are aligned too.
@@ -55,16 +55,16 @@ inline Values parameter_of(const OptionalTensor& parameter, int64_t K) {
 }
 
 // The windows of (B, L') counts that the gradient of a row is for.
-struct Pool {
-  Windows windows;
+struct CountedWindows {
+  MaskedWindows windows;
   Tensor counts;
 };
 
 // dx, and the partial sums of dweight and dbias, (blocks, sums * width), float32.
 std::tuple<Tensor, Tensor> row_bwd(const Tensor& dout, const Tensor& x,
                                    const OptionalTensor& weight, const OptionalTensor& bias,
-                                   const RopeTable& table, double eps, const std::string& norm,
-                                   const Pool* pool);
+                                   const AnglesView& angles, double eps, const std::string& norm,
+                                   const CountedWindows* pool);
 
 // Gradients of the parameters of q and of k from `row_bwd`'s sums, `nothing` for those that are not
 // there.

@@ -6,7 +6,7 @@
 namespace lumina_kernels::cuda {
 
 // (B, L, H, K): head h of token l of sample b starts at b * step_b + l * step_l + h * step_h.
-struct Heads {
+struct HeadsView {
   Values values;
   int64_t step_b, step_l, step_h;
 
@@ -15,14 +15,14 @@ struct Heads {
   }
 };
 
-__device__ __forceinline__ bool is_there(const Heads& x) { return x.values.data != nullptr; }
+__device__ __forceinline__ bool is_there(const HeadsView& x) { return x.values.data != nullptr; }
 
 // One of two, member by member: kernel arguments that are reached by address go to the stack.
-__device__ __forceinline__ Values either(bool first, const Values& a, const Values& b) {
+__device__ __forceinline__ Values select(bool first, const Values& a, const Values& b) {
   return {first ? a.data : b.data, first ? a.dtype : b.dtype, first ? a.vectors : b.vectors};
 }
-__device__ __forceinline__ Heads either(bool first, const Heads& a, const Heads& b) {
-  return {either(first, a.values, b.values), first ? a.step_b : b.step_b,
+__device__ __forceinline__ HeadsView select(bool first, const HeadsView& a, const HeadsView& b) {
+  return {select(first, a.values, b.values), first ? a.step_b : b.step_b,
           first ? a.step_l : b.step_l, first ? a.step_h : b.step_h};
 }
 
@@ -103,12 +103,12 @@ enum class Number : int32_t {
   kUInt8
 };
 
-struct Numbers {
+struct NumbersView {
   Global<const unsigned char> data;
   Number dtype;
 };
 
-__device__ __forceinline__ float load_number(const Numbers& x, int64_t i) {
+__device__ __forceinline__ float load_number(const NumbersView& x, int64_t i) {
   switch (x.dtype) {
     case Number::kDouble:
       return static_cast<float>(load_global<double>(x.data + 8 * i));
@@ -132,7 +132,7 @@ __device__ __forceinline__ float load_number(const Numbers& x, int64_t i) {
 }
 
 // int32 or int64.
-__device__ __forceinline__ int64_t load_integer(const Numbers& x, int64_t i) {
+__device__ __forceinline__ int64_t load_integer(const NumbersView& x, int64_t i) {
   if (x.dtype == Number::kInt64) return load_global<long long>(x.data + 8 * i);
   return load_global<int>(x.data + 4 * i);
 }
@@ -140,62 +140,64 @@ __device__ __forceinline__ int64_t load_integer(const Numbers& x, int64_t i) {
 // --- angles ---
 
 // Positions (B, L, 3), frequencies (B, K / 2) and axes (K / 2,) by their steps, 0 where shared.
-struct RopeTable {
-  Numbers positions, inv_freq, axis;
+struct AnglesView {
+  NumbersView positions, inv_freq, axis;
   int64_t position_b, position_l, position_column, freq_b, freq_pair, axis_pair;
 };
 
 // Floats of a token's cosines and sines.
-inline int64_t turn_floats(int64_t pieces) { return 8 * pieces; }
+inline int64_t rotation_floats(int64_t pieces) { return 8 * pieces; }
 
 // (cos, sin) of sign * position[axis] * inv_freq for the pairs of a token, by the threads of its
 // slot, from pair `first` on. NaN for an axis that is not 0, 1 or 2; the padding does not turn.
-__device__ __forceinline__ void fill_turns(const RopeTable& table, const Token& token, float sign,
-                                           int first, int K, const RowLayout& layout,
-                                           const RowPlace& at, Shared<float> turns) {
-  turns += at.slot * 8 * layout.pieces;
+__device__ __forceinline__ void fill_rotations(const AnglesView& angles, const Token& token,
+                                               float sign, int first, int K,
+                                               const RowLayout& layout, const RowPlace& at,
+                                               Shared<float> rotations) {
+  rotations += at.slot * 8 * layout.pieces;
   for (int i = at.thread; i < 4 * layout.pieces; i += layout.threads) {
     const int pair = first + i;
     float angle = 0.0f;
     if (2 * pair < K) {
-      const int64_t axis = load_integer(table.axis, pair * table.axis_pair);
+      const int64_t axis = load_integer(angles.axis, pair * angles.axis_pair);
       float position = __int_as_float(0x7FC00000);
       if (axis >= 0 && axis <= 2) {
-        position =
-            load_number(table.positions, token.b * table.position_b + token.l * table.position_l +
-                                             axis * table.position_column);
+        position = load_number(angles.positions, token.b * angles.position_b +
+                                                     token.l * angles.position_l +
+                                                     axis * angles.position_column);
       }
-      angle =
-          position * load_number(table.inv_freq, token.b * table.freq_b + pair * table.freq_pair);
+      angle = position *
+              load_number(angles.inv_freq, token.b * angles.freq_b + pair * angles.freq_pair);
     }
     float sin, cos;
     sincosf(angle, &sin, &cos);
-    store_shared(turns + 2 * i, make_float2(cos, sign * sin));
+    store_shared(rotations + 2 * i, make_float2(cos, sign * sin));
   }
 }
 
-struct Turn {
+struct PieceRotation {
   float4 pairs[2];  // two pairs each: cos, sin, cos, sin
 };
 
-__device__ __forceinline__ Turn load_turn(Shared<float> turns, const RowLayout& layout,
-                                          const RowPlace& at) {
-  const Shared<float> mine = turns + 8 * (at.slot * layout.pieces + at.piece);
+__device__ __forceinline__ PieceRotation load_rotation(Shared<float> rotations,
+                                                       const RowLayout& layout,
+                                                       const RowPlace& at) {
+  const Shared<float> mine = rotations + 8 * (at.slot * layout.pieces + at.piece);
   return {{load_shared<float4>(mine), load_shared<float4>(mine + 4)}};
 }
 
-__device__ __forceinline__ void turn_pair(float& a, float& b, float cos, float sin) {
+__device__ __forceinline__ void rotate_pair(float& a, float& b, float cos, float sin) {
   const float before = a;
   a = before * cos - b * sin;
   b = before * sin + b * cos;
 }
 
 // Every pair (a, b) of the piece becomes (a cos - b sin, a sin + b cos).
-__device__ __forceinline__ void turn_piece(float (&x)[8], const Turn& turn) {
-  turn_pair(x[0], x[1], turn.pairs[0].x, turn.pairs[0].y);
-  turn_pair(x[2], x[3], turn.pairs[0].z, turn.pairs[0].w);
-  turn_pair(x[4], x[5], turn.pairs[1].x, turn.pairs[1].y);
-  turn_pair(x[6], x[7], turn.pairs[1].z, turn.pairs[1].w);
+__device__ __forceinline__ void rotate_piece(float (&x)[8], const PieceRotation& rotation) {
+  rotate_pair(x[0], x[1], rotation.pairs[0].x, rotation.pairs[0].y);
+  rotate_pair(x[2], x[3], rotation.pairs[0].z, rotation.pairs[0].w);
+  rotate_pair(x[4], x[5], rotation.pairs[1].x, rotation.pairs[1].y);
+  rotate_pair(x[6], x[7], rotation.pairs[1].z, rotation.pairs[1].w);
 }
 
 }  // namespace lumina_kernels::cuda

@@ -7,15 +7,15 @@
 namespace lumina_kernels::cuda {
 
 // Of a packed tensor (B, L, H, K). The caller keeps the tensor until the launch.
-inline Heads heads_of(const Tensor& x) {
+inline HeadsView heads_of(const Tensor& x) {
   return {values_of(x), x.stride(0), x.stride(1), x.stride(2)};
 }
 
-inline Heads heads_of(const OptionalTensor& x) {
-  return x ? heads_of(*x) : Heads{values_of(x), 0, 0, 0};
+inline HeadsView heads_of(const OptionalTensor& x) {
+  return x ? heads_of(*x) : HeadsView{values_of(x), 0, 0, 0};
 }
 
-inline Numbers numbers_of(const Tensor& x, const char* name) {
+inline NumbersView numbers_of(const Tensor& x, const char* name) {
   const auto data = pointer_to<const unsigned char>(x);
   switch (x.scalar_type()) {
     case ScalarType::Double:
@@ -45,18 +45,17 @@ inline Numbers numbers_of(const Tensor& x, const char* name) {
 }
 
 // Positions (L, 3) or (B, L, 3), frequencies (K / 2,) or (B, K / 2) and axes (K / 2,).
-inline RopeTable rope_table_of(const Tensor& positions, const Tensor& inv_freq,
-                               const Tensor& axis) {
+inline AnglesView angles_of(const Tensor& positions, const Tensor& inv_freq, const Tensor& axis) {
   const int64_t p = positions.dim(), f = inv_freq.dim();
-  return {numbers_of(positions, "positions"),
-          numbers_of(inv_freq, "inv_freq"),
-          numbers_of(axis, "axis"),
-          p == 2 ? 0 : positions.stride(0),
-          positions.stride(p - 2),
-          positions.stride(p - 1),
-          f == 1 ? 0 : inv_freq.stride(0),
-          inv_freq.stride(f - 1),
-          axis.stride(0)};
+  return {.positions = numbers_of(positions, "positions"),
+          .inv_freq = numbers_of(inv_freq, "inv_freq"),
+          .axis = numbers_of(axis, "axis"),
+          .position_b = p == 2 ? 0 : positions.stride(0),
+          .position_l = positions.stride(p - 2),
+          .position_column = positions.stride(p - 1),
+          .freq_b = f == 1 ? 0 : inv_freq.stride(0),
+          .freq_pair = inv_freq.stride(f - 1),
+          .axis_pair = axis.stride(0)};
 }
 
 // Kernels divide the numbers of tokens in 32 bits.

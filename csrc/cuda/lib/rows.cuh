@@ -62,14 +62,14 @@ __device__ __forceinline__ Spans row_spans(int D) {
 
 // The same number, of which the compiler does not know that. What follows from it, addresses of six
 // tensors and conditions, would else be moved out of a loop over rows and take its registers.
-__device__ __forceinline__ int anew(int number) {
+__device__ __forceinline__ int opaque(int number) {
 #ifndef LUMINA_CUDA_HOST
   asm volatile("" : "+r"(number));
 #endif
   return number;
 }
 
-__device__ __forceinline__ int64_t anew(int64_t number) {
+__device__ __forceinline__ int64_t opaque(int64_t number) {
 #ifndef LUMINA_CUDA_HOST
   asm volatile("" : "+l"(number));
 #endif
@@ -78,7 +78,7 @@ __device__ __forceinline__ int64_t anew(int64_t number) {
 
 // First column of a piece in the span at `base`.
 __device__ __forceinline__ int column_of(int base, int piece) {
-  const int thread = anew(static_cast<int>(threadIdx.x));
+  const int thread = opaque(static_cast<int>(threadIdx.x));
   return base + 8 * (piece * static_cast<int>(blockDim.x) + thread);
 }
 
@@ -138,7 +138,7 @@ class RowSum {
     x = warp_sum(x);
     if (with_y) y = warp_sum(y);
     if (blockDim.x == 32) return make_float2(x, y);
-    const Shared<float> first = slots + turn_ * 2 * kRowWarps, second = first + kRowWarps;
+    const Shared<float> first = slots + slot_ * 2 * kRowWarps, second = first + kRowWarps;
     if (threadIdx.x % 32 == 0) {
       first[threadIdx.x / 32] = x;
       if (with_y) second[threadIdx.x / 32] = y;
@@ -149,12 +149,12 @@ class RowSum {
       x += first[warp];
       if (with_y) y += second[warp];
     }
-    turn_ ^= 1;
+    slot_ ^= 1;
     return make_float2(x, y);
   }
 
  private:
-  int turn_ = 0;
+  int slot_ = 0;
 };
 
 // mean (0 unless `layer`) and 1 / sqrt(mean square + eps) of a row. load(base, x) gives this
@@ -228,7 +228,7 @@ inline LaunchConfig sums_config(int64_t D) {
 }
 
 // Partial sums (B, chunks, sums, D), of which kSums are used: those that start at `first`.
-struct Partials {
+struct PartialSums {
   Global<const float> first;
   int64_t B, chunks;
   int sums, D;
@@ -238,7 +238,7 @@ struct Partials {
 // sample adds to `total`, and that over all samples, which only slice 0 gets. In an order that
 // depends on the shape alone: the samples of a round share the slices, and so do a sample's chunks.
 template <int kSums, class Finish>
-__device__ __forceinline__ void sum_partials(const Partials& p, int column, Finish finish,
+__device__ __forceinline__ void sum_partials(const PartialSums& p, int column, Finish finish,
                                              float (&total)[kSums]) {
   LUMINA_SHARED(float, slots, kSums * kSumSlices * kSumColumns);
   const int slice = threadIdx.y, lane = threadIdx.x;

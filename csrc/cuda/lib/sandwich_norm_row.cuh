@@ -6,7 +6,7 @@
 namespace lumina_kernels::cuda {
 
 struct Sandwich {
-  Rows residual, weight, gate;
+  RowsView residual, weight, gate;
 };
 
 // n becomes residual + tanh(gate) * n * weight in the span at `base` of row l of sample b.

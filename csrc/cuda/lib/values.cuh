@@ -175,7 +175,7 @@ struct Values {
 
 // Rows of D values without gaps: row l of sample b starts at element b * step_b + l * step_l.
 // One row per sample (B, D) has step_l = 0, one row for all (D,) has step_b = 0 too.
-struct Rows {
+struct RowsView {
   Values values;
   int64_t step_b, step_l;
   bool per_token;  // (B, L, D): a row of its own for every l
@@ -186,7 +186,7 @@ struct Rows {
 };
 
 __device__ __forceinline__ bool is_there(const Values& x) { return x.data != nullptr; }
-__device__ __forceinline__ bool is_there(const Rows& x) { return x.values.data != nullptr; }
+__device__ __forceinline__ bool is_there(const RowsView& x) { return x.values.data != nullptr; }
 
 __device__ __forceinline__ float load1(const Values& x, int64_t i) {
   if (x.dtype == Dtype::kFloat) return load_global<float>(x.data + 4 * i);

@@ -7,7 +7,7 @@ namespace lumina_kernels::cuda {
 
 // factor x factor windows of (grid_h, grid_w), `rows` x `columns` of them in each of T frames, and
 // which tokens count: (B, L) bytes, null where all do.
-struct Windows {
+struct MaskedWindows {
   int T, grid_h, grid_w, factor, rows, columns;
   Global<const unsigned char> mask;
   int64_t mask_b, mask_l;
@@ -23,7 +23,7 @@ struct Window {
   int height, width;
 };
 
-__device__ __forceinline__ Window window_at(const Windows& windows, unsigned number) {
+__device__ __forceinline__ Window window_at(const MaskedWindows& windows, unsigned number) {
   const unsigned line = number / windows.columns, frame = line / windows.rows;
   const unsigned b = frame / windows.T;
   const int left = static_cast<int>(number - line * windows.columns) * windows.factor;
@@ -35,7 +35,7 @@ __device__ __forceinline__ Window window_at(const Windows& windows, unsigned num
 }
 
 // The number of the window of token l of a sample.
-__device__ __forceinline__ int64_t window_of(const Windows& windows, int64_t l) {
+__device__ __forceinline__ int64_t window_of(const MaskedWindows& windows, int64_t l) {
   const unsigned at = static_cast<unsigned>(l), line = at / windows.grid_w;
   const unsigned frame = line / windows.grid_h;
   const unsigned row = (line - frame * windows.grid_h) / windows.factor;
@@ -48,7 +48,7 @@ __device__ __forceinline__ float share_of(float count) { return 1.0f / fmaxf(cou
 
 // Whether a window has a valid token, and how many.
 __device__ __forceinline__ void store_count(Global<unsigned char> mask, Global<float> counts,
-                                            const Windows& windows, const Window& window) {
+                                            const MaskedWindows& windows, const Window& window) {
   int count = 0;
   for (int i = 0; i < window.height; ++i) {
     for (int j = 0; j < window.width; ++j) {
@@ -60,8 +60,8 @@ __device__ __forceinline__ void store_count(Global<unsigned char> mask, Global<f
 }
 
 // The mean over a window's valid tokens of the 8 channels from `column` on of a head of x.
-__device__ __forceinline__ void window_mean(const Heads& x, int head, int column, int count,
-                                            const Windows& windows, const Window& window,
+__device__ __forceinline__ void window_mean(const HeadsView& x, int head, int column, int count,
+                                            const MaskedWindows& windows, const Window& window,
                                             float (&mean)[8]) {
   int tokens = 0;
 #pragma unroll
