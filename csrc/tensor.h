@@ -54,8 +54,8 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, Sc
 inline Tensor empty_as(const Tensor& like) { return torch::stable::new_empty(like, like.sizes()); }
 inline Tensor zeros_as(const Tensor& like) { return torch::stable::new_zeros(like, like.sizes()); }
 
-// Stands for a gradient that does not exist.
-inline Tensor nothing(const Tensor& like) { return empty(like, {0}, like.scalar_type()); }
+// Stands for a result that does not exist, as an op cannot return None; float32 for every op.
+inline Tensor nothing(const Tensor& like) { return empty(like, {0}, ScalarType::Float); }
 
 // The gradient of an optional input: `nothing` where the input is missing.
 inline Tensor empty_as(const OptionalTensor& x, const Tensor& like) {

@@ -13,7 +13,7 @@
 #include "cuda/lib/values.cuh"
 #include "tensor.h"
 
-// Registers launchers for CUDA; the schemas are in <op>.cpp.
+// Registers launchers for CUDA. The schemas are declared in lumina_kernels/ops/<op>.py.
 #ifdef LUMINA_CUDA_HOST
 #define LUMINA_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(lumina_kernels_cuda_host, CPU, m)
 #else
