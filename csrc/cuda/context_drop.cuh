@@ -40,8 +40,7 @@ __global__ void __launch_bounds__(kContextDropThreads)
     const int row = i / pieces, column = 8 * (i - row * pieces);
     const bool of_k = row < p.G;
     const int head = of_k ? row : row - p.G, count = p.K - column;
-    float mean[8];
-    window_mean(select(of_k, p.k, p.v), head, column, count, p.windows, window, mean);
+    const Float8 mean = window_mean(select(of_k, p.k, p.v), head, column, count, p.windows, window);
     const HeadsView to = select(of_k, p.k_out, p.v_out);
     store8(to.values, to.at(window.b, window.number, head) + column, count, mean);
   }
@@ -60,10 +59,8 @@ __global__ void __launch_bounds__(kContextDropThreads)
     const bool of_k = row < (p.tensors - 1) * p.G;
     const int head = row < p.G ? row : row - p.G, count = p.K - column;
     const HeadsView from = select(of_k, p.dk_out, p.dv_out), to = select(of_k, p.dk, p.dv);
-    float grad[8], nothing[8] = {};
-    load8(from.values, from.at(window.b, window.number, head) + column, count, grad);
-#pragma unroll
-    for (int k = 0; k < 8; ++k) grad[k] *= share;
+    const Float8 grad =
+        load8(from.values, from.at(window.b, window.number, head) + column, count) * share;
     for (int y = 0; y < window.height; ++y) {
       for (int x = 0; x < window.width; ++x) {
         const int64_t l = window.first + static_cast<int64_t>(y) * p.windows.grid_w + x;
@@ -71,7 +68,7 @@ __global__ void __launch_bounds__(kContextDropThreads)
         if (p.windows.keeps(window.b, l)) {
           store8(to.values, start, count, grad);
         } else {
-          store8(to.values, start, count, nothing);
+          store8(to.values, start, count, Float8{});
         }
       }
     }

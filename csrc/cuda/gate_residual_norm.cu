@@ -53,23 +53,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate_residual
   const Tensor dnew_residuals = packed(dnew_residual), dnormeds = packed(dnormed), ys = packed(y);
   const Tensor residuals = packed(residual), gates = packed(gate);
   const PackedModulation modulation(weight, bias, scale, shift);
-  const GateResidualNormBwdParams p{.dnew_residual = rows_of(dnew_residuals),
-                                    .dnormed = rows_of(dnormeds),
-                                    .y = rows_of(ys),
-                                    .residual = rows_of(residuals),
-                                    .gate = rows_of(gates),
-                                    .modulation = modulation.rows(),
-                                    .statistics = pointer_to<const float>(statistics),
-                                    .dy = values_of(dy),
-                                    .dresidual = values_of(dresidual),
-                                    .dgate = values_of(dgate),
-                                    .dscale = values_of(dscale),
-                                    .partial = pointer_to<float>(partial),
-                                    .B = B,
-                                    .L = L,
-                                    .chunk = chunk,
-                                    .D = static_cast<int>(D),
-                                    .layer = statistics.size(0) == 2};
+  const GateResidualNormBwdParams p{
+      .dnew_residual = rows_of(dnew_residuals),
+      .dnormed = rows_of(dnormeds),
+      .y = rows_of(ys),
+      .residual = rows_of(residuals),
+      .gate = rows_of(gates),
+      .modulation = modulation.rows(),
+      .statistics = pointer_to<const float>(statistics),
+      .dy = values_of(dy),
+      .dresidual = values_of(dresidual),
+      .dgate = values_of(dgate),
+      .dscale = values_of(dscale),
+      .partial = pointer_to<float>(partial),
+      .chunks = {.B = B, .L = L, .rows = chunk, .D = static_cast<int>(D)},
+      .layer = statistics.size(0) == 2};
   LUMINA_LAUNCH_ROWS(y, B * chunks, D, gate_residual_norm_bwd_kernel, p);
   const auto [dweight, dbias, dscale_sum, dshift] =
       modulation_grads(partial, weight, bias, scale, shift, dnormed);

@@ -1,7 +1,7 @@
 // CUDA kernel of guided_step: two halves of the velocity and the state in, the new state out.
 #pragma once
 
-#include "cuda/lib/values.cuh"
+#include "cuda/lib/float8.cuh"
 
 namespace lumina_kernels::cuda {
 
@@ -29,18 +29,15 @@ __global__ void __launch_bounds__(kGuidedStepThreads)
   const int64_t pieces = ceil_div(p.N, 8), b = divide(i, pieces), first = (i - b * pieces) * 8;
   if (b >= p.B) return;
   const int count = static_cast<int>(min(p.N - first, int64_t{8}));
-  float x[8], cond[8], uncond[8];
-  load8(p.x, b * p.N + first, count, x);
-  load8(p.v, b * p.N + first, count, cond);
-  load8(p.v, (p.B + b) * p.N + first, count, uncond);
+  const Float8 x = load8(p.x, b * p.N + first, count);
+  const Float8 cond = load8(p.v, b * p.N + first, count);
+  const Float8 uncond = load8(p.v, (p.B + b) * p.N + first, count);
   const float weight = is_there(p.weight) ? load1(p.weight, 0) : p.weight_value;
   const float dt = is_there(p.dt) ? load1(p.dt, 0) : p.dt_value;
-#pragma unroll
-  for (int k = 0; k < 8; ++k) {
-    const float guidance = uncond[k] + weight * (cond[k] - uncond[k]);
-    x[k] += dt * (first + k < p.guided ? guidance : cond[k]);
-  }
-  store8(p.out, b * p.N + first, count, x);
+  const Float8 guidance = uncond + weight * (cond - uncond);
+  const Float8 velocity =
+      by_column([&](int k) { return first + k < p.guided ? guidance[k] : cond[k]; });
+  store8(p.out, b * p.N + first, count, x + dt * velocity);
 }
 
 }  // namespace lumina_kernels::cuda

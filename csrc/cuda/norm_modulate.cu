@@ -50,10 +50,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_modulate_bwd(
                                 .dx = values_of(dx),
                                 .dscale = values_of(dscale),
                                 .partial = pointer_to<float>(partial),
-                                .B = B,
-                                .L = L,
-                                .chunk = chunk,
-                                .D = static_cast<int>(D),
+                                .chunks = {.B = B, .L = L, .rows = chunk, .D = static_cast<int>(D)},
                                 .layer = statistics.size(0) == 2};
   LUMINA_LAUNCH_ROWS(x, B * chunks, D, norm_modulate_bwd_kernel, p);
   const auto [dweight, dbias, dscale_sum, dshift] =

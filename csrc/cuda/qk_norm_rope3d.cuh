@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kFwdLimits.bound(N))
   const int64_t number = static_cast<int64_t>(blockIdx.x) * layout.slots + at.slot;
   const bool there = number < p.tokens;
   const Token token = token_of(there ? number : p.tokens - 1, p.L);
-  float x[N][8];
+  Float8 x[N];
   load_heads(x, p.q, p.k, token, there, there, p.shape, at);
   fill_rotations(p.angles, token, 1.0f, 0, p.shape.K, layout, at, shared.rotations);
   norm_rotate(x, p.parameters, p.shape, at, shared);
@@ -63,32 +63,26 @@ struct QkNormRope3dBwdParams {
 // dbias = d, dx = rstd * (g - mean(g) - n * mean(g * n)), without mean(g) for an RMS norm. x
 // becomes n and then dx; d is turned back by shared.turns, whose sines are negative.
 template <int N>
-__device__ __forceinline__ void norm_rotate_bwd(float (&x)[N][8], float (&d)[N][8],
-                                                float (&dweight)[N][8], float (&dbias)[N][8],
-                                                bool keep, const QkNormRope3dBwdParams& p,
-                                                const RowPlace& at, const NormShared& shared) {
+__device__ __forceinline__ void norm_rotate_bwd(Float8 (&x)[N], Float8 (&d)[N],
+                                                Float8 (&dweight)[N], Float8 (&dbias)[N], bool keep,
+                                                const QkNormRope3dBwdParams& p, const RowPlace& at,
+                                                const NormShared& shared) {
   float rstd[N], sums[2][N];
   normalise(x, rstd, p.shape, at, shared);
   const PieceRotation rotation = load_rotation(shared.rotations, p.shape.layout, at);
 #pragma unroll
   for (int n = 0; n < N; ++n) {
     rotate_piece(d[n], rotation);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      dweight[n][i] += keep ? d[n][i] * x[n][i] : 0.0f;  // n may be NaN where all is masked
-      dbias[n][i] += d[n][i];
-    }
+    // x may be NaN where everything is masked
+    dweight[n] += by_column([&](int i) { return keep ? d[n][i] * x[n][i] : 0.0f; });
+    dbias[n] += d[n];
     if (is_there(p.weight)) {
-      float weight[8];
-      load_parameter(p.weight, p.shape, at, at.head + n * p.shape.layout.step,
-                     channels(p.shape, at, n), weight);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) d[n][i] *= weight[i];
+      d[n] *= load_parameter(p.weight, p.shape, at, at.head + n * p.shape.layout.step,
+                             channels(p.shape, at, n));
     }
     sums[0][n] = sum_of_products(d[n], x[n]);
     sums[1][n] = 0.0f;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) sums[1][n] += d[n][i];
+    add_columns(sums[1][n], d[n]);
   }
   if (p.shape.norm == NormKind::kRmsPerHead) {
     means_per_head(sums[0], p.shape, at, shared.scratch[2]);
@@ -98,13 +92,12 @@ __device__ __forceinline__ void norm_rotate_bwd(float (&x)[N][8], float (&d)[N][
 #pragma unroll
   for (int n = 0; n < N; ++n) {
     const float shift = p.shape.norm == NormKind::kLayerAcrossHeads ? sums[1][n] : 0.0f;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) x[n][i] = rstd[n] * (d[n][i] - shift - x[n][i] * sums[0][n]);
+    x[n] = rstd[n] * (d[n] - shift - x[n] * sums[0][n]);
   }
 }
 
 // Gives 8 values to the other threads of the block, after what was there has been read.
-__device__ __forceinline__ void share_sums(const float (&sums)[8], Shared<float> mine) {
+__device__ __forceinline__ void share_sums(const Float8& sums, Shared<float> mine) {
   __syncthreads();
   store_shared(mine, make_float4(sums[0], sums[1], sums[2], sums[3]));
   store_shared(mine + 4, make_float4(sums[4], sums[5], sums[6], sums[7]));
@@ -114,17 +107,14 @@ __device__ __forceinline__ void share_sums(const float (&sums)[8], Shared<float>
 // Adds the sums of all slots of a block, and of all heads where they share a parameter, and writes
 // them from value `first` of p.partial on.
 template <int N>
-__device__ __forceinline__ void store_sums(float (&sums)[N][8], int64_t first,
+__device__ __forceinline__ void store_sums(Float8 (&sums)[N], int64_t first,
                                            const QkNormRope3dBwdParams& p, const RowPlace& at,
                                            Shared<float> shared) {
   const RowLayout& layout = p.shape.layout;
   const Shared<float> mine = shared + 8 * threadIdx.x;
   if (p.shape.norm == NormKind::kRmsPerHead) {
 #pragma unroll
-    for (int n = 1; n < N; ++n) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) sums[0][i] += sums[n][i];
-    }
+    for (int n = 1; n < N; ++n) sums[0] += sums[n];
     share_sums(sums[0], mine);
     for (int column = threadIdx.x; column < p.shape.K; column += blockDim.x) {
       float total = 0.0f;
@@ -161,12 +151,12 @@ __global__ void __launch_bounds__(kBwdLimits.bound(N), N == 1 ? 2 : 1)
   const RowPlace at = row_place(layout);
   const int64_t first = static_cast<int64_t>(blockIdx.x) * p.chunk;
   const int64_t end = min(first + p.chunk, p.tokens);
-  float dweight[N][8] = {}, dbias[N][8] = {};
+  Float8 dweight[N] = {}, dbias[N] = {};
   for (int64_t start = first; start < end; start += layout.slots) {
     const bool there = start + at.slot < end;
     const Token token = token_of(there ? start + at.slot : end - 1, p.L);
     const bool keep = there && p.windows.keeps(token.b, token.l);
-    float x[N][8], d[N][8];
+    Float8 x[N], d[N];
     load_heads(x, p.x, p.x, token, keep, false, p.shape, at);
     Token of_dout = token;
     if (p.counts != nullptr) of_dout.l = window_of(p.windows, token.l);
@@ -174,18 +164,14 @@ __global__ void __launch_bounds__(kBwdLimits.bound(N), N == 1 ? 2 : 1)
     if (p.counts != nullptr) {
       const float share = share_of(load_global<float>(p.counts + token.b * p.counts_b + of_dout.l));
 #pragma unroll
-      for (int n = 0; n < N; ++n) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) d[n][i] *= share;
-      }
+      for (int n = 0; n < N; ++n) d[n] *= share;
     }
     fill_rotations(p.angles, token, -1.0f, 0, p.shape.K, layout, at, shared.rotations);
     norm_rotate_bwd(x, d, dweight, dbias, keep, p, at, shared);
 #pragma unroll
     for (int n = 0; n < N; ++n) {
       const int64_t head = at.head + n * layout.step;
-#pragma unroll
-      for (int i = 0; i < 8; ++i) x[n][i] = keep ? x[n][i] : 0.0f;  // it may be NaN
+      x[n] = by_column([&](int i) { return keep ? x[n][i] : 0.0f; });  // it may be NaN
       store8(p.dx.values, p.dx.at(token.b, token.l, head) + 8 * at.piece,
              there ? channels(p.shape, at, n) : 0, x[n]);
     }

@@ -32,14 +32,15 @@ __global__ void __launch_bounds__(kPoolLimits.bound(N), N < 4 ? 2 : 1)
   const RowLayout& layout = p.shape.layout;
   const RowPlace at = row_place(layout);
   const Window window = window_at(p.windows, blockIdx.x);
-  float sums[N][8] = {}, count = 0.0f;  // of k; unused for heads of q
+  Float8 sums[N] = {};  // of k; unused for heads of q
+  float count = 0.0f;
   for (int i = 0; i < window.height * window.width; ++i) {
     const int y = i / window.width;
     const int64_t l = window.first + static_cast<int64_t>(y) * p.windows.grid_w + i -
                       static_cast<int64_t>(y) * window.width;
     const Token token{0, window.b, l};
     const bool keep = p.windows.keeps(window.b, l);
-    float x[N][8];
+    Float8 x[N];
     load_heads(x, p.q, p.k, token, true, keep, p.shape, at);
     if (i > 0) __syncthreads();  // what the last token's means wrote and read
     fill_rotations(p.angles, token, 1.0f, 0, p.shape.K, layout, at, shared.rotations);
@@ -51,8 +52,7 @@ __global__ void __launch_bounds__(kPoolLimits.bound(N), N < 4 ? 2 : 1)
         store8(p.q_out.values, p.q_out.at(window.b, l, head) + 8 * at.piece,
                channels(p.shape, at, n), x[n]);
       } else if (keep) {
-#pragma unroll
-        for (int j = 0; j < 8; ++j) sums[n][j] += x[n][j];
+        sums[n] += x[n];
       }
     }
     count += keep ? 1.0f : 0.0f;
@@ -62,17 +62,14 @@ __global__ void __launch_bounds__(kPoolLimits.bound(N), N < 4 ? 2 : 1)
   for (int n = 0; n < N; ++n) {
     const int head = at.head + n * layout.step - p.shape.H;
     if (head < 0) continue;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) sums[n][j] *= share;
     store8(p.k_out.values, p.k_out.at(window.b, window.number, head) + 8 * at.piece,
-           channels(p.shape, at, n), sums[n]);
+           channels(p.shape, at, n), sums[n] * share);
   }
   for (int i = static_cast<int>(threadIdx.x); i < p.shape.G * layout.pieces; i += layout.threads) {
     const int head = i / layout.pieces, column = 8 * (i - head * layout.pieces);
-    float mean[8];
-    window_mean(p.v, head, column, p.shape.K - column, p.windows, window, mean);
-    store8(p.v_out.values, p.v_out.at(window.b, window.number, head) + column, p.shape.K - column,
-           mean);
+    const int left = p.shape.K - column;
+    store8(p.v_out.values, p.v_out.at(window.b, window.number, head) + column, left,
+           window_mean(p.v, head, column, left, p.windows, window));
   }
   if (threadIdx.x == 0) {
     p.mask_out[blockIdx.x] = count > 0.0f;

@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kRope3dThreads, 3) rope3d_kernel(const Rope3dP
   const int heads = number < p.tokens ? p.H + p.G : 0;
   const int first_piece = static_cast<int>(blockIdx.y) * p.layout.pieces;
   const int64_t column = 8 * (first_piece + at.piece), count = p.K - column;
-  float x[kRope3dHeads][8];
+  Float8 x[kRope3dHeads];
 
   auto load = [&](int first) {
 #pragma unroll
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kRope3dThreads, 3) rope3d_kernel(const Rope3dP
       const int head = first + n * p.layout.step;
       const HeadsView from = select(head < p.H, p.q, p.k);
       const int64_t start = from.at(token.b, token.l, head < p.H ? head : head - p.H);
-      load8(from.values, start + column, head < heads ? count : 0, x[n]);
+      x[n] = load8(from.values, start + column, head < heads ? count : 0);
     }
   };
   load(at.head);

@@ -31,7 +31,7 @@ RowsView table_of(const Tensor& table, bool half) {
 }
 
 std::tuple<Tensor, Tensor> rotated(const Tensor& q, const OptionalTensor& k, const Tensor& cos,
-                                   const Tensor& sin, const std::string& pairing, bool back) {
+                                   const Tensor& sin, const std::string& pairing, bool backward) {
   Tensor q_out = empty_as(q), k_out = empty_as(k, q);
   if (q.numel() + k_out.numel() == 0) return {q_out, k_out};
   const bool half = pairing == "half";
@@ -54,7 +54,7 @@ std::tuple<Tensor, Tensor> rotated(const Tensor& q, const OptionalTensor& k, con
                           .G = static_cast<int>(G),
                           .K = static_cast<int>(K),
                           .half = half,
-                          .back = back};
+                          .backward = backward};
   LUMINA_LAUNCH(q, rope_table_config(layout, tokens, pieces), rope_table_kernel, p);
   return {q_out, k_out};
 }

@@ -16,7 +16,7 @@ struct RopeTableParams {
   RowLayout layout;
   int64_t tokens, L;
   int H, G, K;
-  bool half, back;
+  bool half, backward;
 };
 
 inline int64_t rope_table_pieces(int64_t K, bool half) {
@@ -57,59 +57,56 @@ __device__ __forceinline__ void store4(const Values& x, int64_t i, int count, co
 }
 
 // Piece `piece` of the K values from element i on.
-__device__ __forceinline__ void load_piece(const Values& x, int64_t i, int piece, int K, bool half,
-                                           float (&out)[8]) {
-  if (half) {
-    const int column = 4 * piece, count = K / 2 - column;
-    load4(x, i + column, count, out);
-    load4(x, i + K / 2 + column, count, out + 4);
-  } else {
-    load8(x, i + 8 * piece, K - 8 * piece, out);
-  }
+__device__ __forceinline__ Float8 load_piece(const Values& x, int64_t i, int piece, int K,
+                                             bool half) {
+  if (!half) return load8(x, i + 8 * piece, K - 8 * piece);
+  Float8 out;
+  const int column = 4 * piece, count = K / 2 - column;
+  load4(x, i + column, count, out.columns);
+  load4(x, i + K / 2 + column, count, out.columns + 4);
+  return out;
 }
 
 __device__ __forceinline__ void store_piece(const Values& x, int64_t i, int piece, int K, bool half,
-                                            const float (&in)[8]) {
+                                            const Float8& in) {
   if (half) {
     const int column = 4 * piece, count = K / 2 - column;
-    store4(x, i + column, count, in);
-    store4(x, i + K / 2 + column, count, in + 4);
+    store4(x, i + column, count, in.columns);
+    store4(x, i + K / 2 + column, count, in.columns + 4);
   } else {
     store8(x, i + 8 * piece, K - 8 * piece, in);
   }
 }
 
-// (a, b) -> (a cos_a - b sin_a, b cos_b + a sin_b), or where `back` with (-sin_b, -sin_a) for the
-// sines. a and b are values i and j of a piece.
-__device__ __forceinline__ void rotate_values(float (&x)[8], int i, int j, const float (&cos)[8],
-                                              const float (&sin)[8], bool back) {
+// (a, b) -> (a cos_a - b sin_a, b cos_b + a sin_b), or where `backward` with (-sin_b, -sin_a) for
+// the sines. a and b are values i and j of a piece.
+__device__ __forceinline__ void rotate_values(Float8& x, int i, int j, const Float8& cos,
+                                              const Float8& sin, bool backward) {
   const float a = x[i], b = x[j];
-  x[i] = a * cos[i] - b * (back ? -sin[j] : sin[i]);
-  x[j] = b * cos[j] + a * (back ? -sin[i] : sin[j]);
+  x[i] = a * cos[i] - b * (backward ? -sin[j] : sin[i]);
+  x[j] = b * cos[j] + a * (backward ? -sin[i] : sin[j]);
 }
 
-// x -> x * cos + rot(x) * sin for q and k, or where `back` the gradient of x from that of this
+// x -> x * cos + rot(x) * sin for q and k, or where `backward` the gradient of x from that of this
 __global__ void __launch_bounds__(kRopeTableThreads, 3) rope_table_kernel(const RopeTableParams p) {
   RowPlace at = row_place(p.layout);
   at.piece += static_cast<int>(blockIdx.y) * p.layout.pieces;
   const int64_t number = static_cast<int64_t>(blockIdx.x) * p.layout.slots + at.slot;
   if (number >= p.tokens || at.head == kNoHead) return;
   const Token token = token_of(number, p.L);
-  float cos[8], sin[8];
-  load_piece(p.cos.values, p.cos.row(token.b, token.l), at.piece, p.K, p.half, cos);
-  load_piece(p.sin.values, p.sin.row(token.b, token.l), at.piece, p.K, p.half, sin);
+  const Float8 cos = load_piece(p.cos.values, p.cos.row(token.b, token.l), at.piece, p.K, p.half);
+  const Float8 sin = load_piece(p.sin.values, p.sin.row(token.b, token.l), at.piece, p.K, p.half);
   for (int row = at.head; row < p.H + p.G; row += p.layout.step) {
     const bool of_q = row < p.H;
     const int head = of_q ? row : row - p.H;
     const HeadsView from = select(of_q, p.q, p.k), to = select(of_q, p.q_out, p.k_out);
-    float x[8];
-    load_piece(from.values, from.at(token.b, token.l, head), at.piece, p.K, p.half, x);
+    Float8 x = load_piece(from.values, from.at(token.b, token.l, head), at.piece, p.K, p.half);
     if (p.half) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) rotate_values(x, i, i + 4, cos, sin, p.back);
+      for (int i = 0; i < 4; ++i) rotate_values(x, i, i + 4, cos, sin, p.backward);
     } else {
 #pragma unroll
-      for (int i = 0; i < 8; i += 2) rotate_values(x, i, i + 1, cos, sin, p.back);
+      for (int i = 0; i < 8; i += 2) rotate_values(x, i, i + 1, cos, sin, p.backward);
     }
     store_piece(to.values, to.at(token.b, token.l, head), at.piece, p.K, p.half, x);
   }

@@ -53,17 +53,15 @@ std::tuple<Tensor, Tensor, Tensor> sandwich_norm_bwd(const Tensor& dout, const T
   const Tensor partial = empty(y, {B, chunks, 1, D}, ScalarType::Float);
   const OptionalTensor per_token = gradient_per_token(gate);
   const Tensor douts = packed(dout), ys = packed(y), weights = packed(weight), gates = packed(gate);
-  const SandwichNormBwdParams p{.dout = rows_of(douts),
-                                .y = rows_of(ys),
-                                .sandwich = {.weight = rows_of(weights), .gate = rows_of(gates)},
-                                .rstd = pointer_to<const float>(rstd),
-                                .dy = values_of(dy),
-                                .dgate = values_of(per_token),
-                                .partial = pointer_to<float>(partial),
-                                .B = B,
-                                .L = L,
-                                .chunk = chunk,
-                                .D = static_cast<int>(D)};
+  const SandwichNormBwdParams p{
+      .dout = rows_of(douts),
+      .y = rows_of(ys),
+      .sandwich = {.weight = rows_of(weights), .gate = rows_of(gates)},
+      .rstd = pointer_to<const float>(rstd),
+      .dy = values_of(dy),
+      .dgate = values_of(per_token),
+      .partial = pointer_to<float>(partial),
+      .chunks = {.B = B, .L = L, .rows = chunk, .D = static_cast<int>(D)}};
   LUMINA_LAUNCH_ROWS(y, B * chunks, D, sandwich_norm_bwd_kernel, p);
   const auto [dweight, per_sample] = gate_grads(partial, 0, weight, gate);
   return {dy, dweight, per_token ? *per_token : per_sample};

@@ -1,7 +1,7 @@
 // CUDA kernels of sandwich_norm: a row stays in registers between statistic and output.
 #pragma once
 
-#include "cuda/lib/sandwich_norm_row.cuh"
+#include "cuda/lib/sandwich.cuh"
 
 namespace lumina_kernels::cuda {
 
@@ -21,8 +21,7 @@ struct SandwichNormBwdParams {
   Global<const float> rstd;
   Values dy, dgate;       // dgate only where gate has a row per token
   Global<float> partial;  // (B, chunks, D)
-  int64_t B, L, chunk;
-  int D;
+  RowChunks chunks;
 };
 
 // The second stage; gate and dgate are (B, D), or null where gate has a row per token.
@@ -41,66 +40,55 @@ __global__ void __launch_bounds__(row_threads(kPieces))
   if (row >= p.B * p.L) return;
   const int64_t b = divide(row, p.L), l = row - b * p.L;
   const Spans spans = row_spans<kPieces, kWide>(p.D);
-  const auto load = [&](int base, float (&y)[kPieces][8]) {
+  const auto load = [&](int base, Float8(&y)[kPieces]) {
     load_span(p.y.values, p.y.row(b, l), base, p.D, y);
   };
   RowSum sum;
-  float y[kPieces][8];
+  Float8 y[kPieces];
   const float rstd = norm_statistics<kWide>(load, p.D, p.eps, false, sum, y).y;
   for (int base = 0; base < spans.end; base += spans.size) {
     if (kWide) load(base, y);
-    for_columns<kPieces>([&](int j, int k) { y[j][k] *= rstd; });
+    for_pieces<kPieces>([&](int j) { y[j] *= rstd; });
     sandwich(p.sandwich, b, l, base, p.D, y);
     store_span(p.out, row * p.D, base, p.D, y);
   }
   if (threadIdx.x == 0) p.rstd[row] = rstd;
 }
 
-// With n = y * rstd, d = dout * tanh(gate) * weight: dy = rstd * (d - n * mean(d * n));
-// partial: sums over `chunk` rows, see sandwich_bwd.
+// With n = y * rstd and d = dout * tanh(gate) * weight: dy = rstd * (d - n * mean(d * n));
+// partial: sums over a chunk's rows, see sandwich_bwd.
 template <int kPieces, bool kWide>
 __global__ void __launch_bounds__(row_threads(kPieces))
     sandwich_norm_bwd_kernel(const SandwichNormBwdParams p) {
-  const int64_t number = row_number(), chunks = ceil_div(p.L, p.chunk);
-  if (number >= p.B * chunks) return;
-  const int64_t sample = divide(number, chunks), start = (number - sample * chunks) * p.chunk;
-  const int64_t end = min(start + p.chunk, p.L);
-  const int D = p.D;
+  const int64_t number = row_number();
+  if (number >= p.chunks.count()) return;
+  const int D = p.chunks.D;
   const Spans spans = row_spans<kPieces, kWide>(D);
   const Global<float> partial = p.partial + number * D;
-  float gate_sum[kPieces][8], d[kPieces][8], n[kPieces][8];
+  Float8 gate_sum[kPieces], d[kPieces], n[kPieces];
   clear(gate_sum);
+  const auto flush = [&](int base) { flush_sums(partial, base, D, gate_sum); };
   RowSum sum;
-  for (int64_t l = start; l < end; ++l) {
-    const int64_t b = opaque(sample), row = b * p.L + l;
+  for_rows_of_chunk(p.chunks, number, [&](int64_t b, int64_t l, int64_t row) {
     const float rstd = p.rstd[row];
     const auto gradient = [&](int base) {
       load_span(p.dout.values, p.dout.row(b, l), base, D, d);
       load_span(p.y.values, p.y.row(b, l), base, D, n);
-      for_columns<kPieces>([&](int j, int k) { n[j][k] *= rstd; });
+      for_pieces<kPieces>([&](int j) { n[j] *= rstd; });
       sandwich_bwd(p.sandwich, p.dgate, b, l, row, base, D, n, d, gate_sum);
     };
-    float along = 0.0f;
-    for (int base = 0; base < spans.end; base += spans.size) {
-      gradient(base);
-      for_columns<kPieces>([&](int j, int k) { along += d[j][k] * n[j][k]; });
-      if (kWide) {
-        store_sums(partial, base, D, gate_sum);
-        clear(gate_sum);
-      }
-    }
-    along = sum(along) / static_cast<float>(D);
+    const NormBwdMeans means = norm_bwd_means<kWide>(gradient, flush, D, false, sum, d, n);
     for (int base = 0; base < spans.end; base += spans.size) {
       if (kWide) gradient(base);
-      norm_bwd(d, n, rstd, along, 0.0f);
+      norm_bwd(d, n, rstd, means);
       store_span(p.dy, row * D, base, D, d);
     }
-  }
-  if (!kWide) store_sums(partial, 0, D, gate_sum);
+  });
+  if (!kWide) flush(0);
 }
 
-// Of the sums S of dout * n over a sample's rows: dgate = (1 - tanh(gate)²) * weight * S,
-// dweight = sum_b tanh(gate) * S; without gate, S has that factor and dweight = sum_b S.
+// From the sums S of dout * n over a sample's rows: dgate = (1 - tanh(gate)²) * weight * S and
+// dweight = sum_b tanh(gate) * S; without a gate, S has that factor already and dweight = sum_b S.
 __global__ void __launch_bounds__(kSumColumns* kSumSlices)
     sandwich_norm_gate_kernel(const GateGradsParams p) {
   const int D = p.partials.D;

@@ -68,10 +68,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sandwich_norm_chain_b
       .dgate = values_of(dgate),
       .dscale = values_of(dscale),
       .partial = pointer_to<float>(partial),
-      .B = B,
-      .L = L,
-      .chunk = chunk,
-      .D = static_cast<int>(D)};
+      .chunks = {.B = B, .L = L, .rows = chunk, .D = static_cast<int>(D)}};
   LUMINA_LAUNCH_ROWS(y, B * chunks, D, sandwich_norm_chain_bwd_kernel, p);
   const auto [dweight, dgate_sum] = gate_grads(partial, 1, weight, gate);
   const auto next = modulation_grads(partial, next_weight, {}, next_scale, {}, dnormed);

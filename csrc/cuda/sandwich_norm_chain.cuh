@@ -1,7 +1,7 @@
 // CUDA kernels of sandwich_norm_chain: a row stays in registers through both norms.
 #pragma once
 
-#include "cuda/lib/sandwich_norm_row.cuh"
+#include "cuda/lib/sandwich.cuh"
 
 namespace lumina_kernels::cuda {
 
@@ -24,8 +24,7 @@ struct SandwichNormChainBwdParams {
   Values dy, dresidual;
   Values dgate, dscale;   // only where gate, scale have a row per token
   Global<float> partial;  // (B, chunks, 2, D): for next_weight and next_scale, for weight and gate
-  int64_t B, L, chunk;
-  int D;
+  RowChunks chunks;
 };
 
 // new_residual = residual + tanh(gate) * y * rstd * weight,
@@ -38,21 +37,21 @@ __global__ void __launch_bounds__(row_threads(kPieces))
   const int64_t b = divide(row, p.L), l = row - b * p.L;
   const Spans spans = row_spans<kPieces, kWide>(p.D);
   RowSum sum;
-  float x[kPieces][8];
-  const auto load_y = [&](int base, float (&y)[kPieces][8]) {
+  Float8 x[kPieces];
+  const auto load_y = [&](int base, Float8(&y)[kPieces]) {
     load_span(p.y.values, p.y.row(b, l), base, p.D, y);
   };
   const float rstd = norm_statistics<kWide>(load_y, p.D, p.eps, false, sum, x).y;
-  const auto make_new_residual = [&](int base, float (&y)[kPieces][8]) {
-    if (kWide) load_y(base, y);  // else it is there
-    for_columns<kPieces>([&](int j, int k) { y[j][k] *= rstd; });
+  const auto make_new_residual = [&](int base, Float8(&y)[kPieces]) {
+    if (kWide) load_y(base, y);  // otherwise it is still there
+    for_pieces<kPieces>([&](int j) { y[j] *= rstd; });
     sandwich(p.sandwich, b, l, base, p.D, y);
     store_span(p.new_residual, row * p.D, base, p.D, y);
   };
   const float next_rstd = norm_statistics<kWide>(make_new_residual, p.D, p.eps, false, sum, x).y;
   for (int base = 0; base < spans.end; base += spans.size) {
     if (kWide) make_new_residual(base, x);
-    for_columns<kPieces>([&](int j, int k) { x[j][k] *= next_rstd; });
+    for_pieces<kPieces>([&](int j) { x[j] *= next_rstd; });
     modulate(p.next, b, l, base, p.D, x);
     store_span(p.normed, row * p.D, base, p.D, x);
   }
@@ -61,74 +60,57 @@ __global__ void __launch_bounds__(row_threads(kPieces))
   p.next_rstd[row] = next_rstd;
 }
 
-// dresidual = dnew_residual + that of the next norm's input, with `new_residual` computed again
-// rather than read rounded; dy from it as in sandwich_norm. partial: sums over `chunk` rows.
+// dresidual is dnew_residual plus the gradient of the next norm's input, and dy follows from it as
+// in sandwich_norm. The rows of new_residual are recomputed: what the forward wrote was rounded.
 template <int kPieces, bool kWide>
 __global__ void __launch_bounds__(row_threads(kPieces))
     sandwich_norm_chain_bwd_kernel(const SandwichNormChainBwdParams p) {
-  const int64_t number = row_number(), chunks = ceil_div(p.L, p.chunk);
-  if (number >= p.B * chunks) return;
-  const int64_t sample = divide(number, chunks), start = (number - sample * chunks) * p.chunk;
-  const int64_t end = min(start + p.chunk, p.L);
-  const int D = p.D;
+  const int64_t number = row_number();
+  if (number >= p.chunks.count()) return;
+  const int D = p.chunks.D;
   const Spans spans = row_spans<kPieces, kWide>(D);
   const Global<float> partial = p.partial + number * 2 * D;
-  float next_sum[kPieces][8], unused[kPieces][8], gate_sum[kPieces][8];
-  float d[kPieces][8], n[kPieces][8];
+  Float8 next_sum[kPieces], unused[kPieces], gate_sum[kPieces], d[kPieces], n[kPieces];
   clear(next_sum);
   clear(unused);
   clear(gate_sum);
+  const auto flush_next = [&](int base) { flush_sums(partial, base, D, next_sum); };
+  const auto flush_gate = [&](int base) { flush_sums(partial + D, base, D, gate_sum); };
   RowSum sum;
-  for (int64_t l = start; l < end; ++l) {
-    const int64_t b = opaque(sample), row = b * p.L + l;
+  for_rows_of_chunk(p.chunks, number, [&](int64_t b, int64_t l, int64_t row) {
     const float rstd = p.rstd[row], next_rstd = p.next_rstd[row];
     const auto load_n = [&](int base) {
       load_span(p.y.values, p.y.row(b, l), base, D, n);
-      for_columns<kPieces>([&](int j, int k) { n[j][k] *= rstd; });
+      for_pieces<kPieces>([&](int j) { n[j] *= rstd; });
     };
     const auto next_gradient = [&](int base) {
       load_n(base);
       sandwich(p.sandwich, b, l, base, D, n);
-      for_columns<kPieces>([&](int j, int k) { n[j][k] *= next_rstd; });
+      for_pieces<kPieces>([&](int j) { n[j] *= next_rstd; });
       load_span(p.dnormed.values, p.dnormed.row(b, l), base, D, d);
       modulate_bwd(p.next, p.dscale, b, l, row, base, D, n, d, next_sum, unused);
     };
-    float along = 0.0f, next_along = 0.0f;
-    for (int base = 0; base < spans.end; base += spans.size) {
-      next_gradient(base);
-      for_columns<kPieces>([&](int j, int k) { next_along += d[j][k] * n[j][k]; });
-      if (kWide) {
-        store_sums(partial, base, D, next_sum);
-        clear(next_sum);
-      }
-    }
-    next_along = sum(next_along) / static_cast<float>(D);
+    const NormBwdMeans next_means =
+        norm_bwd_means<kWide>(next_gradient, flush_next, D, false, sum, d, n);
     const auto gradient = [&](int base) {
       if (kWide) next_gradient(base);
-      norm_bwd(d, n, next_rstd, next_along, 0.0f);
-      add_span(p.dnew_residual.values, p.dnew_residual.row(b, l), base, D, d);
+      norm_bwd(d, n, next_rstd, next_means);
+      load_span(p.dnew_residual.values, p.dnew_residual.row(b, l), base, D, n);
+      for_pieces<kPieces>([&](int j) { d[j] += n[j]; });
       store_span(p.dresidual, row * D, base, D, d);
       load_n(base);
       sandwich_bwd(p.sandwich, p.dgate, b, l, row, base, D, n, d, gate_sum);
     };
-    for (int base = 0; base < spans.end; base += spans.size) {
-      gradient(base);
-      for_columns<kPieces>([&](int j, int k) { along += d[j][k] * n[j][k]; });
-      if (kWide) {
-        store_sums(partial + D, base, D, gate_sum);
-        clear(gate_sum);
-      }
-    }
-    along = sum(along) / static_cast<float>(D);
+    const NormBwdMeans means = norm_bwd_means<kWide>(gradient, flush_gate, D, false, sum, d, n);
     for (int base = 0; base < spans.end; base += spans.size) {
       if (kWide) gradient(base);
-      norm_bwd(d, n, rstd, along, 0.0f);
+      norm_bwd(d, n, rstd, means);
       store_span(p.dy, row * D, base, D, d);
     }
-  }
+  });
   if (kWide) return;
-  store_sums(partial, 0, D, next_sum);
-  store_sums(partial + D, 0, D, gate_sum);
+  flush_next(0);
+  flush_gate(0);
 }
 
 }  // namespace lumina_kernels::cuda

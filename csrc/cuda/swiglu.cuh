@@ -1,7 +1,7 @@
 // CUDA kernels of swiglu: elementwise over rows that may have gaps between them.
 #pragma once
 
-#include "cuda/lib/values.cuh"
+#include "cuda/lib/float8.cuh"
 
 namespace lumina_kernels::cuda {
 
@@ -41,12 +41,10 @@ __global__ void __launch_bounds__(kSwigluThreads) swiglu_fwd_kernel(const Swiglu
   swiglu_place(p.rows, p.F, row, column);
   if (row >= p.rows) return;
   const int count = static_cast<int>(min(p.F - column, int64_t{8}));
-  float a[8], b[8];
-  load8(p.a, row * p.a_step + column, count, a);
-  load8(p.b, row * p.b_step + column, count, b);
-#pragma unroll
-  for (int k = 0; k < 8; ++k) a[k] = a[k] / (1.0f + expf(-a[k])) * b[k];
-  store8(p.out, row * p.F + column, count, a);
+  const Float8 a = load8(p.a, row * p.a_step + column, count);
+  const Float8 b = load8(p.b, row * p.b_step + column, count);
+  store8(p.out, row * p.F + column, count,
+         by_column([&](int k) { return a[k] / (1.0f + expf(-a[k])) * b[k]; }));
 }
 
 // With s = 1 / (1 + exp(-a)): da = dout * b * s * (1 + a * (1 - s)),  db = dout * a * s
@@ -55,18 +53,12 @@ __global__ void __launch_bounds__(kSwigluThreads) swiglu_bwd_kernel(const Swiglu
   swiglu_place(p.rows, p.F, row, column);
   if (row >= p.rows) return;
   const int count = static_cast<int>(min(p.F - column, int64_t{8}));
-  float dout[8], a[8], b[8];
-  load8(p.dout, row * p.dout_step + column, count, dout);
-  load8(p.a, row * p.a_step + column, count, a);
-  load8(p.b, row * p.b_step + column, count, b);
-#pragma unroll
-  for (int k = 0; k < 8; ++k) {
-    const float s = 1.0f / (1.0f + expf(-a[k]));
-    b[k] = dout[k] * b[k] * (s * (1.0f + a[k] * (1.0f - s)));
-    a[k] = dout[k] * (a[k] * s);
-  }
-  store8(p.da, row * p.F + column, count, b);
-  store8(p.db, row * p.F + column, count, a);
+  const Float8 dout = load8(p.dout, row * p.dout_step + column, count);
+  const Float8 a = load8(p.a, row * p.a_step + column, count);
+  const Float8 b = load8(p.b, row * p.b_step + column, count);
+  const Float8 s = by_column([&](int k) { return 1.0f / (1.0f + expf(-a[k])); });
+  store8(p.da, row * p.F + column, count, dout * b * (s * (1.0f + a * (1.0f - s))));
+  store8(p.db, row * p.F + column, count, dout * (a * s));
 }
 
 }  // namespace lumina_kernels::cuda

@@ -1,7 +1,7 @@
 // CUDA kernel of the second stage of a modulated norm's parameter gradients.
 #pragma once
 
-#include "cuda/lib/rows.cuh"
+#include "cuda/lib/rows_bwd.cuh"
 
 namespace lumina_kernels::cuda {
 

@@ -118,33 +118,29 @@ __device__ __forceinline__ int channels(const NormShape& shape, const RowPlace& 
   return head < shape.H + shape.G ? shape.K - 8 * at.piece : 0;
 }
 
-__device__ __forceinline__ float sum_of_products(const float (&a)[8], const float (&b)[8]) {
+__device__ __forceinline__ float sum_of_products(const Float8& a, const Float8& b) {
   float sum = 0.0f;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) sum += a[i] * b[i];
+  add_products(sum, a, b);
   return sum;
 }
 
 // x becomes (x - mean) * rstd, without the mean for an RMS norm; 0 where nothing is there. Uses the
 // first two scratches.
 template <int N>
-__device__ __forceinline__ void normalise(float (&x)[N][8], float (&rstd)[N],
-                                          const NormShape& shape, const RowPlace& at,
-                                          const NormShared& shared) {
+__device__ __forceinline__ void normalise(Float8 (&x)[N], float (&rstd)[N], const NormShape& shape,
+                                          const RowPlace& at, const NormShared& shared) {
   float sums[1][N];
   if (shape.norm == NormKind::kLayerAcrossHeads) {
 #pragma unroll
     for (int n = 0; n < N; ++n) {
       sums[0][n] = 0.0f;
-#pragma unroll
-      for (int i = 0; i < 8; ++i) sums[0][n] += x[n][i];
+      add_columns(sums[0][n], x[n]);
     }
     means_across_heads(sums, shape, at, shared.scratch[0]);
 #pragma unroll
     for (int n = 0; n < N; ++n) {
       const int count = channels(shape, at, n);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) x[n][i] = i < count ? x[n][i] - sums[0][n] : 0.0f;
+      x[n] = by_column([&](int i) { return i < count ? x[n][i] - sums[0][n] : 0.0f; });
     }
   }
 #pragma unroll
@@ -157,17 +153,15 @@ __device__ __forceinline__ void normalise(float (&x)[N][8], float (&rstd)[N],
 #pragma unroll
   for (int n = 0; n < N; ++n) {
     rstd[n] = rsqrtf(sums[0][n] + shape.eps);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) x[n][i] *= rstd[n];
+    x[n] *= rstd[n];
   }
 }
 
 // 8 channels of a weight or bias for head `head` of its tensor.
-__device__ __forceinline__ void load_parameter(const Values& parameter, const NormShape& shape,
-                                               const RowPlace& at, int head, int count,
-                                               float (&out)[8]) {
+__device__ __forceinline__ Float8 load_parameter(const Values& parameter, const NormShape& shape,
+                                                 const RowPlace& at, int head, int count) {
   const int row = shape.norm == NormKind::kRmsPerHead ? 0 : head;
-  load8(parameter, static_cast<int64_t>(row) * shape.K + 8 * at.piece, count, out);
+  return load8(parameter, static_cast<int64_t>(row) * shape.K + 8 * at.piece, count);
 }
 
 struct NormParameters {
@@ -177,7 +171,7 @@ struct NormParameters {
 // x becomes turn(norm(x) * weight + bias) for the heads of q and k. With a barrier between what
 // fills the turns and their use.
 template <int N>
-__device__ __forceinline__ void norm_rotate(float (&x)[N][8], const NormParameters& parameters,
+__device__ __forceinline__ void norm_rotate(Float8 (&x)[N], const NormParameters& parameters,
                                             const NormShape& shape, const RowPlace& at,
                                             const NormShared& shared) {
   float rstd[N];
@@ -189,24 +183,16 @@ __device__ __forceinline__ void norm_rotate(float (&x)[N][8], const NormParamete
     const bool of_q = head < shape.H;
     const Values weight = select(of_q, parameters.q_weight, parameters.k_weight);
     const Values bias = select(of_q, parameters.q_bias, parameters.k_bias);
-    float values[8];
-    if (is_there(weight)) {
-      load_parameter(weight, shape, at, of_q ? head : head - shape.H, count, values);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) x[n][i] *= values[i];
-    }
-    if (is_there(bias)) {
-      load_parameter(bias, shape, at, of_q ? head : head - shape.H, count, values);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) x[n][i] += values[i];
-    }
+    const int own = of_q ? head : head - shape.H;  // its number in q, or in k
+    if (is_there(weight)) x[n] *= load_parameter(weight, shape, at, own, count);
+    if (is_there(bias)) x[n] += load_parameter(bias, shape, at, own, count);
     rotate_piece(x[n], rotation);
   }
 }
 
 // The pieces of a token's heads, zeros for those of q and of k that are not wanted.
 template <int N>
-__device__ __forceinline__ void load_heads(float (&x)[N][8], const HeadsView& q, const HeadsView& k,
+__device__ __forceinline__ void load_heads(Float8 (&x)[N], const HeadsView& q, const HeadsView& k,
                                            const Token& token, bool want_q, bool want_k,
                                            const NormShape& shape, const RowPlace& at) {
 #pragma unroll
@@ -216,7 +202,7 @@ __device__ __forceinline__ void load_heads(float (&x)[N][8], const HeadsView& q,
     const HeadsView from = select(of_q, q, k);
     const int64_t start = from.at(token.b, token.l, of_q ? head : head - shape.H);
     const int count = (of_q ? want_q : want_k) ? channels(shape, at, n) : 0;
-    load8(from.values, start + 8 * at.piece, count, x[n]);
+    x[n] = load8(from.values, start + 8 * at.piece, count);
   }
 }
 

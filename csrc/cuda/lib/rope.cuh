@@ -1,7 +1,7 @@
 // What the kernels that rotate heads share: heads of a token among threads, cosines and sines.
 #pragma once
 
-#include "cuda/lib/values.cuh"
+#include "cuda/lib/float8.cuh"
 
 namespace lumina_kernels::cuda {
 
@@ -193,7 +193,7 @@ __device__ __forceinline__ void rotate_pair(float& a, float& b, float cos, float
 }
 
 // Every pair (a, b) of the piece becomes (a cos - b sin, a sin + b cos).
-__device__ __forceinline__ void rotate_piece(float (&x)[8], const PieceRotation& rotation) {
+__device__ __forceinline__ void rotate_piece(Float8& x, const PieceRotation& rotation) {
   rotate_pair(x[0], x[1], rotation.pairs[0].x, rotation.pairs[0].y);
   rotate_pair(x[2], x[3], rotation.pairs[0].z, rotation.pairs[0].w);
   rotate_pair(x[4], x[5], rotation.pairs[1].x, rotation.pairs[1].y);

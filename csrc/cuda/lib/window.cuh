@@ -60,26 +60,19 @@ __device__ __forceinline__ void store_count(Global<unsigned char> mask, Global<f
 }
 
 // The mean over a window's valid tokens of the 8 channels from `column` on of a head of x.
-__device__ __forceinline__ void window_mean(const HeadsView& x, int head, int column, int count,
-                                            const MaskedWindows& windows, const Window& window,
-                                            float (&mean)[8]) {
+__device__ __forceinline__ Float8 window_mean(const HeadsView& x, int head, int column, int count,
+                                              const MaskedWindows& windows, const Window& window) {
   int tokens = 0;
-#pragma unroll
-  for (int k = 0; k < 8; ++k) mean[k] = 0.0f;
+  Float8 sum{};
   for (int i = 0; i < window.height; ++i) {
     for (int j = 0; j < window.width; ++j) {
       const int64_t l = window.first + static_cast<int64_t>(i) * windows.grid_w + j;
       if (!windows.keeps(window.b, l)) continue;
-      float values[8];
-      load8(x.values, x.at(window.b, l, head) + column, count, values);
-#pragma unroll
-      for (int k = 0; k < 8; ++k) mean[k] += values[k];
+      sum += load8(x.values, x.at(window.b, l, head) + column, count);
       ++tokens;
     }
   }
-  const float share = share_of(static_cast<float>(tokens));
-#pragma unroll
-  for (int k = 0; k < 8; ++k) mean[k] *= share;
+  return sum * share_of(static_cast<float>(tokens));
 }
 
 }  // namespace lumina_kernels::cuda
