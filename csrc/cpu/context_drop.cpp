@@ -1,4 +1,4 @@
-// CPU kernels of context_drop_fwd: a window's tokens are added up in registers, vector by vector.
+// CPU kernels of context_drop: a window's tokens are added up in registers, vector by vector.
 #define LUMINA_FILE "cpu/context_drop.cpp"
 #include "cpu/lib/window.h"
 
@@ -30,7 +30,7 @@ struct WindowMeanBwd {
 namespace lumina_kernels::cpu::LUMINA_LEVEL {
 namespace {
 
-// mean of k and of v over the valid tokens of a window, 0 where there is none; their number
+// The means of k and of v over the valid tokens of a window, 0 if there are none, and their number.
 void context_drop_fwd(const ContextDropFwd& op, int64_t b, int64_t window) {
   const std::vector<int64_t>& tokens = valid_tokens(op.windows, op.mask, b, window);
   window_mean(op.k, b, tokens, op.G, op.K, op.k_out(b, window));
@@ -39,7 +39,7 @@ void context_drop_fwd(const ContextDropFwd& op, int64_t b, int64_t window) {
   op.counts[b * op.windows.count() + window] = static_cast<float>(tokens.size());
 }
 
-// dx = dout / count for every valid token of a window, else 0
+// dx = dout / count for the valid tokens of a window, 0 for the others.
 void window_mean_bwd(const WindowMeanBwd& op, int64_t b, int64_t window) {
   const int64_t width = op.G * op.K;
   const Vec size = broadcast(std::max(op.counts[b * op.windows.count() + window], 1.f));

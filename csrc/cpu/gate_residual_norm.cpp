@@ -1,6 +1,6 @@
-// CPU kernels of gate_residual_norm: a row stays in the nearest cache from the sum to the norm.
+// CPU kernels of gate_residual_norm: a row stays in the L1 cache from the sum to the norm.
 #define LUMINA_FILE "cpu/gate_residual_norm.cpp"
-#include "cpu/lib/norm.h"
+#include "cpu/lib/modulation.h"
 #ifndef LUMINA_LEVEL
 namespace lumina_kernels::cpu {
 namespace {
@@ -39,15 +39,14 @@ inline void read(Row row, int64_t D, float* values) {
   for_vectors(D, [&](int64_t i, int64_t count) { store(values + i, load(row, i, count)); });
 }
 
-// new_residual = residual + gate * y, normed = (norm(new_residual) * weight + bias) * (1 + scale) +
-// shift
+// new_residual = residual + gate * y,
+// normed = (norm(new_residual) * weight + bias) * (1 + scale) + shift
 void gate_residual_norm_fwd(const GateResidualNormFwd& op, Chunk chunk, float* scratch) {
   const int64_t D = op.chunks.D, b = chunk.b, width = op.chunks.width;
   float *gate = scratch, *factor = gate + width, *offset = factor + width, *values = offset + width;
   for (int64_t l = chunk.first; l < chunk.end; ++l) {
-    const bool first = l == chunk.first;
-    if (first || op.gate_per_token) read(op.gate(b, l), D, gate);
-    if (first || op.modulation.per_token) read(op.modulation, b, l, D, factor, offset);
+    if (chunk.changes_at(l, op.gate_per_token)) read(op.gate(b, l), D, gate);
+    if (chunk.changes_at(l, op.modulation.per_token)) read(op.modulation, b, l, D, factor, offset);
     const Row y = op.y(b, l), residual = op.residual(b, l);
     const Row new_residual = op.new_residual(b, l), normed = op.normed(b, l);
     for_vectors(D, [&](int64_t i, int64_t count) {
@@ -65,9 +64,9 @@ void gate_residual_norm_fwd(const GateResidualNormFwd& op, Chunk chunk, float* s
   }
 }
 
-// dresidual = dnew_residual + that of the norm's input, dy = gate * dresidual; `new_residual` is
-// computed again rather than read rounded. partials: sums over the chunk's rows, modulate_bwd, and
-// of dresidual * y, which is dgate.
+// dresidual is dnew_residual plus the gradient of the norm's input, and dy = gate * dresidual. Rows
+// of new_residual are recomputed: what the forward wrote was rounded. partials: the sums of
+// modulate_bwd over the chunk's rows, and that of dresidual * y, which is dgate.
 void gate_residual_norm_bwd(const GateResidualNormBwd& op, Chunk chunk, float* scratch) {
   const int64_t D = op.chunks.D, b = chunk.b, width = op.chunks.width;
   float *gate = scratch, *factor = gate + width, *offset = factor + width, *values = offset + width;
@@ -75,22 +74,20 @@ void gate_residual_norm_bwd(const GateResidualNormBwd& op, Chunk chunk, float* s
   float* gate_sum = op.partials(b, chunk.index, kGateSum);
   clear(gate_sum, D);
   for (int64_t l = chunk.first; l < chunk.end; ++l) {
-    const bool first = l == chunk.first;
-    if (first || op.gate_per_token) read(op.gate(b, l), D, gate);
-    if (first || op.modulation.per_token) read(op.modulation, b, l, D, factor, offset);
+    if (chunk.changes_at(l, op.gate_per_token)) read(op.gate(b, l), D, gate);
+    if (chunk.changes_at(l, op.modulation.per_token)) read(op.modulation, b, l, D, factor, offset);
     row.move_to(op.modulation, op.grads, b, l);
     const Row dnew_residual = op.dnew_residual(b, l), dnormed = op.dnormed(b, l), y = op.y(b, l);
     const Row residual = op.residual(b, l), dy = op.dy(b, l), dresidual = op.dresidual(b, l);
     const Row dgate = op.gate_per_token ? op.dgate(b, l) : Row{};
     const auto [mean, rstd] = op.statistics.get(b, l);
-    NormBwd norm;
-    for_vectors(D, [&, mean = mean, rstd = rstd](int64_t i, int64_t count) {
+    const auto gradient = [&, mean = mean, rstd = rstd](int64_t i, int64_t count) -> NormGradient {
       const Vec new_residual = load(residual, i, count) + load(gate + i) * load(y, i, count);
       const Vec n = (new_residual - mean) * rstd;
       store(values + i, n);
-      norm.add(modulate_bwd(row, i, count, load(dnormed, i, count), n), n);
-    });
-    norm.finish(D, op.statistics.layer, rstd);
+      return {modulate_bwd(row, i, count, load(dnormed, i, count), n), n};
+    };
+    const NormBwd norm = norm_bwd_means(D, op.statistics.layer, rstd, gradient);
     for_vectors(D, [&](int64_t i, int64_t count) {
       const Vec dn = load(dnormed, i, count) * load(factor + i);
       const Vec d = load(dnew_residual, i, count) + norm(dn, load(values + i));
@@ -106,7 +103,7 @@ void gate_residual_norm_bwd(const GateResidualNormBwd& op, Chunk chunk, float* s
   }
 }
 
-// dgate, of one row per sample, from the sums over the chunks.
+// dgate, if it has one row per sample, from the sums over the chunks.
 inline void finish_gate(const GateResidualNormBwd& op, int64_t begin, int64_t end) {
   for_vectors(end - begin, [&](int64_t column, int64_t count) {
     const int64_t i = begin + column;

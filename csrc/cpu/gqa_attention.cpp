@@ -1,5 +1,5 @@
-// CPU forward of gqa_attention: a flash attention over blocks of rows that share the keys of one kv
-// head. Only valid keys are packed into tiles, so no mask reaches the arithmetic.
+// CPU forward of gqa_attention: flash attention over blocks of rows that share the keys of one kv
+// head. Only valid keys are packed into tiles, so that the arithmetic needs no mask.
 #define LUMINA_FILE "cpu/gqa_attention.cpp"
 #include "cpu/gqa_attention.h"
 
@@ -11,8 +11,8 @@
 namespace lumina_kernels::cpu::LUMINA_LEVEL {
 namespace {
 
-// Of kRows rows: weighted sums of values [channel][row], the largest score in base 2 and the total
-// of 2^(score - largest).
+// For kRows rows: the weighted sums of values [channel][row], the largest score in base 2, and the
+// total of 2^(score - largest).
 struct Sums {
   float *out, *top, *total;
 
@@ -28,7 +28,8 @@ struct KeyTile {
   int32_t index[kKeys];
 };
 
-// Adds what `keys` give to the sums of `rows` rows from `first` on, q packed in blocks.
+// Adds the contribution of `keys` to the sums of `rows` rows from `first` on; q is packed in
+// blocks.
 template <class Unit>
 void attend(const Attention& a, const Keys& keys, bool biased, int64_t b, int64_t g, int64_t first,
             int64_t rows, const float* q, Sums* sums, KeyTile& tile) {
@@ -54,7 +55,7 @@ void attend(const Attention& a, const Keys& keys, bool biased, int64_t b, int64_
   }
 }
 
-// Sums become out = image / total + gate * text / total, transposed; lse of both.
+// Writes out = image / total + gate * text / total, transposed, and the lse of both.
 void finish(const Attention& a, const Outputs& outs, int64_t b, int64_t g, int64_t first,
             int64_t rows, const Sums& image, const Sums* text) {
   alignas(64) float image_factor[kRows], text_factor[kRows], line[kMaxHeadDim + kWidth];

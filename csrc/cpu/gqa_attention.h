@@ -1,4 +1,4 @@
-// What the CPU kernels of gqa_attention are given, and the memory a thread works in.
+// The arguments of the CPU kernels of gqa_attention, and the memory that a thread works in.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -13,14 +13,15 @@ namespace lumina_kernels::cpu {
 
 constexpr float kLog2E = 1.44269504f;
 
-// Keys and values of one softmax, and which of them count.
+// Keys and values of one softmax, and which of them are valid.
 struct Keys {
   Rows k, v;
   OptionalTensor mask;
   int64_t count = 0;
   float scale = 0;  // of the scores, for base e
 
-  // The next valid keys of sample b from `from` on, `limit` at most; `from` moves behind them.
+  // Finds the next valid keys of sample b from `from` on, at most `limit`, and moves `from` past
+  // them.
   int64_t next_valid(int64_t b, int64_t& from, int64_t limit, int32_t* found) const {
     int64_t n = 0;
     if (!mask) {
@@ -35,7 +36,7 @@ struct Keys {
   }
 };
 
-// Added to the scores of the first softmax: steps are 0 where it is broadcast.
+// Added to the scores of the first softmax. A step is 0 where the bias is broadcast.
 struct Bias {
   Row base;
   int64_t b = 0, h = 0, l = 0, n = 0;
@@ -57,10 +58,10 @@ struct Attention {
   Rows q;
   Keys image, text;
   Bias bias;
-  std::vector<float> gate;  // tanh of the text's, (H,)
+  std::vector<float> gate;  // tanh of the text's gate, (H,)
 
   int64_t rows() const { return L * R; }
-  // Where that row begins in a contiguous (B, L, H, K).
+  // Where a row begins in a contiguous (B, L, H, K).
   int64_t offset(int64_t b, int64_t g, int64_t row) const {
     return ((b * L + row / R) * H + g * R + row % R) * K;
   }
@@ -70,7 +71,7 @@ struct Attention {
   }
 };
 
-// One value, where there is no row of them.
+// One value on its own.
 inline float value_of(Row at) {
   switch (at.dtype) {
     case Dtype::kHalf: {
@@ -122,21 +123,21 @@ constexpr int64_t kMaxHeadDim = 256;
 
 struct Outputs {
   Row out;                // (B, L, H, K)
-  int8_t* error;          // of its rounding, or null
+  int8_t* error;          // the rounding error of out, or null
   float *lse, *text_lse;  // (B, G, L, R)
 };
 
-// What the backward has besides, and its results: rows of heads, and per row and branch lse and e.
+// What the backward is given besides, and its results; lse and e are per row and branch.
 struct Gradients : Attention {
   Rows dout, out;
-  const int8_t* error;  // of out's rounding, or null
+  const int8_t* error;  // the rounding error of out, or null
   const float *lse, *text_lse;
   float *e, *text_e;                 // (B, G, L, R)
   Row dq, dk, dv, dtext_k, dtext_v;  // contiguous
   float* dbias;                      // (B, H, L, keys), or null
 };
 
-// Float32 work memory of a thread, on cache lines; it stays for the next call.
+// A thread's float32 work memory, aligned to cache lines and kept for the next call.
 class Scratch {
  public:
   float* take(int64_t count) {
@@ -158,8 +159,8 @@ class Scratch {
   int64_t size_ = 0, used_ = 0;
 };
 
-// f(b, g, first, rows) for blocks of `count` rows or keys. A tile is packed once for all of a
-// block: 256 at most, fewer where threads would have no work.
+// Calls f(b, g, first, rows) for blocks of the `count` rows or keys of every head. A tile is packed
+// once per block, so blocks are large: 256, or fewer if threads would have no work.
 template <class F>
 void parallel_blocks(const Attention& a, int64_t count, const F& f) {
   const int64_t heads = a.B * a.G, enough = 4 * torch::stable::get_num_threads();

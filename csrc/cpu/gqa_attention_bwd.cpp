@@ -1,12 +1,12 @@
-// CPU backward of gqa_attention: once over blocks of rows, for dq, once over blocks of keys, for dk
-// and dv; nothing is summed by two threads. Per branch, with P = 2^(s - lse) and w = 1 (image) or
-// tanh(gate) (text):
+// CPU backward of gqa_attention: one pass over blocks of rows for dq, one over blocks of keys for
+// dk and dv, so that no sum is shared by threads. Per branch, with P = 2^(s - lse) and w = 1
+// (image) or tanh(gate) (text):
 //
 //   dP = dout vᵀ,  e = sum P dP = dout . (P v),  dS = w P (dP - e),
 //   dq += scale dS k,  dk = scale dSᵀ q,  dv = w Pᵀ dout,  dgate = (1 - tanh²) sum e_text
 //
-// The text is short, so its e is summed over its keys; the image's is dout . out - w e_text, with
-// the rounding error that the forward kept of out.
+// The text is short, so its e is summed over its keys. The image's e is dout . out - w e_text,
+// corrected by the rounding error of out, which the forward kept.
 #define LUMINA_FILE "cpu/gqa_attention_bwd.cpp"
 #include "cpu/gqa_attention.h"
 #include "cpu/lib/levels.h"
@@ -31,13 +31,13 @@ struct KeyTileBwd {
   int32_t index[kKeys];
 };
 
-// A block of kRows rows: q and dout in columns, the gradient of q, and terms of both branches.
+// A block of kRows rows: q and dout by columns, the gradient of q, and the terms of both branches.
 struct RowBlock {
   float *q, *dout, *dq;
   RowTerms image, text;
 };
 
-// Adds one branch's part to the gradients of q, or to e where that is what is wanted.
+// Adds one branch's part to the gradients of q, or, with find_e, to e.
 template <class Unit>
 void rows_over_keys(const Gradients& a, const Keys& keys, bool is_text, bool find_e, int64_t b,
                     int64_t g, int64_t first, int64_t rows, RowBlock* blocks, KeyTileBwd& tile) {
@@ -71,8 +71,8 @@ void rows_over_keys(const Gradients& a, const Keys& keys, bool is_text, bool fin
   }
 }
 
-// Packs a block's rows, `some` of which there are, and begins its terms: e of the image without
-// what the text takes off.
+// Packs a block's rows, of which `some` exist, and initialises their terms; the text's part is
+// still to be subtracted from e of the image.
 template <class Unit>
 void begin_rows(const Gradients& a, RowBlock& block, int64_t b, int64_t g, int64_t start,
                 int64_t some) {
@@ -98,7 +98,7 @@ void begin_rows(const Gradients& a, RowBlock& block, int64_t b, int64_t g, int64
   }
 }
 
-// Both e of a block's rows are known once the text's is.
+// Completes and stores both e of a block's rows, once the text's is known.
 void keep_e(const Gradients& a, const RowBlock& block, int64_t b, int64_t g, int64_t start,
             int64_t some) {
   for (int64_t r = 0; r < some; ++r) {
@@ -147,14 +147,14 @@ void row_blocks(const Gradients& a, int64_t b, int64_t g, int64_t first, int64_t
   });
 }
 
-// A block of kRows keys: keys and values in columns, and their gradients.
+// A block of kRows keys: keys and values by columns, and their gradients.
 struct KeyBlock {
   float *k, *v, *dk, *dv;
   const int32_t* index;
   int64_t count;
 };
 
-// A tile of rows: q and dout in rows and in pairs of rows, and their terms.
+// A tile of rows: q and dout by rows and by pairs of rows, and their terms.
 struct RowTile {
   float *q, *dout, *q_pairs, *dout_pairs, *s, *dp;
   RowTerms terms;
@@ -177,7 +177,7 @@ void pack_tile(const Gradients& a, RowTile& tile, bool is_text, int64_t b, int64
   }
 }
 
-// Adds what a tile of rows gives to the gradients of a block of keys.
+// Adds the contribution of a tile of rows to the gradients of a block of keys.
 template <class Unit>
 void add_rows(const Gradients& a, KeyBlock& block, RowTile& tile, bool is_text, int64_t b,
               int64_t g, int64_t first, int64_t rows, int64_t padded) {
@@ -277,7 +277,7 @@ void keys_backward(const Gradients& a, bool is_text) {
   });
 }
 
-// (1 - tanh²) times the sum of e over all rows of a head
+// (1 - tanh²) times the sum of e over all rows of a head.
 Tensor gate_gradient(const Gradients& a, const Tensor& gate) {
   Tensor grad = empty(gate, {a.H}, ScalarType::Float);
   for (int64_t h = 0; h < a.H; ++h) {

@@ -1,15 +1,16 @@
-// Tiles of CPU attention. Included once per level, inside that level's target. No include guard.
+// Tiles of CPU attention. Included once per level, inside that level's target, hence without
+// include guard.
 //
 // Vectors run over rows of q (row = token * R + head of the group), and keys or channels are
-// broadcast: softmax is then vertical, K is read as it lies, and no head_dim is padded to a vector.
-// Operands are arrays of 32-bit units: a float, or two bfloat16 of one sum where dot products
-// exist.
+// broadcast. Softmax is then vertical, K is read without transposing it, and head_dim is not padded
+// to a vector. Operands are arrays of 32-bit units: a float or, where the processor has dot
+// products, two bfloat16 that are summed.
 namespace lumina_kernels::cpu::LUMINA_LEVEL {
 namespace {
 
-constexpr int64_t kRows = 64;  // of a block of scores
-constexpr int64_t kKeys = 96;  // of a tile: scores and products stay in the first two caches
-constexpr int64_t kStep = 6;   // broadcast values a product takes at once ...
+constexpr int64_t kRows = 64;  // rows of a block of scores
+constexpr int64_t kKeys = 96;  // keys of a tile: scores and products stay in the L1 and L2 caches
+constexpr int64_t kStep = 6;   // values that a product broadcasts at once ...
 constexpr int64_t kVecs = LUMINA_WIDTH == 16 ? 4 : 2;  // ... times vectors: 24 of 32 registers
 
 struct FloatUnit {
@@ -26,7 +27,7 @@ struct BFloat16Unit {
 };
 #endif
 
-// Not by arithmetic: a unit's bits may be a NaN's.
+// Without arithmetic: the bits of a unit may be those of a NaN.
 LUMINA_INLINE Vec repeat(const float* unit) {
 #if LUMINA_WIDTH == 16
   return (Vec)_mm512_set1_ps(*unit);
@@ -86,7 +87,7 @@ void add_product(float* out, const float* factor, const float* a, const float* b
   }
 }
 
-// 2^x for x <= 0, and 0 for -infinity
+// 2^x for x <= 0, and 0 for -infinity.
 LUMINA_INLINE Vec exp2_of_negative(Vec x) {
 #if LUMINA_WIDTH == 16
   const Vec f = (Vec)_mm512_reduce_ps((__m512)x, 0x09);  // x - floor(x)
@@ -102,7 +103,7 @@ LUMINA_INLINE Vec exp2_of_negative(Vec x) {
 #endif
 }
 
-// Two rows of numbers as units of two, or each as it is.
+// Stores two rows of numbers as units of two, or one after the other.
 template <class Unit>
 LUMINA_INLINE void store_units(float* out, Vec first, Vec second) {
 #ifdef LUMINA_BF16_DOT
@@ -118,8 +119,9 @@ LUMINA_INLINE void store_units(float* out, Vec first, Vec second) {
   store(out + kRows, second);
 }
 
-// s[key][row] becomes exp2(scale * s - m), in units of keys, and 0 for keys in [keys, padded);
-// m, the largest score so far, and total are updated; factor is what older sums are scaled by.
+// s[key][row] becomes exp2(scale * s - m), in units of keys, and 0 for keys in [keys, padded).
+// Updates m, the largest score so far, and total; factor is what earlier sums have to be multiplied
+// by.
 template <class Unit>
 void softmax(float* s, int64_t keys, int64_t padded, float scale, float* m, float* total,
              float* factor) {
@@ -144,14 +146,13 @@ void softmax(float* s, int64_t keys, int64_t padded, float scale, float* m, floa
   }
 }
 
-// What a branch adds to the gradient of its scores: weight of a row, and e of a row.
+// What the gradient of a branch's scores needs of each row.
 struct RowTerms {
   float *lse, *e, *weight;
 };
 
-// s and dp of a tile, vectors over rows, become weight * P * (dp - e) in units of keys; or, to find
-// e, sums of P * dp are added to `found`. raw, if any, is given P * (dp - e) of one key after
-// another.
+// With vectors over rows, s becomes weight * P * (dp - e), in units of keys. Or, if `found` is
+// given, P * dp is summed into it and s stays. raw, if given, receives P * (dp - e) key by key.
 template <class Unit>
 void row_gradients(float* s, const float* dp, int64_t keys, int64_t padded, float scale,
                    RowTerms terms, float* found, float* raw) {
@@ -175,7 +176,7 @@ void row_gradients(float* s, const float* dp, int64_t keys, int64_t padded, floa
   }
 }
 
-// The same with vectors over keys: s and dp become w * P and w * P * (dp - e) in units of rows.
+// The same with vectors over keys: s and dp become w * P and w * P * (dp - e), in units of rows.
 template <class Unit>
 void key_gradients(float* s, float* dp, int64_t rows, int64_t padded, float scale, RowTerms terms) {
   for (int64_t key = 0; key < kRows; key += kWidth) {
@@ -192,17 +193,17 @@ void key_gradients(float* s, float* dp, int64_t rows, int64_t padded, float scal
   }
 }
 
-// P is 0 where a row has no valid key.
+// Makes P = 0 in a row without valid keys.
 LUMINA_INLINE float finite(float lse) { return lse == -INFINITY ? INFINITY : lse; }
 
 typedef int8_t ByteVec __attribute__((vector_size(LUMINA_WIDTH)));
 
-// The most that a number of 16 bits can have lost when it was rounded, as a part of it.
+// The largest relative error of rounding to 16 bits.
 LUMINA_INLINE float half_step(Dtype dtype) {
   return dtype == Dtype::kBFloat16 ? 0x1p-8f : 0x1p-11f;
 }
 
-// What K values did lose, in 127ths of that.
+// The rounding errors of K values, in 127ths of that.
 LUMINA_INLINE void rounding_error(int8_t* error, Row rounded, const float* exact, int64_t K) {
   for_vectors(K, [&](int64_t i, int64_t count) {
     const Vec value = load(rounded, i, count), most = abs(value) * half_step(rounded.dtype);
@@ -214,7 +215,7 @@ LUMINA_INLINE void rounding_error(int8_t* error, Row rounded, const float* exact
   });
 }
 
-// a . b of K values, b as it was before it was rounded; error may be null.
+// a . b over K values, with b as it was before rounding; error may be null.
 LUMINA_INLINE float exact_product(Row a, Row b, const int8_t* error, int64_t K) {
   Vec total{};
   for_vectors(K, [&](int64_t i, int64_t count) {
@@ -288,7 +289,7 @@ void pack_pairs(float* out, int64_t count, int64_t padded, int64_t K, const F& r
   }
 }
 
-// A row of rows(i) from out[c][i], times a factor.
+// Writes out[c][i] times a factor to rows(i), for every i.
 template <class F>
 void store_transposed(const float* out, int64_t count, int64_t K, float factor, const F& rows) {
   alignas(64) float line[kMaxHeadDim + kWidth];
@@ -303,7 +304,7 @@ void store_transposed(const float* out, int64_t count, int64_t K, float factor, 
 inline void add_bias(const Attention& a, float* s, int64_t key_step, int64_t row_step, int64_t b,
                      int64_t g, int64_t first, int64_t rows, const int32_t* keys, int64_t count) {
   const float scale = a.image.scale * kLog2E;
-  const bool same = a.bias.h == 0 && a.bias.l == 0;  // for all rows
+  const bool same = a.bias.h == 0 && a.bias.l == 0;  // for all rows of a key
   for (int64_t n = 0; n < count; ++n) {
     const Row key = a.bias.base + (b * a.bias.b + keys[n] * a.bias.n);
     const float shared = same ? kLog2E * value_of(key) : 0.f;

@@ -1,4 +1,4 @@
-// CPU kernel of guided_step: the state and two halves of the velocity, value by value.
+// CPU kernel of guided_step: elementwise over the state and the two halves of the velocity.
 #define LUMINA_FILE "cpu/guided_step.cpp"
 #include "cpu/lib/levels.h"
 
@@ -6,7 +6,7 @@
 namespace lumina_kernels::cpu::LUMINA_LEVEL {
 namespace {
 
-// out = x + dt * (uncond + weight * (cond - uncond)), x + dt * cond where there is no uncond
+// out = x + dt * (uncond + weight * (cond - uncond)), or x + dt * cond without uncond.
 void guided_step_fwd(Row x, Row cond, Row uncond, Row out, float weight, float dt, int64_t length) {
   for_vectors(length, [&](int64_t i, int64_t count) {
     Vec u = load(cond, i, count);

@@ -1,6 +1,6 @@
-// CPU kernels of norm_modulate: a row is read once from memory, and again from the nearest cache.
+// CPU kernels of norm_modulate: a row is read once from memory, then from the L1 cache.
 #define LUMINA_FILE "cpu/norm_modulate.cpp"
-#include "cpu/lib/norm.h"
+#include "cpu/lib/modulation.h"
 #ifndef LUMINA_LEVEL
 namespace lumina_kernels::cpu {
 namespace {
@@ -36,7 +36,7 @@ void norm_modulate_fwd(const NormModulateFwd& op, Chunk chunk, float* scratch) {
   const int64_t D = op.chunks.D, b = chunk.b;
   float *factor = scratch, *offset = scratch + op.chunks.width;
   for (int64_t l = chunk.first; l < chunk.end; ++l) {
-    if (l == chunk.first || op.modulation.per_token) read(op.modulation, b, l, D, factor, offset);
+    if (chunk.changes_at(l, op.modulation.per_token)) read(op.modulation, b, l, D, factor, offset);
     const Row x = op.x(b, l), out = op.out(b, l);
     const Statistics row = statistics(D, op.eps, op.statistics.layer,
                                       [&](auto i, auto count) { return load(x, i, count); });
@@ -48,26 +48,25 @@ void norm_modulate_fwd(const NormModulateFwd& op, Chunk chunk, float* scratch) {
   }
 }
 
-// With n = (x - mean) * rstd, d = dout * (1 + scale) * weight:
-// dx = rstd * (d - mean(d) - n * mean(d * n)); partials: sums over the chunk's rows, modulate_bwd.
+// With n = (x - mean) * rstd and d = dout * (1 + scale) * weight, dx = rstd * (d - mean(d) - n *
+// mean(d * n)). partials: the sums of modulate_bwd over the chunk's rows.
 void norm_modulate_bwd(const NormModulateBwd& op, Chunk chunk, float* scratch) {
   const int64_t D = op.chunks.D, b = chunk.b;
   float *factor = scratch, *offset = scratch + op.chunks.width;
   ModulationRow row(op.modulation, op.grads, op.partials, chunk, factor);
   for (int64_t l = chunk.first; l < chunk.end; ++l) {
-    if (l == chunk.first || op.modulation.per_token) read(op.modulation, b, l, D, factor, offset);
+    if (chunk.changes_at(l, op.modulation.per_token)) read(op.modulation, b, l, D, factor, offset);
     row.move_to(op.modulation, op.grads, b, l);
     const Row dout = op.dout(b, l), x = op.x(b, l), dx = op.dx(b, l);
     const auto [mean, rstd] = op.statistics.get(b, l);
     const auto normed = [&, mean = mean, rstd = rstd](int64_t i, int64_t count) {
       return (load(x, i, count) - mean) * rstd;
     };
-    NormBwd norm;
-    for_vectors(D, [&](int64_t i, int64_t count) {
+    const auto gradient = [&](int64_t i, int64_t count) -> NormGradient {
       const Vec n = normed(i, count);
-      norm.add(modulate_bwd(row, i, count, load(dout, i, count), n), n);
-    });
-    norm.finish(D, op.statistics.layer, rstd);
+      return {modulate_bwd(row, i, count, load(dout, i, count), n), n};
+    };
+    const NormBwd norm = norm_bwd_means(D, op.statistics.layer, rstd, gradient);
     for_vectors(D, [&](int64_t i, int64_t count) {
       const Vec d = load(dout, i, count) * load(factor + i);
       store(dx, i, norm(d, normed(i, count)), count);

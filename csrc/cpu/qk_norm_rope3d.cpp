@@ -1,6 +1,6 @@
-// CPU kernels of qk_norm_rope3d: a token's heads are read once, into float32 memory in the cache.
+// CPU kernels of qk_norm_rope3d: a token's heads are read once, into a float32 buffer in the cache.
 //
-// The statistics cost no bytes, so the backward computes them again from the row it reads anyway.
+// The backward recomputes the statistics from the row, which it has to read anyway.
 #define LUMINA_FILE "cpu/qk_norm_rope3d.cpp"
 #include "cpu/lib/qk_norm.h"
 
@@ -20,8 +20,8 @@ struct NormedBwd {
   Normed from;
   Rows dout;
   Row dx;
-  int sums;                     // 0 for no parameter, 1 for the weight alone, 2 with the bias
-  const Pool* pool;             // of k, where dout is for means
+  int sums;                     // 0 without parameters, 1 for a weight, 2 for weight and bias
+  const Pool* pool;             // of k, if dout is the gradient of means over windows
   std::vector<float> partials;  // (chunks, sums, heads * K)
 };
 
@@ -40,8 +40,8 @@ struct QkNormRope3dBwd {
 namespace lumina_kernels::cpu::LUMINA_LEVEL {
 namespace {
 
-// x -> turn(norm(x) * weight + bias) of q and k for token l of `count` samples from b on, which
-// share the angles
+// x -> rotate(norm(x) * weight + bias) for q and k, for token l of `count` samples from b on, which
+// share the angles.
 void qk_norm_rope3d_fwd(const QkNormRope3dFwd& op, int64_t b, int64_t l, int64_t count) {
   const int64_t L = op.L, K = op.K, H = op.q.heads, G = op.k.heads;
   float* memory = scratch(rotation_size(K) + padded(std::max(H, G) * K));
@@ -60,9 +60,9 @@ void qk_norm_rope3d_fwd(const QkNormRope3dFwd& op, int64_t b, int64_t l, int64_t
   }
 }
 
-// With n the normalised row, d = turn back(share * dout) and g = d * weight:
-// dx = rstd * (g - mean(g) - n * mean(g * n)), without mean(g) for an RMS norm,
-// dweight += d * n, dbias += d. `row` and `grad` are room for the padded token.
+// With n the normalised row, d = share * dout rotated back, and g = d * weight, dx = rstd * (g -
+// mean(g) - n * mean(g * n)), without mean(g) for an RMS norm, dweight += d * n and dbias += d.
+// `row` and `grad` are buffers for the padded token.
 inline void norm_rotate_bwd(const TokenHeads& dout, float share, const TokenHeads& x,
                             const float* weight, Norm norm, Rotation rotation, int64_t K, Row dx,
                             float* row, float* grad, float* dweight, float* dbias) {
@@ -99,7 +99,8 @@ inline void norm_rotate_bwd(const TokenHeads& dout, float share, const TokenHead
   }
 }
 
-// One token of q or of k. A pooled token has its share of its window's gradient, a masked one none.
+// One token of q or of k. A pooled token gets its share of its window's gradient, a masked one
+// nothing.
 inline void token_bwd(const QkNormRope3dBwd& op, const NormedBwd& side, int64_t b, int64_t l,
                       Rotation rotation, float* row, float* grad, float* dweight, float* dbias) {
   const int64_t K = op.K, H = side.from.heads;
@@ -109,14 +110,14 @@ inline void token_bwd(const QkNormRope3dBwd& op, const NormedBwd& side, int64_t 
   if (const Pool* pool = side.pool) {
     if (!pool->mask(b, l)) return fill_zeros(dx, H * K);
     l_out = pool->windows.of(l);
-    share = 1.f / pool->counts[b * pool->windows.count() + l_out];  // it has this token
+    share = 1.f / pool->counts[b * pool->windows.count() + l_out];  // at least 1: this token
   }
   norm_rotate_bwd(heads_at(side.dout, b, l_out, H, K), share, heads_at(side.from.x, b, l, H, K),
                   side.from.weight(), op.norm, rotation, K, dx, row, grad,
                   side.sums > 0 ? dweight : nullptr, side.sums > 1 ? dbias : nullptr);
 }
 
-// The tokens of a chunk, and its sums of dweight and dbias.
+// The tokens of a chunk, and their sums of dweight and dbias.
 void qk_norm_bwd(QkNormRope3dBwd& op, int64_t chunk) {
   const int64_t K = op.K;
   const int64_t room = padded(std::max(op.sides[0].from.heads, op.sides[1].from.heads) * K);
@@ -141,7 +142,7 @@ void qk_norm_bwd(QkNormRope3dBwd& op, int64_t chunk) {
   }
 }
 
-// out = the sum of `count` rows, `step` apart
+// out = the sum of `count` rows that are `step` apart.
 void sum_rows(const float* rows, int64_t step, int64_t count, Row out, int64_t length) {
   for_vectors(length, [&](int64_t i, int64_t lanes) {
     Vec sums[4] = {};
@@ -175,7 +176,7 @@ std::vector<float> spread(const OptionalTensor& parameter, int64_t times) {
 namespace {
 
 constexpr int64_t kLeastTokens = 16, kMostChunks = 256;
-constexpr int64_t kColumns = 64;  // that a thread adds up at a time
+constexpr int64_t kColumns = 64;  // that a thread sums at a time
 
 std::tuple<Tensor, Tensor> qk_norm_rope3d_fwd(
     const Tensor& q, const Tensor& k, const OptionalTensor& q_weight, const OptionalTensor& q_bias,
@@ -199,7 +200,7 @@ std::tuple<Tensor, Tensor> qk_norm_rope3d_fwd(
   return {q_out, k_out};
 }
 
-// A parameter's gradient: sum number `index` of all chunks, and of all heads where they share it.
+// A parameter's gradient: sum `index` of all chunks, and of all heads if they share the parameter.
 Tensor parameter_grad(const OptionalTensor& parameter, const NormedBwd& side, int index,
                       const QkNormRope3dBwd& op, const Tensor& like) {
   if (!parameter) return empty(like, {0}, ScalarType::Float);

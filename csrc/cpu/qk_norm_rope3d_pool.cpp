@@ -1,6 +1,6 @@
-// CPU kernel of qk_norm_rope3d_pool: a window's keys are normalised, turned and added up in the
-// cache. The backward is that of qk_norm_rope3d, where k reads its window's gradient, and of
-// context_drop_fwd for v.
+// CPU kernel of qk_norm_rope3d_pool: a window's keys are normalised, rotated and summed in the
+// cache. The backward is that of qk_norm_rope3d, in which k reads its window's gradient, and for v
+// that of context_drop.
 #define LUMINA_FILE "cpu/qk_norm_rope3d_pool.cpp"
 #include "cpu/lib/qk_norm.h"
 
@@ -27,8 +27,8 @@ struct QkNormRope3dPoolFwd {
 namespace lumina_kernels::cpu::LUMINA_LEVEL {
 namespace {
 
-// turn(norm(q)) for the tokens of a window; over the valid ones the means of turn(norm(k)) and of
-// v, 0 where there is none; their number
+// rotate(norm(q)) for the tokens of a window; the means of rotate(norm(k)) and of v over its valid
+// tokens, 0 if there are none; and their number.
 void qk_norm_rope3d_pool_fwd(const QkNormRope3dPoolFwd& op, int64_t b, int64_t window) {
   const int64_t K = op.K, H = op.q.heads, G = op.k.heads, room = padded(std::max(H, G) * K);
   float* memory = scratch(rotation_size(K) + 3 * room);

@@ -1,4 +1,5 @@
-// CPU kernels of rope3d: a token's cosines and sines once, then all its heads of q and of k.
+// CPU kernels of rope3d: a token's cosines and sines are computed once, for all its heads of q and
+// k.
 #define LUMINA_FILE "cpu/rope3d.cpp"
 #include "cpu/lib/rope.h"
 
@@ -21,7 +22,7 @@ namespace lumina_kernels::cpu::LUMINA_LEVEL {
 namespace {
 
 // (a, b) -> (a cos - b sin, a sin + b cos) with the angle sign * position[axis] * inv_freq, for
-// token l of `count` samples from b on, which share the angles
+// token l of `count` samples from b on, which share the angles.
 void rope3d(const Rope3d& op, int64_t b, int64_t l, int64_t count) {
   const auto [L, H, G, K] = std::tuple{op.L, op.H, op.G, op.K};
   const Rotation rotation = rotation_in(scratch(rotation_size(K)), K);

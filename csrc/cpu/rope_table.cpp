@@ -1,4 +1,5 @@
-// CPU kernels of rope_table: a token's cosines and sines once, then all its heads of q and of k.
+// CPU kernels of rope_table: a token's cosines and sines are read once, for all its heads of q and
+// k.
 #define LUMINA_FILE "cpu/rope_table.cpp"
 #include "cpu/lib/rope.h"
 
@@ -6,8 +7,8 @@
 namespace lumina_kernels::cpu {
 
 struct RopeTable {
-  Rows cos, sin, q, k, q_out, k_out;  // no k: nothing to do
-  bool half, back;
+  Rows cos, sin, q, k, q_out, k_out;  // k may be missing
+  bool half, backward;
   int64_t H, G, K;
 };
 
@@ -19,24 +20,24 @@ struct RopeTable {
 namespace lumina_kernels::cpu::LUMINA_LEVEL {
 namespace {
 
-// The even channel of a pair adds -sin_a b, the odd one sin_b a; backwards sin_b b and -sin_a a.
-inline void make_interleaved(Row sin, bool back, int64_t K, float* to) {
-  const LongVec flip = LongVec{} + (back ? uint64_t{1} << 63 : uint64_t{1} << 31);
+// The even channel of a pair adds -sin_a b and the odd one sin_b a; backwards sin_b b and -sin_a a.
+inline void make_interleaved(Row sin, bool backward, int64_t K, float* to) {
+  const LongVec flip = LongVec{} + (backward ? uint64_t{1} << 63 : uint64_t{1} << 31);
   for_whole_vectors(K, [&](int64_t i, int64_t count) {
     const Vec values = load(sin, i, count);
-    store(to + i, (Vec)((LongVec)(back ? swapped(values) : values) ^ flip), count);
+    store(to + i, (Vec)((LongVec)(backward ? swapped(values) : values) ^ flip), count);
   });
   repeat(to, K);
 }
 
-// The same for channels j and j + K/2.
-inline void make_half(Row sin, bool back, int64_t K, float* to) {
+// The same for pairs of channels j and j + K/2.
+inline void make_half(Row sin, bool backward, int64_t K, float* to) {
   const int64_t M = K / 2;
-  const Row a = back ? sin + M : sin, b = back ? sin : sin + M;
+  const Row a = backward ? sin + M : sin, b = backward ? sin : sin + M;
   for_whole_vectors(M, [&](int64_t j, int64_t count) {
     const Vec first = load(a, j, count), second = load(b, j, count);
-    store(to + j, back ? first : -first, count);
-    store(to + M + j, back ? -second : second, count);
+    store(to + j, backward ? first : -first, count);
+    store(to + M + j, backward ? -second : second, count);
   });
 }
 
@@ -53,15 +54,15 @@ inline void rotate_half(const TokenHeads& x, Rotation rotation, int64_t K, Row o
   }
 }
 
-// x -> x * cos + rot(x) * sin of q and k for token l of `count` samples from b on, which share the
-// table; or with `back` the gradient of x from that of this
+// x -> x * cos + rot(x) * sin for q and k, or, if `backward`, the gradient of x from that of the
+// result; for token l of `count` samples from b on, which share the table.
 void rope_table(const RopeTable& op, int64_t b, int64_t l, int64_t count) {
   const auto [H, G, K] = std::tuple{op.H, op.G, op.K};
   const Rotation rotation = rotation_in(scratch(rotation_size(K)), K);
   stage({op.cos(b, l), 1, K, 0}, rotation.cos);
   repeat(rotation.cos, K);
-  op.half ? make_half(op.sin(b, l), op.back, K, rotation.sin)
-          : make_interleaved(op.sin(b, l), op.back, K, rotation.sin);
+  op.half ? make_half(op.sin(b, l), op.backward, K, rotation.sin)
+          : make_interleaved(op.sin(b, l), op.backward, K, rotation.sin);
   const auto rotate_token = [&](const TokenHeads& x, Row out) {
     op.half ? rotate_half(x, rotation, K, out) : rotate_heads(x, rotation, K, out);
   };
@@ -77,7 +78,7 @@ void rope_table(const RopeTable& op, int64_t b, int64_t l, int64_t count) {
 namespace lumina_kernels::cpu {
 namespace {
 
-// (L, K) or (B, L, K) rows for row(b, l).
+// A table (L, K) or (B, L, K), to be read as row(b, l).
 Rows table_of(const Tensor& table) {
   Rows rows = rows_of(table);
   if (table.dim() == 2) rows.l = rows.b, rows.b = 0;
@@ -85,7 +86,7 @@ Rows table_of(const Tensor& table) {
 }
 
 std::tuple<Tensor, Tensor> rotate(const Tensor& q, const OptionalTensor& k, const Tensor& cos,
-                                  const Tensor& sin, const std::string& pairing, bool back) {
+                                  const Tensor& sin, const std::string& pairing, bool backward) {
   Tensor q_out = empty_as(q), k_out = k ? empty_as(*k) : nothing(q);
   const int64_t B = q.size(0), L = q.size(1), H = q.size(2), K = q.size(3);
   const int64_t G = k ? k->size(2) : 0;
@@ -97,7 +98,7 @@ std::tuple<Tensor, Tensor> rotate(const Tensor& q, const OptionalTensor& k, cons
                      .q_out = rows_of(q_out),
                      .k_out = k ? rows_of(k_out) : Rows{},
                      .half = pairing == "half",
-                     .back = back,
+                     .backward = backward,
                      .H = H,
                      .G = G,
                      .K = K};

@@ -1,6 +1,6 @@
-// CPU kernels of sandwich_norm: a row is read once from memory, and again from the nearest cache.
+// CPU kernels of sandwich_norm: a row is read once from memory, then from the L1 cache.
 #define LUMINA_FILE "cpu/sandwich_norm.cpp"
-#include "cpu/lib/norm.h"
+#include "cpu/lib/sandwich.h"
 #ifndef LUMINA_LEVEL
 namespace lumina_kernels::cpu {
 namespace {
@@ -36,7 +36,7 @@ void sandwich_norm_fwd(const SandwichNormFwd& op, Chunk chunk, float* scratch) {
   const int64_t D = op.chunks.D, b = chunk.b;
   float *opening = scratch, *factor = scratch + op.chunks.width;
   for (int64_t l = chunk.first; l < chunk.end; ++l) {
-    if (l == chunk.first || op.gate.per_token) read(op.gate, b, l, D, opening, factor);
+    if (chunk.changes_at(l, op.gate.per_token)) read(op.gate, b, l, D, opening, factor);
     const Row y = op.y(b, l), residual = op.residual(b, l), out = op.out(b, l);
     const float rstd =
         rms_rstd(D, op.eps, [&](int64_t i, int64_t count) { return load(y, i, count); });
@@ -48,23 +48,22 @@ void sandwich_norm_fwd(const SandwichNormFwd& op, Chunk chunk, float* scratch) {
   }
 }
 
-// With n = y * rstd, d = dout * tanh(gate) * weight: dy = rstd * (d - n * mean(d * n));
-// partials: sums over the chunk's rows, see sandwich_bwd.
+// With n = y * rstd and d = dout * tanh(gate) * weight, dy = rstd * (d - n * mean(d * n)).
+// partials: the sum of sandwich_bwd over the chunk's rows.
 void sandwich_norm_bwd(const SandwichNormBwd& op, Chunk chunk, float* scratch) {
   const int64_t D = op.chunks.D, b = chunk.b;
   float *opening = scratch, *factor = scratch + op.chunks.width;
   GateRow row(op.gate, op.partials(b, chunk.index, 0), opening, factor, D);
   for (int64_t l = chunk.first; l < chunk.end; ++l) {
-    if (l == chunk.first || op.gate.per_token) read(op.gate, b, l, D, opening, factor);
+    if (chunk.changes_at(l, op.gate.per_token)) read(op.gate, b, l, D, opening, factor);
     if (op.gate.per_token) row.dgate = op.grads.gate(b, l);
     const Row dout = op.dout(b, l), y = op.y(b, l), dy = op.dy(b, l);
     const float rstd = *float_at(op.rstd, b, l);
-    NormBwd norm;
-    for_vectors(D, [&](int64_t i, int64_t count) {
+    const auto gradient = [&](int64_t i, int64_t count) -> NormGradient {
       const Vec n = load(y, i, count) * rstd;
-      norm.add(sandwich_bwd(row, i, count, load(dout, i, count), n), n);
-    });
-    norm.finish(D, false, rstd);
+      return {sandwich_bwd(row, i, count, load(dout, i, count), n), n};
+    };
+    const NormBwd norm = norm_bwd_means(D, false, rstd, gradient);
     for_vectors(D, [&](int64_t i, int64_t count) {
       const Vec d = load(dout, i, count) * load(factor + i);
       store(dy, i, norm(d, load(y, i, count) * rstd), count);

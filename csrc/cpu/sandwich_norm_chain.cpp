@@ -1,6 +1,6 @@
-// CPU kernels of sandwich_norm_chain: a row stays in the nearest cache through both norms.
+// CPU kernels of sandwich_norm_chain: a row stays in the L1 cache through both norms.
 #define LUMINA_FILE "cpu/sandwich_norm_chain.cpp"
-#include "cpu/lib/norm.h"
+#include "cpu/lib/sandwich.h"
 #ifndef LUMINA_LEVEL
 namespace lumina_kernels::cpu {
 namespace {
@@ -43,9 +43,8 @@ void sandwich_norm_chain_fwd(const SandwichNormChainFwd& op, Chunk chunk, float*
   float *opening = scratch, *factor = opening + width, *next_factor = factor + width;
   float *next_offset = next_factor + width, *values = next_offset + width;
   for (int64_t l = chunk.first; l < chunk.end; ++l) {
-    const bool first = l == chunk.first;
-    if (first || op.gate.per_token) read(op.gate, b, l, D, opening, factor);
-    if (first || op.next.per_token) read(op.next, b, l, D, next_factor, next_offset);
+    if (chunk.changes_at(l, op.gate.per_token)) read(op.gate, b, l, D, opening, factor);
+    if (chunk.changes_at(l, op.next.per_token)) read(op.next, b, l, D, next_factor, next_offset);
     const Row y = op.y(b, l), residual = op.residual(b, l);
     const Row new_residual = op.new_residual(b, l), normed = op.normed(b, l);
     const float rstd =
@@ -65,9 +64,9 @@ void sandwich_norm_chain_fwd(const SandwichNormChainFwd& op, Chunk chunk, float*
   }
 }
 
-// dresidual = dnew_residual + that of the next norm's input, with `new_residual` computed again
-// rather than read rounded; dy from it as in sandwich_norm. partials: sums over the chunk's rows,
-// modulate_bwd and sandwich_bwd.
+// dresidual is dnew_residual plus the gradient of the next norm's input, and dy follows from it as
+// in sandwich_norm. Rows of new_residual are recomputed: what the forward wrote was rounded.
+// partials: the sums of modulate_bwd and sandwich_bwd over the chunk's rows.
 void sandwich_norm_chain_bwd(const SandwichNormChainBwd& op, Chunk chunk, float* scratch) {
   const int64_t D = op.chunks.D, b = chunk.b, width = op.chunks.width;
   float *opening = scratch, *factor = opening + width, *next_factor = factor + width;
@@ -75,32 +74,30 @@ void sandwich_norm_chain_bwd(const SandwichNormChainBwd& op, Chunk chunk, float*
   ModulationRow next(op.next, op.next_grads, op.partials, chunk, next_factor);
   GateRow row(op.gate, op.partials(b, chunk.index, kGateSum), opening, factor, D);
   for (int64_t l = chunk.first; l < chunk.end; ++l) {
-    const bool first = l == chunk.first;
-    if (first || op.gate.per_token) read(op.gate, b, l, D, opening, factor);
-    if (first || op.next.per_token) read(op.next, b, l, D, next_factor, next_offset);
+    if (chunk.changes_at(l, op.gate.per_token)) read(op.gate, b, l, D, opening, factor);
+    if (chunk.changes_at(l, op.next.per_token)) read(op.next, b, l, D, next_factor, next_offset);
     if (op.gate.per_token) row.dgate = op.gate_grads.gate(b, l);
     next.move_to(op.next, op.next_grads, b, l);
     const Row dnew_residual = op.dnew_residual(b, l), dnormed = op.dnormed(b, l), y = op.y(b, l);
     const Row residual = op.residual(b, l), dy = op.dy(b, l), dresidual = op.dresidual(b, l);
     const float rstd = *float_at(op.rstd, b, l), next_rstd = *float_at(op.next_rstd, b, l);
-    NormBwd next_norm, norm;
-    for_vectors(D, [&](int64_t i, int64_t count) {
+    const auto next_gradient = [&](int64_t i, int64_t count) -> NormGradient {
       const Vec new_residual =
           load(residual, i, count) + load(y, i, count) * rstd * load(factor + i);
       const Vec n = new_residual * next_rstd;
       store(values + i, n);
-      next_norm.add(modulate_bwd(next, i, count, load(dnormed, i, count), n), n);
-    });
-    next_norm.finish(D, false, next_rstd);
-    for_vectors(D, [&](int64_t i, int64_t count) {
+      return {modulate_bwd(next, i, count, load(dnormed, i, count), n), n};
+    };
+    const NormBwd next_norm = norm_bwd_means(D, false, next_rstd, next_gradient);
+    const auto gradient = [&](int64_t i, int64_t count) -> NormGradient {
       const Vec dn = load(dnormed, i, count) * load(next_factor + i);
       const Vec d = load(dnew_residual, i, count) + next_norm(dn, load(values + i));
       store(values + i, d);
       store(dresidual, i, d, count);
       const Vec n = load(y, i, count) * rstd;
-      norm.add(sandwich_bwd(row, i, count, d, n), n);
-    });
-    norm.finish(D, false, rstd);
+      return {sandwich_bwd(row, i, count, d, n), n};
+    };
+    const NormBwd norm = norm_bwd_means(D, false, rstd, gradient);
     for_vectors(D, [&](int64_t i, int64_t count) {
       const Vec d = load(values + i) * load(factor + i);
       store(dy, i, norm(d, load(y, i, count) * rstd), count);

@@ -1,19 +1,24 @@
-// Rows in chunks, and sums over rows whose bits do not depend on the threads.
+// Rows in chunks, and sums over rows that are the same bit for bit with any number of threads.
 #pragma once
 
 #include "cpu/lib/rows.h"
 
 namespace lumina_kernels::cpu {
 
-// Some rows of one sample: they share the parameters of that sample, which are made float32 once.
+// Some rows of one sample. They share that sample's parameters, which are converted to float32
+// once.
 struct Chunk {
   int64_t b, index, first, end;
+
+  // Whether row l has other parameters than the row before it.
+  bool changes_at(int64_t l, bool per_token) const { return per_token || l == first; }
 };
 
-// All rows in chunks, which depend on the shape alone: so do the sums over the rows of a chunk.
+// All rows in chunks. The division depends on the shape alone, and therefore so do sums over a
+// chunk.
 struct Chunks {
   int64_t B, L, D;
-  int64_t width;        // D as whole vectors of any level
+  int64_t width;        // D rounded up to whole vectors of any level
   int64_t rows, count;  // rows of a chunk, chunks of a sample
 
   explicit Chunks(const Tensor& x) : B(x.size(0)), L(x.size(1)), D(x.size(2)) {
@@ -24,7 +29,8 @@ struct Chunks {
   }
 };
 
-// f(chunk, scratch) for all chunks: `buffers` rows of `width` values, 0 beyond D, for each thread.
+// Calls f(chunk, scratch) for all chunks. Every thread has its own scratch: `buffers` rows of `width`
+// values, 0 beyond D.
 template <class F>
 void parallel_chunks(const Chunks& chunks, int64_t buffers, const F& f) {
   constexpr int64_t kValuesPerTask = 8192;
@@ -41,7 +47,7 @@ void parallel_chunks(const Chunks& chunks, int64_t buffers, const F& f) {
   });
 }
 
-// f(first, end) for blocks of columns, of which each takes about `work` values a column.
+// Calls f(first, end) for blocks of columns; a column takes about `work` values.
 template <class F>
 void parallel_columns(int64_t D, int64_t work, const F& f) {
   constexpr int64_t kColumns = 64;

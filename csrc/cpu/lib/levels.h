@@ -1,4 +1,5 @@
-// Run-time dispatch over vector instruction sets. An op's file names itself and includes this:
+// Run-time choice among vector instruction sets. An op's file defines its own name and includes
+// this:
 //
 //   #define LUMINA_FILE "cpu/swiglu.cpp"
 //   #include "cpu/lib/levels.h"
@@ -8,8 +9,9 @@
 //   ... once: checks, allocation, LUMINA_CALL(kernel, arguments), registration
 //   #endif
 //
-// Target pragmas, not compiler flags per file: std:: functions stay baseline code, so that a linker
-// which keeps one copy of each cannot pick one that this processor lacks the instructions for.
+// Target pragmas rather than compiler flags per file: std:: functions stay baseline code. With
+// flags, the linker, which keeps one copy of each, could pick one with instructions that this
+// processor lacks.
 #ifndef LUMINA_LEVEL
 #include "cpu/lib/rows.h"
 

@@ -1,4 +1,4 @@
-// What qk_norm_rope3d shares with qk_norm_rope3d_pool. Included before levels.h, as rope.h is.
+// Shared by qk_norm_rope3d and qk_norm_rope3d_pool. Included before levels.h, as rope.h is.
 #include "cpu/lib/window.h"
 
 #ifndef LUMINA_QK_NORM_ROPE3D
@@ -6,7 +6,7 @@
 namespace lumina_kernels::cpu {
 
 struct Norm {
-  bool layer, per_head;  // a LayerNorm, else an RMSNorm; over each head, else over all of a token
+  bool layer, per_head;  // LayerNorm or RMSNorm; over each head or over all of a token
   float eps;
 
   Norm(const std::string& name, double eps_)
@@ -15,10 +15,10 @@ struct Norm {
         eps(static_cast<float>(eps_)) {}
 };
 
-// A weight or bias in float32, `times` times one after another and padded; nothing for None.
+// A weight or bias in float32, repeated `times` times and padded; empty for None.
 std::vector<float> spread(const OptionalTensor& parameter, int64_t times);
 
-// q or k and its parameters, spread to all heads.
+// q or k, and its parameters repeated for all heads.
 struct Normed {
   Rows x;
   int64_t heads;
@@ -34,7 +34,7 @@ struct Normed {
   const float* bias() const { return biases.empty() ? nullptr : biases.data(); }
 };
 
-// Gradients of means over windows come in the place of those of k.
+// The windows of a k that was averaged: its gradient comes as one of means over them.
 struct Pool {
   Windows windows;
   Mask mask;
@@ -55,7 +55,7 @@ SixTensors qk_norm_bwd(const Tensor& dq_out, const Tensor& dk_out, const Tensor&
 #ifdef LUMINA_LEVEL
 namespace lumina_kernels::cpu::LUMINA_LEVEL {
 
-// The first `count` values of a, then those of b.
+// The first `count` values of a, followed by those of b.
 LUMINA_INLINE Vec first(int64_t count, Vec a, Vec b) {
   if (count >= kWidth) return a;
   IntVec lane;
@@ -63,7 +63,7 @@ LUMINA_INLINE Vec first(int64_t count, Vec a, Vec b) {
   return lane < static_cast<int32_t>(count) ? a : b;
 }
 
-// The sum of f(i), vectors of [0, length), of which the last one may have values beyond it.
+// The sum of the vectors f(i) over [0, length); values of the last one beyond it do not count.
 template <class F>
 LUMINA_INLINE float total(int64_t length, const F& f) {
   Vec sums[4] = {};
@@ -90,7 +90,7 @@ LUMINA_INLINE Moments moments_of(const float* row, int64_t length, Norm norm) {
   return {mean, 1.f / std::sqrt(squares / size + norm.eps)};
 }
 
-// out = turn(norm(x) * weight + bias), `row` room for the padded token
+// out = rotate(norm(x) * weight + bias); `row` is a buffer for the padded token
 LUMINA_INLINE void norm_rotate(const TokenHeads& x, const float* weight, const float* bias,
                                Norm norm, Rotation rotation, int64_t K, Row out, float* row) {
   stage(x, row);

@@ -1,5 +1,5 @@
-// What the kernels that rotate heads share: the heads of a token, angles, cosines and sines. An
-// op's file includes this before levels.h, so that each level has it too, in its second part.
+// Shared by the kernels that rotate heads: the heads of a token, angles, cosines and sines. An op's
+// file includes this before levels.h, so that every level gets the second part too.
 #ifndef LUMINA_ROPE
 #define LUMINA_ROPE
 #include "cpu/lib/rows.h"
@@ -8,7 +8,8 @@ namespace lumina_kernels::cpu {
 
 constexpr int64_t kWidest = 16;  // floats in the widest vector of any level
 
-// All heads of a token: `count` pieces of `length` values, `step` apart; one piece without gaps.
+// All heads of a token: `count` pieces of `length` values, `step` apart; a single piece if there
+// are no gaps.
 struct TokenHeads {
   Row row;
   int64_t count, length, step;
@@ -21,8 +22,8 @@ inline TokenHeads heads_at(const Rows& x, int64_t b, int64_t l, int64_t H, int64
   return {x(b, l), H, K, x.h};
 }
 
-// Asks for the heads of a token that comes next, and for the lines they will be written to: memory
-// would else rest during this one's angles and sums. A hint: nothing is read.
+// Prefetches the heads of the next token and the lines they will be written to: memory would
+// otherwise be idle while this token's angles and sums are computed.
 inline void prefetch(const TokenHeads& x, Row out) {
   constexpr int64_t kLine = 64;
   const int64_t bytes = x.length * size_of(x.row.dtype), step = x.step * size_of(x.row.dtype);
@@ -31,10 +32,10 @@ inline void prefetch(const TokenHeads& x, Row out) {
   for (int64_t i = 0; i < x.count * bytes; i += kLine) __builtin_prefetch(out.data + i, 1);
 }
 
-// Room for n values and for whole vectors that begin within them.
+// The size of a buffer for n values in which a whole vector may begin at any of them.
 inline int64_t padded(int64_t n) { return (n + 2 * kWidest - 1) / kWidest * kWidest; }
 
-// This thread's float32 memory, whole cache lines; a later call hands the same out again.
+// This thread's float32 buffer, aligned to cache lines; the next call returns the same one.
 inline float* scratch(int64_t count) {
   thread_local std::vector<float> memory;
   if (static_cast<int64_t>(memory.size()) < count + kWidest) memory.resize(count + kWidest);
@@ -42,8 +43,8 @@ inline float* scratch(int64_t count) {
   return memory.data() + (64 - misplaced) % 64 / sizeof(float);
 }
 
-// A token's cosines and sines for the K channels of a head, as x * cos + swapped(x) * sin wants
-// them, and their first values again behind them: a vector may begin at any channel.
+// A token's cosines and sines for the K channels of a head, arranged for x * cos + swapped(x) *
+// sin. The first values are repeated at the end, because a vector may begin at any channel.
 struct Rotation {
   float *cos, *sin;
 };
@@ -53,9 +54,9 @@ inline Rotation rotation_in(float* memory, int64_t K) {
   return {memory, memory + rotation_size(K) / 2};
 }
 
-// A tensor of numbers of any dtype, read one by one.
+// A tensor of any dtype that is read number by number.
 struct Numbers {
-  Tensor owner;  // the tensor itself, or a float32 copy of one of a rare dtype
+  Tensor owner;  // the tensor itself, or a float32 copy if its dtype is a rare one
   ScalarType dtype;
   const void* data;
 
@@ -134,7 +135,8 @@ struct Angles {
   }
 };
 
-// f(b, l, count) for every token l of the samples from b on: of all where they share the angles.
+// Calls f(b, l, count) for token l of `count` samples from b on: of all samples at once if they
+// share the angles.
 template <class F>
 void for_tokens(bool shared, int64_t B, int64_t L, int64_t work, const F& f) {
   const int64_t count = shared ? B : 1;
@@ -142,10 +144,10 @@ void for_tokens(bool shared, int64_t B, int64_t L, int64_t work, const F& f) {
                 [&](int64_t token) { f(token / L, token % L, count); });
 }
 
-// Angles beyond it are not reduced exactly by float32 arithmetic.
+// Float32 arithmetic does not reduce larger angles exactly.
 constexpr float kFar = 1.5e6f;
 
-// Sines and cosines of a vector of angles of any size, NaN where there is none.
+// Sines and cosines of angles of any size; NaN for infinities and NaN.
 inline void far_sincos(const float* angles, float* sin, float* cos, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
     sin[i] = static_cast<float>(std::sin(static_cast<double>(angles[i])));
@@ -162,7 +164,7 @@ namespace lumina_kernels::cpu::LUMINA_LEVEL {
 typedef uint32_t PairVec __attribute__((vector_size(2 * LUMINA_WIDTH)));
 typedef uint64_t LongVec __attribute__((vector_size(4 * LUMINA_WIDTH)));
 
-// The two values of every pair exchanged.
+// Swaps the two values of every pair.
 LUMINA_INLINE Vec swapped(Vec x) {
 #if LUMINA_WIDTH == 16
   return (Vec)_mm512_permute_ps((__m512)x, 0xb1);
@@ -174,8 +176,8 @@ LUMINA_INLINE Vec swapped(Vec x) {
 #endif
 }
 
-// f(i, count) for vectors that cover [0, length). The last one goes back to be whole, so some
-// values are seen twice; only a length below a vector gives fewer than kWidth.
+// Calls f(i, count) for vectors that cover [0, length). The last one begins earlier so that it is
+// whole, and overlaps the one before; count is below kWidth only if length is.
 template <class F>
 LUMINA_INLINE void for_whole_vectors(int64_t length, const F& f) {
   if (length < kWidth) return f(0, length);
@@ -184,7 +186,7 @@ LUMINA_INLINE void for_whole_vectors(int64_t length, const F& f) {
   if (i < length) f(length - kWidth, kWidth);
 }
 
-// The same over heads of K values, f(i, c, count) with the channel c = i mod K.
+// The same over heads of K values: f(i, c, count) gets the channel c = i mod K too.
 template <class F>
 LUMINA_INLINE void for_channels(int64_t length, int64_t K, const F& f) {
   if (length < kWidth) return f(0, 0, length);
@@ -198,7 +200,7 @@ LUMINA_INLINE void for_channels(int64_t length, int64_t K, const F& f) {
   if (i < length) f(length - kWidth, (length - kWidth) % K, kWidth);
 }
 
-// All heads of a token in float32, one after another.
+// Copies all heads of a token to float32, without gaps.
 LUMINA_INLINE void stage(const TokenHeads& x, float* to) {
   for (int64_t n = 0; n < x.count; ++n) {
     const Row from = x.row + n * x.step;
@@ -212,10 +214,10 @@ LUMINA_INLINE void fill_zeros(Row row, int64_t length) {
   for_whole_vectors(length, [&](int64_t i, int64_t count) { store(row, i, Vec{}, count); });
 }
 
-// sin(x) and cos(x) within 1.1 ulp of 1 for |x| <= kFar; NaN of NaN.
+// sin(x) and cos(x) within 1.1 ulp of 1 for |x| <= kFar; NaN for NaN.
 //
-// x = n * pi/2 + r with pi/2 = c1 + c2 + c3: c1 and c2 have 14 bits, n is split into a multiple of
-// 1024 and the rest, so all products with them are exact, fused or not.
+// x = n * pi/2 + r with pi/2 = c1 + c2 + c3. c1 and c2 have 14 bits and n is split into a multiple
+// of 1024 and the rest, so that all products with them are exact, whether fused or not.
 LUMINA_INLINE void sincos(Vec x, Vec& sin, Vec& cos) {
   const Vec shifted = x * 0.6366197723675814f + 12582912.f;
   const Vec n = shifted - 12582912.f;
@@ -235,7 +237,7 @@ LUMINA_INLINE void sincos(Vec x, Vec& sin, Vec& cos) {
   cos = as_float(as_int(even_quadrant ? even : odd) ^ (((quadrant + 1) & 2) << 30));
 }
 
-// kWidth values of pairs, each one twice, with the sign bits of `flip` changed.
+// Stores kWidth values of pairs, each one twice, with the sign bits of `flip` inverted.
 LUMINA_INLINE void store_pairs(float* to, Vec values, uint64_t flip) {
   PairVec halves[2];
   std::memcpy(halves, &values, sizeof(values));
@@ -263,7 +265,7 @@ LUMINA_INLINE void make_rotation(const Angles& angles, int64_t b, int64_t l, Rot
   const float reach = angles.reach[sample];
   const bool near = std::fabs(p[0]) * reach <= kFar && std::fabs(p[1]) * reach <= kFar &&
                     std::fabs(p[2]) * reach <= kFar;
-  // The even channel of a pair adds -b sin, the odd one a sin; the other way round backwards.
+  // The even channel of a pair adds -b sin and the odd one a sin; backwards the signs are swapped.
   const uint64_t flip = angles.sign > 0 ? uint64_t{1} << 31 : uint64_t{1} << 63;
   for (int64_t j = 0; j < angles.pairs; j += kWidth) {
     IntVec axis;
@@ -293,7 +295,7 @@ LUMINA_INLINE Vec rotated(Vec x, Rotation rotation, int64_t c) {
   return x * load(rotation.cos + c) + swapped(x) * load(rotation.sin + c);
 }
 
-// All heads of a token, turned, one after another.
+// Rotates all heads of a token and writes them without gaps.
 LUMINA_INLINE void rotate_heads(const TokenHeads& x, Rotation rotation, int64_t K, Row out) {
   for (int64_t n = 0; n < x.count; ++n) {
     const Row from = x.row + n * x.step, to = out + n * x.length;

@@ -1,4 +1,4 @@
-// What every CPU kernel shares: rows of tensors of any dtype, threads, the choice of level.
+// Shared by all CPU kernels: rows of tensors of any dtype, threads, the choice of level.
 #pragma once
 
 #include <algorithm>
@@ -16,7 +16,7 @@
 
 namespace lumina_kernels::cpu {
 
-// Levels in rising order; the best that this processor has is taken, or the one that was forced.
+// Levels in rising order. level() is the best that this processor has, unless another was forced.
 enum Level { kPortable, kAvx2, kAvx512, kAvx512Bf16 };
 Level level();
 
@@ -30,7 +30,7 @@ Level level();
 #define LUMINA_CALL(kernel, ...) portable::kernel(__VA_ARGS__)
 #endif
 
-// Contiguous values of one dtype; null where an optional tensor is not there.
+// Contiguous values of one dtype; null if an optional tensor is missing.
 struct Row {
   char* data = nullptr;
   Dtype dtype = Dtype::kFloat;
@@ -43,7 +43,7 @@ struct Row {
 
 // Rows of a tensor (B, L, ..., D) read in place: row(b, l), or row(b, l, h) of heads.
 struct Rows {
-  Tensor owner;  // the tensor itself, or a copy where its last dimension has gaps
+  Tensor owner;  // the tensor itself, or a copy if its last dimension has gaps
   Row base;
   int64_t b = 0, l = 0, h = 0;  // steps in elements
 
@@ -57,7 +57,8 @@ inline Row row_of(const Tensor& tensor) {
   return {static_cast<char*>(tensor.data_ptr()), dtype_of(tensor)};
 }
 
-// (D,): one row for all; (B, D): one for each sample; (B, L, D) and (B, L, H, K): as they say.
+// (D,) is one row for all, (B, D) one for each sample, (B, L, D) one for each token, (B, L, H, K)
+// one for each head.
 inline Rows rows_of(const Tensor& tensor) {
   const int64_t dim = tensor.dim();
   Rows rows{is_packed(tensor) ? tensor : torch::stable::contiguous(tensor)};
@@ -70,7 +71,8 @@ inline Rows rows_of(const Tensor& tensor) {
 
 inline Rows rows_of(const OptionalTensor& tensor) { return tensor ? rows_of(*tensor) : Rows{}; }
 
-// Elementwise ops take any shape: rows and their length, one row where no tensor has gaps.
+// The number of rows and their length, for elementwise ops, which take any shape: a single row if
+// no tensor has gaps.
 inline std::tuple<int64_t, int64_t> flat_shape(std::initializer_list<Tensor> tensors) {
   const Tensor& first = *tensors.begin();
   const int64_t last = first.dim() == 0 ? 1 : first.size(first.dim() - 1);
@@ -79,24 +81,24 @@ inline std::tuple<int64_t, int64_t> flat_shape(std::initializer_list<Tensor> ten
   return {1, first.numel()};
 }
 
-// The tensor as so many rows, a copy only where rows do not follow each other in equal steps.
+// The tensor as that many rows, copied only if these are not at equal distances.
 inline Rows flat_rows(const Tensor& tensor, int64_t rows) {
   if (tensor.numel() == 0) return Rows{tensor};
   const int64_t shape[] = {rows, tensor.numel() / rows};
   return rows_of(torch::stable::reshape(tensor, {shape, 2}));
 }
 
-// f(i) for i in [0, count), which take about `work` values each.
+// Calls f(i) for i in [0, count) from several threads; each call handles about `work` values.
 template <class F>
 void parallel_rows(int64_t count, int64_t work, const F& f) {
-  constexpr int64_t kValuesPerTask = 8192;  // less is done before another thread has woken up
+  constexpr int64_t kValuesPerTask = 8192;  // less is finished before another thread wakes up
   const int64_t grain = std::max<int64_t>(1, kValuesPerTask / std::max<int64_t>(work, 1));
   torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) f(i);
   });
 }
 
-// f(row, first, count) for pieces of rows of `length` values.
+// Calls f(row, first, count) for pieces of rows of `length` values.
 template <class F>
 void parallel_pieces(int64_t rows, int64_t length, const F& f) {
   constexpr int64_t kPiece = 4096;

@@ -1,5 +1,5 @@
-// LUMINA_WIDTH floats as one value, by the compiler's vector extension: + - * / and comparisons are
-// its own. Included once per level, inside that level's target. No include guard.
+// LUMINA_WIDTH floats as one value, by the compiler's vector extension, which provides + - * / and
+// comparisons. Included once per level, inside that level's target, hence without include guard.
 namespace lumina_kernels::cpu::LUMINA_LEVEL {
 
 constexpr int64_t kWidth = LUMINA_WIDTH;
@@ -12,7 +12,8 @@ LUMINA_INLINE Vec broadcast(float value) { return value - Vec{}; }
 LUMINA_INLINE Vec as_float(IntVec bits) { return (Vec)bits; }
 LUMINA_INLINE IntVec as_int(Vec value) { return (IntVec)value; }
 
-// b where one of them is NaN. By name: GCC 12 makes a comparison and a choice of the general form.
+// b if one of them is NaN. The instruction by name: GCC 12 turns the general form into a comparison
+// and a selection.
 LUMINA_INLINE Vec max(Vec a, Vec b) {
 #if LUMINA_WIDTH == 16
   return (Vec)_mm512_max_ps((__m512)a, (__m512)b);
@@ -37,7 +38,7 @@ LUMINA_INLINE Vec abs(Vec a) { return as_float(as_int(a) & 0x7fffffff); }
 
 // ---- 16 bits to float32 and back, to nearest even ----
 
-// Instructions by name: GCC 12 makes five of a __builtin_convertvector that is one.
+// The instruction by name: GCC 12 turns __builtin_convertvector, which should be one, into five.
 LUMINA_INLINE IntVec widen(HalfVec bits) {
 #if LUMINA_WIDTH == 16
   return (IntVec)_mm512_cvtepu16_epi32((__m256i)bits);
@@ -76,7 +77,8 @@ LUMINA_INLINE Vec from_half(HalfVec bits) {
 #elif LUMINA_WIDTH == 8
   return (Vec)_mm256_cvtph_ps((__m128i)bits);
 #else
-  // Exponents move by 112; subnormals are exact multiples of 2^-24; infinities and NaN keep theirs.
+  // Exponents grow by 112; subnormals are exact multiples of 2^-24; infinities and NaN keep their
+  // exponent.
   const IntVec wide = widen(bits);
   const IntVec sign = (wide & 0x8000) << 16, magnitude = wide & 0x7fff;
   const Vec subnormal = __builtin_convertvector(magnitude, Vec) * 5.9604644775390625e-8f;
@@ -95,7 +97,7 @@ LUMINA_INLINE HalfVec to_half(Vec value) {
 #else
   const IntVec bits = as_int(value), magnitude = bits & 0x7fffffff;
   const IntVec normal = (magnitude - (112 << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-  // Below 2^-14 adding 1/2 leaves the multiples of 2^-24 in the last bits, rounded by the adder.
+  // Below 2^-14, adding 1/2 leaves multiples of 2^-24 in the last bits, rounded by the addition.
   const IntVec subnormal = as_int(as_float(magnitude) + 0.5f) - 0x3f000000;
   const IntVec finite = magnitude < (113 << 23) ? subnormal : normal;
   const IntVec infinite = magnitude < 0x477ff000 ? finite : IntVec{} + 0x7c00;
@@ -146,7 +148,8 @@ LUMINA_INLINE void store(float* data, Vec value, int64_t count = kWidth) {
   store_bits(reinterpret_cast<char*>(data), value, count);
 }
 
-// f(i, count) for the vectors of [0, length): all but the last one are whole, and compiled so.
+// Calls f(i, count) for the vectors of [0, length). All but the last are whole, and f is compiled
+// separately for them.
 template <class F>
 LUMINA_INLINE void for_vectors(int64_t length, const F& f) {
   int64_t i = 0;
@@ -171,23 +174,23 @@ LUMINA_INLINE float sum(Vec value) {
 #endif
 }
 
-// p * 2^n, n a whole number in [-252, 252]; a result below the normal numbers may be 0.
+// p * 2^n for a whole number n in [-252, 252]; a subnormal result may be 0.
 LUMINA_INLINE Vec scale_by_power(Vec p, Vec n) {
 #if LUMINA_WIDTH == 16
   return (Vec)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
-  // Two factors, each a normal number, so that neither end wraps around.
+  // Two factors, both normal numbers, so that neither exponent overflows.
   const IntVec whole = (IntVec)(n + 12582912.f) - 0x4b400000, half = whole >> 1;
   return p * (Vec)((half + 127) << 23) * (Vec)((whole - half + 127) << 23);
 #endif
 }
 
-// To the nearest whole number: 1.5 * 2^23 leaves no bits for a fraction.
+// To the nearest whole number: next to 1.5 * 2^23 there are no bits left for a fraction.
 LUMINA_INLINE Vec round(Vec x) { return (x + 12582912.f) - 12582912.f; }
 
-// 2^x, off by 2e-7 of itself at most; 0 and infinity beyond float32, NaN of NaN.
+// 2^x with a relative error of at most 2e-7; 0 and infinity beyond float32, NaN for NaN.
 LUMINA_INLINE Vec exp2(Vec x) {
-  x = max(broadcast(-150.f), min(broadcast(129.f), x));  // this order keeps NaN
+  x = max(broadcast(-150.f), min(broadcast(129.f), x));  // in this order NaN stays NaN
   const Vec n = round(x), f = x - n;
   Vec p = broadcast(1.32647272e-3f);
   p = p * f + 9.67151281e-3f;

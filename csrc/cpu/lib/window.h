@@ -1,4 +1,4 @@
-// Windows of factor x factor tokens of a (T, H, W) grid, and masks of tokens. Included before
+// Windows of factor x factor tokens in a (T, H, W) grid, and masks of tokens. Included before
 // levels.h, as rope.h is.
 #include "cpu/lib/rope.h"
 
@@ -6,7 +6,7 @@
 #define LUMINA_WINDOW
 namespace lumina_kernels::cpu {
 
-// True for tokens that count; all do where there is no mask.
+// True for valid tokens; without a mask all of them are.
 struct Mask {
   const bool* data = nullptr;
   int64_t b = 0, l = 0;
@@ -22,7 +22,7 @@ struct Mask {
 
 struct Windows {
   int64_t T, H, W, factor;
-  int64_t rows, columns;  // of windows, those at the far edges may be smaller
+  int64_t rows, columns;  // of windows; those at the far edges may be smaller
 
   Windows(const std::vector<int64_t>& grid, int64_t factor_)
       : T(grid[0]), H(grid[1]), W(grid[2]), factor(factor_) {
@@ -40,7 +40,7 @@ struct Windows {
     return (line / H * rows + line % H / factor) * columns + token % W / factor;
   }
 
-  // f(l) for the tokens of a window, row by row.
+  // Calls f(l) for the tokens of a window, row by row.
   template <class F>
   void for_tokens(int64_t window, const F& f) const {
     const int64_t line = window / columns, left = window % columns * factor;
@@ -50,11 +50,11 @@ struct Windows {
       for (int64_t j = 0; j < width; ++j) f(first + i * W + j);
   }
 
-  // Values of a window at most, with `width` of them in a token.
+  // The most values in a window, with `width` of them in a token.
   int64_t work(int64_t width) const { return std::min(factor, H) * std::min(factor, W) * width; }
 };
 
-// The tokens of a window that count; a later call of this thread hands out the same memory.
+// The valid tokens of a window, in memory that this thread's next call reuses.
 inline const std::vector<int64_t>& valid_tokens(const Windows& windows, const Mask& mask, int64_t b,
                                                 int64_t window) {
   thread_local std::vector<int64_t> tokens;
@@ -65,7 +65,7 @@ inline const std::vector<int64_t>& valid_tokens(const Windows& windows, const Ma
   return tokens;
 }
 
-// The gradient of x, (B, L, G, K), from that of its means over windows.
+// The gradient of x, (B, L, G, K), from the gradient of its means over windows.
 Tensor window_mean_bwd(const Tensor& dout, const Tensor& counts, const Windows& windows,
                        const Mask& mask);
 
@@ -75,7 +75,7 @@ Tensor window_mean_bwd(const Tensor& dout, const Tensor& counts, const Windows& 
 #ifdef LUMINA_LEVEL
 namespace lumina_kernels::cpu::LUMINA_LEVEL {
 
-// The mean of all heads of `tokens` of sample b; 0 where there is none.
+// The mean over `tokens` of sample b, for all heads; 0 if there are none.
 LUMINA_INLINE void window_mean(const Rows& x, int64_t b, const std::vector<int64_t>& tokens,
                                int64_t G, int64_t K, Row out) {
   const TokenHeads heads = heads_at(x, b, 0, G, K);
