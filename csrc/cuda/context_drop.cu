@@ -32,7 +32,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> context_drop_fwd(const Tensor& k, con
   return {k_out, v_out, mask, counts};
 }
 
-// The gradient of v, and of k where dk_out is there.
+// The gradient of v, and of k if dk_out is given.
 std::tuple<OptionalTensor, Tensor> means_bwd(const OptionalTensor& dk_out, const Tensor& dv_out,
                                              const Tensor& counts, const MaskedWindows& windows) {
   const int64_t B = dv_out.size(0), G = dv_out.size(2), K = dv_out.size(3);

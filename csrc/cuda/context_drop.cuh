@@ -1,4 +1,4 @@
-// CUDA kernels of context_drop: a block has one window, all heads of k and of v.
+// CUDA kernels of context_drop: a block handles one window, with all heads of k and v.
 #pragma once
 
 #include "cuda/lib/window.cuh"
@@ -15,7 +15,7 @@ struct ContextDropFwdParams {
   int G, K;
 };
 
-// Of two tensors, or of the second alone, where `tensors` is 1 and dk_out and dk are null.
+// For two tensors, or for the second alone: then `tensors` is 1, and dk_out and dk are null.
 struct ContextDropBwdParams {
   HeadsView dk_out, dv_out, dk, dv;
   Global<const float> counts;
@@ -24,14 +24,14 @@ struct ContextDropBwdParams {
   int tensors, G, K;
 };
 
-// A thread for 8 channels of a head, and for more where a window has more of them.
+// A thread takes 8 channels of a head, and further ones if a window has more than the block.
 inline LaunchConfig context_drop_config(int64_t windows, int64_t heads, int64_t K) {
   const int64_t threads = 32 * ceil_div(std::max<int64_t>(heads * ceil_div(K, 8), 1), 32);
   return {dim3(static_cast<unsigned>(windows)),
           dim3(static_cast<unsigned>(std::min<int64_t>(threads, kContextDropThreads)))};
 }
 
-// mean of k and of v over the valid tokens of a window, 0 where there is none; their number
+// The means of k and of v over the valid tokens of a window, 0 if there are none, and their number.
 __global__ void __launch_bounds__(kContextDropThreads)
     context_drop_kernel(const ContextDropFwdParams p) {
   const Window window = window_at(p.windows, blockIdx.x);
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kContextDropThreads)
   if (threadIdx.x == 0) store_count(p.mask_out, p.counts, p.windows, window);
 }
 
-// dk = dk_out / count and dv = dv_out / count for every valid token of a window, else 0
+// dk = dk_out / count and dv = dv_out / count for the valid tokens of a window, 0 for the others.
 __global__ void __launch_bounds__(kContextDropThreads)
     context_drop_bwd_kernel(const ContextDropBwdParams p) {
   const Window window = window_at(p.windows, blockIdx.x);

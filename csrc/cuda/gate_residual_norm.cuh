@@ -5,7 +5,7 @@
 
 namespace lumina_kernels::cuda {
 
-// statistics: rstd (B, L) and, of a LayerNorm, behind it the mean (B, L).
+// statistics: rstd (B, L), followed, for a LayerNorm, by the mean (B, L).
 struct GateResidualNormFwdParams {
   RowsView y, residual, gate;
   ModulationView modulation;
@@ -22,7 +22,7 @@ struct GateResidualNormBwdParams {
   ModulationView modulation;
   Global<const float> statistics;
   Values dy, dresidual;
-  Values dgate, dscale;   // only where gate, scale have a row per token
+  Values dgate, dscale;   // only if gate or scale has a row per token
   Global<float> partial;  // (B, chunks, 3, D): two sums of modulate_bwd, then dresidual * y
   RowChunks chunks;
   bool layer;

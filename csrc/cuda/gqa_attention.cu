@@ -30,7 +30,7 @@ void with_size(int64_t size, std::integer_sequence<int, kSizes...>, F&& use) {
   STD_TORCH_CHECK(found, "head_dim is too large");
 }
 
-// A step along an axis of one element is never taken, whatever it says.
+// The stride of an axis with one element may be anything; it is never used.
 int64_t step(const Tensor& x, int64_t axis) { return x.size(axis) > 1 ? x.stride(axis) : 0; }
 
 template <class T>
@@ -43,7 +43,7 @@ AttentionKeys<T> keys_of(const Tensor& k, const Tensor& v, const OptionalTensor&
                          double scale) {
   AttentionKeys<T> keys{heads_of<T>(k), heads_of<T>(v)};
   keys.count = static_cast<int>(k.size(1));
-  // A scale of 0 makes all scores equal, and so does the smallest number; but -inf stays -inf.
+  // A scale of 0 makes all scores equal. The smallest positive number does so too, and keeps -inf.
   keys.scale = std::max(static_cast<float>(std::abs(scale) * 1.4426950408889634),
                         std::numeric_limits<float>::min());
   keys.vectors = takes_vectors(k) && takes_vectors(v) && k.size(3) % 8 == 0;
@@ -114,7 +114,7 @@ void launch_mma(const Inputs& x, const Saved& outs) {
   }
 }
 
-// out, its error, lse, text_lse; empty where they are not wanted.
+// out, its error, lse and text_lse; empty if not wanted.
 Saved outputs_of(const Tensor& q, int64_t G, bool text, bool with_error) {
   const int64_t B = q.size(0), L = q.size(1), H = q.size(2), K = q.size(3);
   const Tensor lse = empty(q, {B, G, L, H / G}, ScalarType::Float);

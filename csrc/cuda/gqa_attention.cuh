@@ -9,12 +9,12 @@
 
 namespace lumina_kernels::cuda {
 
-// The head_dims that there are kernels for; one between them takes the next, with zeros.
+// The head_dims with kernels of their own; others take the next larger one, padded with zeros.
 using AttentionHeadDims =
     std::integer_sequence<int, 24, 40, 48, 64, 72, 80, 88, 96, 112, 120, 128, 256>;
-using AttentionFloatColumns = std::integer_sequence<int, 2, 3, 4, 8>;  // in 32s
+using AttentionFloatColumns = std::integer_sequence<int, 2, 3, 4, 8>;  // head_dims, in units of 32
 
-// The least of `kSizes`, which ascend, that is not below K.
+// The smallest of `kSizes`, which ascend, that is not below K.
 template <int... kSizes>
 constexpr int attention_size(int K, std::integer_sequence<int, kSizes...>) {
   int found = 0;
@@ -22,15 +22,15 @@ constexpr int attention_size(int K, std::integer_sequence<int, kSizes...>) {
   return found;
 }
 
-// Of the multiply-adds that tensor cores make time for at head_dim K those that count: products
-// with keys go in steps of 16 columns (the m16n8k8 at 72 counts as a whole one), products with
-// values give 8 columns at a time. 0.947 at 72.
+// The fraction of the tensor cores' multiply-adds at head_dim K that are not padding: products with
+// keys take 16 columns at a time (the m16n8k8 at 72 counts in full), products with values yield 8
+// columns at a time. 0.947 at 72.
 constexpr double attention_useful_fraction(int K) {
   const int size = attention_size(K, AttentionHeadDims());
   return 2.0 * K / static_cast<double>(16 * ceil_div(size, 16) + size);
 }
 
-// What a warp's registers hold of one softmax becomes weighted, and its lse is written.
+// Divides a warp's sums of one softmax by its total, applies the gate, and writes the lse.
 template <class Warp>
 __device__ __forceinline__ void finish_softmax(Warp& warp, const AttentionFwdParams<uint16_t>& p,
                                                const Values& gate, Global<float> lse) {
@@ -58,7 +58,8 @@ __device__ __forceinline__ void finish_softmax(Warp& warp, const AttentionFwdPar
   }
 }
 
-// Sums of the image to shared memory and back, added to; a thread sees its own alone.
+// Moves the sums of the image to shared memory or, with kBack, adds them to those of the text. A
+// thread accesses its own sums only.
 template <bool kBack, class Warp>
 __device__ __forceinline__ void keep_sums(Warp& warp, Shared<float> sums) {
 #pragma unroll
@@ -78,7 +79,7 @@ __device__ __forceinline__ void keep_sums(Warp& warp, Shared<float> sums) {
   }
 }
 
-// Results by way of shared memory of the warp, from where they go in whole rows.
+// Results go to shared memory of the warp first, from where they are stored as whole rows.
 template <Dtype kDtype, class Warp>
 __device__ __forceinline__ void stage_rows(const Warp& warp, int lane, bool with_error,
                                            Shared<uint16_t> rows, Shared<uint8_t> errors) {
@@ -143,7 +144,7 @@ __device__ __forceinline__ void store_results(const Warp& warp,
   store_rows<Tile>(at, at.first_row + thread / 32 * Tile::kWarpRows, lane, rows, errors);
 }
 
-// For `heads` kv heads of all samples, `rows` rows each.
+// For `heads` kv heads of all samples together, with `rows` rows each.
 template <int kHeadDim, bool kBias>
 LaunchConfig gqa_attention_config(int64_t heads, int64_t rows, bool text) {
   using Tile = AttentionTile<kHeadDim, kBias>;
@@ -155,8 +156,8 @@ LaunchConfig gqa_attention_config(int64_t heads, int64_t rows, bool text) {
 // out = P v + tanh(gate) P_t v_t,  P = 2^(s - lse),  lse = log2 sum 2^s,
 // s = (scale q kᵀ + bias) log2(e) over the valid keys. Without any, lse is -inf and P is 0.
 //
-// One barrier a tile: when all threads are there, the tile has come and the one before it is no
-// longer read, so that the next one may take its place while this one is computed with.
+// One barrier per tile: once all threads have reached it, the tile has arrived and nobody reads the
+// previous one, whose place the next tile may take during the computation with this one.
 template <int kHeadDim, Dtype kDtype, bool kBias>
 __global__ void __launch_bounds__(kAttentionThreads, AttentionTile<kHeadDim, kBias>::kBlocks)
     gqa_attention_fwd_kernel(const LUMINA_GRID_CONSTANT AttentionFwdParams<uint16_t> p) {

@@ -1,4 +1,4 @@
-// gqa_attention in float32, without tensor cores, which would cut products to tf32.
+// gqa_attention in float32, without tensor cores, which would truncate factors to tf32.
 #pragma once
 
 #include "cuda/gqa_attention_keys.cuh"
@@ -8,7 +8,8 @@ namespace lumina_kernels::cuda {
 // Sizes for head_dims up to 32 * kLaneColumns.
 template <int kLaneColumns>
 struct AttentionFloatTile {
-  static constexpr int kColumns = kLaneColumns, kKeys = 32;  // a key, or columns, to a lane
+  static constexpr int kColumns = kLaneColumns,
+                       kKeys = 32;  // a lane has one key, or kColumns columns
   static constexpr int kWarpRows = kColumns > 4 ? 4 : 8, kRows = kAttentionWarps * kWarpRows;
   static constexpr int kStep = 32 * kColumns + 4;  // an odd number of 16-byte chunks, as for mma
   static constexpr int kValues = kKeys * kStep, kQueries = 2 * kValues;  // where they begin
@@ -16,7 +17,7 @@ struct AttentionFloatTile {
   static constexpr size_t kSharedBytes = 4 * (kWeights + kKeys * kRows);
 };
 
-// A warp's rows. A lane has one key of a tile, and of the sums columns lane, lane + 32, ...
+// A warp's rows. A lane has one key of a tile, and columns lane, lane + 32, ... of the sums.
 template <int kLaneColumns>
 struct AttentionFloatWarp {
   using Tile = AttentionFloatTile<kLaneColumns>;
@@ -35,7 +36,7 @@ struct AttentionFloatWarp {
     }
   }
 
-  // scores = q kᵀ, over K rounded up to whole chunks: what is behind K is zero.
+  // scores = q kᵀ, over K rounded up to whole chunks: the columns beyond K are zero.
   __device__ __forceinline__ void multiply_keys(Shared<float> queries, Shared<float> keys, int K) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) scores[r] = 0.0f;
@@ -53,7 +54,7 @@ struct AttentionFloatWarp {
     }
   }
 
-  // scores become 2^(scale * score + bias - top), 0 where `valid` is not; out is scaled down.
+  // scores become 2^(scale * score + bias - top), or 0 if not `valid`; out is rescaled.
   __device__ __forceinline__ void exponentials(const AttentionPlace<float>& at, int first_row,
                                                int key, bool valid, float scale, bool biased) {
     const AttentionBias& bias = at.p.bias;
@@ -78,8 +79,8 @@ struct AttentionFloatWarp {
     }
   }
 
-  // out += scores v; scores go to the other lanes by way of shared memory of the
-  // warp; the barriers of every tile keep those of the last one until they are read.
+  // out += scores v. The lanes exchange scores through shared memory of the warp; the barriers of
+  // every tile make sure that those of the previous tile have been read.
   __device__ __forceinline__ void multiply_values(Shared<float> weights, Shared<float> values) {
 #pragma unroll
     for (int r = 0; r < kRows; r += 4) {
@@ -106,7 +107,7 @@ struct AttentionFloatWarp {
     }
   }
 
-  // out becomes that of the image, or, with the gate, of both.
+  // out becomes the result of the image or, for the text, the gated result of both.
   __device__ __forceinline__ void finish(const AttentionPlace<float>& at, int first_row,
                                          bool text) {
     const Global<float> lse = text ? at.p.text_lse : at.p.lse;
@@ -139,7 +140,7 @@ struct AttentionFloatWarp {
   }
 };
 
-// A row of K numbers by a warp, zeros behind them; nothing but zeros if it is not there.
+// A warp copies a row of K numbers, padded with zeros; zeros only if the row does not exist.
 template <class Tile>
 __device__ __forceinline__ void copy_row(Shared<float> to, Global<const float> from, int K,
                                          bool there) {

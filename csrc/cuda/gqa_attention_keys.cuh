@@ -1,11 +1,11 @@
-// What the CUDA kernels of gqa_attention are given, and their walk over the tiles of keys.
+// The arguments of the CUDA kernels of gqa_attention, and the iteration over tiles of keys.
 #pragma once
 
 #include "cuda/lib/ptx.cuh"
 
 namespace lumina_kernels::cuda {
 
-// Parameters that are indexed at run time stay where they are.
+// Parameters that are indexed at run time stay in constant memory.
 #ifdef LUMINA_CUDA_HOST
 #define LUMINA_GRID_CONSTANT
 #else
@@ -32,12 +32,12 @@ struct AttentionKeys {
   Global<const uint8_t> mask;  // (B, count), null if all keys are valid
   int64_t mask_step;           // from sample to sample
   int count;
-  float scale;        // of the scores, for base 2; positive
-  bool vectors;       // k and v start at multiples of 16 bytes, head by head; K is one of 8 numbers
-  bool mask_vectors;  // so does the mask, sample by sample
+  float scale;   // of the scores, for base 2; positive
+  bool vectors;  // every head of k and v starts at a multiple of 16 bytes, and K is a multiple of 8
+  bool mask_vectors;  // every sample's mask starts at a multiple of 16 bytes
 };
 
-// Added to the scores: bias(b, h, l, key), steps are 0 where it is broadcast.
+// Added to the scores: bias(b, h, l, key). A step is 0 where the bias is broadcast.
 struct AttentionBias {
   Values values;
   int64_t step_b, step_h, step_l, step_key;
@@ -50,16 +50,16 @@ struct AttentionFwdParams {
   Values gate;               // (H,)
   AttentionBias bias;
   Global<T> out;                // (B, L, H, K)
-  Global<uint8_t> error;        // of its rounding, int8, or null
+  Global<uint8_t> error;        // the rounding error of out, int8, or null
   Global<float> lse, text_lse;  // (B, G, L, R)
   int L, G, R, K;
-  int rows, row_blocks;  // L * R rows of a kv head, in so many blocks
-  bool q_vectors;        // q starts at multiples of 16 bytes, head by head
-  bool text;             // also if it has no keys
+  int rows, row_blocks;  // L * R rows of a kv head, and the blocks they take
+  bool q_vectors;        // every head of q starts at a multiple of 16 bytes
+  bool text;             // even if it has no keys
   bool negative;         // the sign of the image's scale
 };
 
-// Which rows a block has: row = token * R + head of the group, of kv head g of sample b.
+// The rows of a block: row = token * R + head of the group, for kv head g of sample b.
 template <class T>
 struct AttentionPlace {
   const AttentionFwdParams<T>& p;
@@ -77,7 +77,7 @@ struct AttentionPlace {
     return static_cast<int>(static_cast<unsigned>(row) / static_cast<unsigned>(p.R));
   }
   __device__ __forceinline__ int head(int row) const { return g * p.R + row - token(row) * p.R; }
-  // The row of (B, G, L, R), and of (B, L, H).
+  // Where a row is in (B, G, L, R), and in (B, L, H).
   __device__ __forceinline__ int64_t sum(int row) const {
     return (static_cast<int64_t>(b) * p.G + g) * p.rows + row;
   }
@@ -94,11 +94,12 @@ struct AttentionPlace {
   }
 };
 
-// 4 bytes of 0 or 1 as 4 bits.
+// Packs 4 bytes of 0 or 1 into 4 bits.
 __device__ __forceinline__ uint32_t pack_bools(uint32_t bytes) { return bytes * 0x10204080u >> 28; }
 
-// Goes through the tiles of kKeys keys that have a valid one. Every warp walks by itself, all
-// alike. A lane has the bits of 32 of 1024 keys: mask and end of the keys cost two shuffles a tile.
+// Iterates over the tiles of kKeys keys that have a valid one. Every warp does so by itself, with
+// the same result. A lane keeps the mask bits of 32 of 1024 keys, so that a tile costs two
+// shuffles.
 template <int kKeys>
 struct KeyWalk {
   int first = -kKeys;  // key of the tile
@@ -108,7 +109,7 @@ struct KeyWalk {
   static constexpr int kWindow = 1024;
   static constexpr uint64_t kFull = ~uint64_t{0} >> (64 - kKeys);
 
-  // To the next tile of sample b; false behind the last.
+  // Moves to the next tile of sample b; false after the last one.
   template <class T>
   __device__ __forceinline__ bool next(const AttentionKeys<T>& keys, int b) {
     do {
@@ -149,27 +150,29 @@ struct KeyWalk {
 
 // --- online softmax of a row, in base 2 ---
 
-// The row's scores so far: `top` is the largest, `total` this thread's part of the sum of
+// A row's scores so far: `top` is the largest, and `total` is this thread's part of the sum of
 // 2^(score - top).
 struct RowSoftmax {
   float top = kMinusInfinity, total = 0.0f;
 
-  // Takes the largest new score in; what was summed has to be multiplied by the result.
+  // Includes the largest new score, and returns the factor by which earlier sums have to be
+  // multiplied.
   __device__ __forceinline__ float rise(float largest) {
     const float before = top;
     top = fmaxf(top, largest);
     return exp2_approx(before - shift());
   }
-  // What to subtract from a score; anything finite where no key is valid so far.
+  // What to subtract from a score: something finite as long as no key was valid.
   __device__ __forceinline__ float shift() const { return top == kMinusInfinity ? 0.0f : top; }
-  // Once total is that of all threads.
+  // These two once `total` has been summed over threads.
   __device__ __forceinline__ float lse() const { return top + log2f(total); }
   __device__ __forceinline__ float factor(float weight) const {
     return total > 0.0f ? weight / total : 0.0f;
   }
 };
 
-// What rounding to 16 bits lost, in 127ths of the most it can lose; int8 in the lowest byte.
+// The error of rounding to 16 bits, in 127ths of the largest possible one; an int8 in the lowest
+// byte.
 __device__ __forceinline__ uint32_t rounding_error(float exact, float rounded, Dtype dtype) {
   const float most = fabsf(rounded) * (dtype == Dtype::kHalf ? 0x1p-11f : 0x1p-8f);
   const float part = most > 0.0f ? __fdividef(exact - rounded, most) : 0.0f;

@@ -1,5 +1,5 @@
-// gqa_attention on tensor cores, for float16 and bfloat16: mma.m16n8k16 and, where half of one is
-// left of K, m16n8k8.
+// gqa_attention on tensor cores, for float16 and bfloat16: mma.m16n8k16 and, if K leaves half of
+// one, m16n8k8.
 #pragma once
 
 #include "cuda/gqa_attention_keys.cuh"
@@ -12,16 +12,17 @@ struct AttentionTile {
   static constexpr int kK = kHeadDim;
   static constexpr bool kTail = kK % 16 != 0;  // of 8 columns
   static constexpr int kSteps = kK / 16;
-  // 32 rows to a warp, since at 16 ldmatrix would take as long as the products; fewer where 255
-  // registers do not hold them and their weighted sums.
+  // 32 rows per warp, because with 16 ldmatrix would take as long as the products; 16 where 32 rows
+  // and their weighted sums do not fit 255 registers.
   static constexpr int kRowTiles = kK < 96 && !kBias ? 2 : 1;
   static constexpr int kWarpRows = 16 * kRowTiles, kRows = kAttentionWarps * kWarpRows;
   static constexpr int kKeys = kK > 128 ? 16 : kK > 120 || (kK > 72 && kRowTiles == 2) ? 32 : 64;
-  // Rows in shared memory are an odd number of 16-byte chunks apart: any 8 that follow each other
-  // are then in different banks, as ldmatrix wants them. 72 is so as it is.
+  // Rows in shared memory are an odd number of 16-byte chunks apart, so that any 8 consecutive ones
+  // are in different banks, as ldmatrix needs. 72 already is odd.
   static constexpr int kChunks = kK / 8, kStep = (kChunks | 1) * 8;
   static constexpr int kElements = kKeys * kStep;  // of a tile of k, or of v
-  // Two tiles of k and v; before and after them queries, results and their errors.
+  // Shared memory holds two tiles of k and v, before them the queries, and after them results and
+  // their errors, in the same place.
   static constexpr int kRowElements = kWarpRows * kStep;              // of a warp
   static constexpr int kErrors = 2 * kAttentionWarps * kRowElements;  // where they begin, in bytes
   static constexpr int kSumElements = 4 * kElements;  // where the image's sums wait for the text's
@@ -30,7 +31,8 @@ struct AttentionTile {
     const int tiles = 8 * kElements + (text ? 4 * kRows * kK : 0), results = kErrors / 2 * 3;
     return tiles > results ? tiles : results;
   }
-  // For __launch_bounds__. Two blocks fit in any case; ptxas spills where it is told, or not told.
+  // For __launch_bounds__. Two blocks always fit, but ptxas spills registers if told so for some
+  // shapes, and if not told for others.
   static constexpr int kBlocks = kRowTiles == 2 ? 1 : 2;
   static_assert(kK % 8 == 0 && (!kTail || kKeys % 32 == 0));
 };
@@ -55,8 +57,8 @@ __device__ __forceinline__ void mma_k8(float (&d)[4], const uint32_t (&a)[2],
   }
 }
 
-// Copies rows [first, first + kKeys) of x to shared memory; zeros for keys from `count` on and for
-// columns from K on. With `vectors` asynchronously.
+// Copies rows [first, first + kKeys) of x to shared memory, with zeros for keys from `count` on and
+// columns from K on; asynchronously with `vectors`.
 template <class Tile>
 __device__ __forceinline__ void copy_keys(Shared<uint16_t> to, Global<const uint16_t> x,
                                           int64_t step, int first, int count, int K, bool vectors) {
@@ -85,7 +87,7 @@ __device__ __forceinline__ void copy_keys(Shared<uint16_t> to, Global<const uint
   }
 }
 
-// 8 numbers, zeros behind the first `left`; 16 bytes at once with `vectors`, if they are all there.
+// 8 numbers, zeros after the first `left`; 16 bytes at once with `vectors`, if all of them exist.
 __device__ __forceinline__ uint4 load_chunk(Global<const uint16_t> from, int left, bool vectors) {
   if (vectors && left >= 8) return load_global<uint4>(from);
   uint32_t pairs[4];
@@ -113,7 +115,7 @@ struct AttentionWarp {
   float scores[kRowTiles][kKeyTiles][4], out[kRowTiles][kOutTiles][4];
   RowSoftmax softmax[kRowTiles][2];
 
-  // `rows` of the warp come here, in shared memory of its own.
+  // `rows` is shared memory of this warp, through which its queries go.
   __device__ __forceinline__ void load_queries(const Place& at, int first_row,
                                                Shared<uint16_t> rows) {
     const AttentionFwdParams<uint16_t>& p = at.p;
@@ -232,7 +234,7 @@ struct AttentionWarp {
     }
   }
 
-  // -inf for keys that are not in `bits`.
+  // -inf for keys whose bit is not set.
   __device__ __forceinline__ void mask(uint64_t bits) {
     bits >>= lane_index() % 4 * 2;
     const uint32_t words[2] = {static_cast<uint32_t>(bits), static_cast<uint32_t>(bits >> 32)};
@@ -249,7 +251,7 @@ struct AttentionWarp {
     }
   }
 
-  // scores become 2^(scale * score - top); out is scaled down to the new top.
+  // scores become 2^(scale * score - top); out is rescaled to the new top.
   __device__ __forceinline__ void exponentials(float scale) {
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
@@ -282,7 +284,7 @@ struct AttentionWarp {
     }
   }
 
-  // out += scores v. The fragments of scores are those of A as they are.
+  // out += scores v. Fragments of scores have the layout of those of A already.
   __device__ __forceinline__ void multiply_values(Shared<uint16_t> values) {
     const int lane = lane_index();
     // Matrices: 8 keys and the next 8, columns 0 to 7; columns 8 to 15.

@@ -5,7 +5,7 @@
 namespace lumina_kernels::cuda {
 namespace {
 
-// Of any dtype, on the device; nobody waits for its value.
+// Converts a number of any dtype on the device, without waiting for its value.
 OptionalTensor number_of(const OptionalTensor& number) {
   return number ? OptionalTensor(torch::stable::to(*number, ScalarType::Float)) : number;
 }

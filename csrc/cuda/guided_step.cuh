@@ -1,4 +1,5 @@
-// CUDA kernel of guided_step: two halves of the velocity and the state in, the new state out.
+// CUDA kernel of guided_step: reads the state and both halves of the velocity, writes the new
+// state.
 #pragma once
 
 #include "cuda/lib/float8.cuh"
@@ -10,19 +11,19 @@ constexpr int kGuidedStepThreads = 256;
 // x and out (B, N), v (2B, N), without gaps. A weight or dt in a tensor stays on the device.
 struct GuidedStepFwdParams {
   Values x, v, out;
-  Values weight, dt;  // null where the number counts
+  Values weight, dt;  // null if given as a number
   float weight_value, dt_value;
   int64_t B, N, guided;
 };
 
-// A thread has 8 values of a sample.
+// A thread takes 8 values of a sample.
 inline LaunchConfig guided_step_config(int64_t B, int64_t N) {
   const int64_t blocks = ceil_div(B * ceil_div(N, 8), kGuidedStepThreads);
   return {dim3(static_cast<unsigned>(blocks)), dim3(kGuidedStepThreads)};
 }
 
-// out = x + dt * (uncond + weight * (cond - uncond)) for the first `guided` values of a sample,
-// x + dt * cond for the others
+// out = x + dt * (uncond + weight * (cond - uncond)) for the first `guided` values of a sample, x +
+// dt * cond for the others.
 __global__ void __launch_bounds__(kGuidedStepThreads)
     guided_step_fwd_kernel(const GuidedStepFwdParams p) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kGuidedStepThreads + threadIdx.x;

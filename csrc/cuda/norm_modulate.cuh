@@ -5,7 +5,7 @@
 
 namespace lumina_kernels::cuda {
 
-// statistics: rstd (B, L) and, of a LayerNorm, behind it the mean (B, L).
+// statistics: rstd (B, L), followed, for a LayerNorm, by the mean (B, L).
 struct NormModulateFwdParams {
   RowsView x;
   ModulationView modulation;
@@ -21,7 +21,7 @@ struct NormModulateBwdParams {
   RowsView dout, x;
   ModulationView modulation;
   Global<const float> statistics;
-  Values dx, dscale;      // dscale only where scale has a row per token
+  Values dx, dscale;      // dscale only if scale has a row per token
   Global<float> partial;  // (B, chunks, 2, D)
   RowChunks chunks;
   bool layer;

@@ -5,8 +5,10 @@
 namespace lumina_kernels::cuda {
 namespace {
 
-// Blocks of the backward at most, whose sums the second stage adds, and tokens of a block at least.
+// The most blocks of the backward, whose sums the second stage adds, and the fewest tokens of a
+// block.
 constexpr int64_t kMostPartials = 512, kLeastTokens = 4;
+
 std::tuple<Tensor, Tensor> qk_norm_rope3d_fwd(
     const Tensor& q, const Tensor& k, const OptionalTensor& q_weight, const OptionalTensor& q_bias,
     const OptionalTensor& k_weight, const OptionalTensor& k_bias, const Tensor& positions,
@@ -57,7 +59,7 @@ int64_t chunk_of(int64_t tokens, int64_t slots) {
   return slots * ceil_div(least, slots);
 }
 
-// What the second stage adds for one parameter: columns `first` to `first` + width of the sums.
+// What the second stage sums for one parameter: columns `first` to `first` + width of the sums.
 ParameterSum sum_of(const Tensor& partial, int64_t first, const OptionalTensor& parameter,
                     const Tensor& grad) {
   if (!parameter || grad.numel() == 0) return {nullptr, 0, 0, 0, values_of(OptionalTensor())};

@@ -1,6 +1,6 @@
-// CUDA kernels of qk_norm_rope3d. The forward has all heads of q and k of a token in a block, the
-// backward those of one of them. The statistics of a row cost no bytes, so the backward computes
-// them again from the row it has to read anyway.
+// CUDA kernels of qk_norm_rope3d. In the forward a block has all heads of q and k of a token, in
+// the backward those of q or k alone. The backward recomputes the statistics from the row, which it
+// has to read anyway.
 #pragma once
 
 #include "cuda/lib/qk_norm.cuh"
@@ -18,7 +18,7 @@ struct QkNormRope3dFwdParams {
   int64_t tokens, L;
 };
 
-// x -> turn(norm(x) * weight + bias) for q and k, the turn as in rope3d
+// x -> rotate(norm(x) * weight + bias) for q and k, with the rotation of rope3d.
 template <int N>
 __global__ void __launch_bounds__(kFwdLimits.bound(N))
     qk_norm_rope3d_kernel(const QkNormRope3dFwdParams p) {
@@ -52,16 +52,16 @@ struct QkNormRope3dBwdParams {
   int sums;         // 0 for no parameter, 1 for a weight alone, 2 for weight and bias
   int64_t width;    // of a parameter
   int64_t tokens, L, chunk;
-  MaskedWindows windows;       // where dout is that of means over windows,
-  Global<const float> counts;  // their (B, windows) valid tokens, else null
+  MaskedWindows windows;       // if dout is the gradient of means over windows,
+  Global<const float> counts;  // their numbers of valid tokens (B, windows); otherwise null
   int64_t counts_b;
 };
 
-// Gradients of a row, and what it adds to those of weight and bias.
+// The gradient of a row, and its contribution to those of weight and bias.
 //
-// With n the normalised row, d the gradient turned back and g = d * weight: dweight = d * n,
-// dbias = d, dx = rstd * (g - mean(g) - n * mean(g * n)), without mean(g) for an RMS norm. x
-// becomes n and then dx; d is turned back by shared.turns, whose sines are negative.
+// With n the normalised row, d the gradient rotated back and g = d * weight, dweight = d * n, dbias
+// = d and dx = rstd * (g - mean(g) - n * mean(g * n)), without mean(g) for an RMS norm. x becomes n
+// and then dx; d is rotated back by shared.rotations, whose sines are negative.
 template <int N>
 __device__ __forceinline__ void norm_rotate_bwd(Float8 (&x)[N], Float8 (&d)[N],
                                                 Float8 (&dweight)[N], Float8 (&dbias)[N], bool keep,
@@ -96,7 +96,7 @@ __device__ __forceinline__ void norm_rotate_bwd(Float8 (&x)[N], Float8 (&d)[N],
   }
 }
 
-// Gives 8 values to the other threads of the block, after what was there has been read.
+// Shares 8 values with the other threads of the block, after they have read the previous ones.
 __device__ __forceinline__ void share_sums(const Float8& sums, Shared<float> mine) {
   __syncthreads();
   store_shared(mine, make_float4(sums[0], sums[1], sums[2], sums[3]));
@@ -104,8 +104,8 @@ __device__ __forceinline__ void share_sums(const Float8& sums, Shared<float> min
   __syncthreads();
 }
 
-// Adds the sums of all slots of a block, and of all heads where they share a parameter, and writes
-// them from value `first` of p.partial on.
+// Adds the sums of all slots of a block, and of all heads if these share a parameter, and writes
+// them to p.partial from value `first` on.
 template <int N>
 __device__ __forceinline__ void store_sums(Float8 (&sums)[N], int64_t first,
                                            const QkNormRope3dBwdParams& p, const RowPlace& at,
@@ -140,8 +140,8 @@ __device__ __forceinline__ void store_sums(Float8 (&sums)[N], int64_t first,
   }
 }
 
-// dx of `chunk` tokens by `norm_rotate_bwd`, and the sums of its dweight and dbias over them. With
-// counts a valid token has its share in the gradient of its window, others have none.
+// dx of `chunk` tokens, and the sums of dweight and dbias over them (`norm_rotate_bwd`). With
+// counts, a valid token gets its share of its window's gradient, others get nothing.
 template <int N>
 __global__ void __launch_bounds__(kBwdLimits.bound(N), N == 1 ? 2 : 1)
     qk_norm_rope3d_bwd_kernel(const QkNormRope3dBwdParams p) {
@@ -189,7 +189,7 @@ constexpr int kSumColumns = 32, kSumRows = 16;
 struct ParameterSum {
   Global<const float> partial;
   int64_t rows, step, width;
-  Values out;  // null where the parameter is
+  Values out;  // null if the parameter is missing
 };
 
 struct ParameterSums {
@@ -218,7 +218,7 @@ __device__ __forceinline__ void sum_rows(const ParameterSum& p) {
   store1(p.out, column, total);
 }
 
-// out = the sum of partial's rows, for the parameter of this blockIdx.y
+// out = the sum of partial's rows, for the parameter that belongs to blockIdx.y.
 __global__ void __launch_bounds__(kSumColumns* kSumRows)
     qk_norm_rope3d_parameters_kernel(const ParameterSums p) {
   switch (blockIdx.y) {

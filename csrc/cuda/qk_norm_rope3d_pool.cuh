@@ -1,8 +1,8 @@
-// CUDA kernel of qk_norm_rope3d_pool: a block has one window of tokens.
+// CUDA kernel of qk_norm_rope3d_pool: a block handles one window of tokens.
 //
-// It normalises and turns all heads of q and k of each of them, writes q, and keeps k as sums in
-// registers, so that the whole k is never written. The backward is that of qk_norm_rope3d, where k
-// reads the gradient of its window, and of context_drop for v.
+// It normalises and rotates all heads of q and k of each token, writes q, and sums k in registers,
+// so that the unpooled k is never written. The backward is that of qk_norm_rope3d, in which k reads
+// the gradient of its window, and for v that of context_drop.
 #pragma once
 
 #include "cuda/lib/qk_norm.cuh"
@@ -22,8 +22,8 @@ struct QkNormRope3dPoolParams {
   MaskedWindows windows;
 };
 
-// turn(norm(q)) for the tokens of a window; over the valid ones the means of turn(norm(k)) and of
-// v, 0 where there is none; their number
+// rotate(norm(q)) for the tokens of a window; the means of rotate(norm(k)) and of v over its valid
+// tokens, 0 if there are none; and their number.
 template <int N>
 __global__ void __launch_bounds__(kPoolLimits.bound(N), N < 4 ? 2 : 1)
     qk_norm_rope3d_pool_kernel(const QkNormRope3dPoolParams p) {
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kPoolLimits.bound(N), N < 4 ? 2 : 1)
     const bool keep = p.windows.keeps(window.b, l);
     Float8 x[N];
     load_heads(x, p.q, p.k, token, true, keep, p.shape, at);
-    if (i > 0) __syncthreads();  // what the last token's means wrote and read
+    if (i > 0) __syncthreads();  // the previous token's means have been read
     fill_rotations(p.angles, token, 1.0f, 0, p.shape.K, layout, at, shared.rotations);
     norm_rotate(x, p.parameters, p.shape, at, shared);
 #pragma unroll

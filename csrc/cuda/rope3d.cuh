@@ -1,4 +1,4 @@
-// CUDA kernel of rope3d: a block turns all heads of q and k of some tokens.
+// CUDA kernel of rope3d: a block rotates all heads of q and k of some tokens.
 #pragma once
 
 #include "cuda/lib/rope.cuh"
@@ -6,7 +6,7 @@
 namespace lumina_kernels::cuda {
 
 constexpr int kRope3dThreads = 256;
-constexpr int kRope3dHeads = 2;  // of a thread at a time, so that their loads overlap
+constexpr int kRope3dHeads = 2;  // that a thread rotates at a time, so that their loads overlap
 
 struct Rope3dParams {
   HeadsView q, k, q_out, k_out;
@@ -22,7 +22,7 @@ inline LaunchConfig rope3d_config(const RowLayout& layout, int64_t tokens, int64
                       layout.slots * rotation_floats(layout.pieces));
 }
 
-// (a, b) -> (a cos - b sin, a sin + b cos) with the angle sign * position[axis] * inv_freq
+// (a, b) -> (a cos - b sin, a sin + b cos) with the angle sign * position[axis] * inv_freq.
 __global__ void __launch_bounds__(kRope3dThreads, 3) rope3d_kernel(const Rope3dParams p) {
   LUMINA_DYNAMIC_SHARED(float, rotations);
   const RowPlace at = row_place(p.layout);

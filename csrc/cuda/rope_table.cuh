@@ -1,4 +1,4 @@
-// CUDA kernel of rope_table: a block turns all heads of q and k of some tokens.
+// CUDA kernel of rope_table: a block rotates all heads of q and k of some tokens.
 #pragma once
 
 #include "cuda/lib/rope.cuh"
@@ -7,9 +7,9 @@ namespace lumina_kernels::cuda {
 
 constexpr int kRopeTableThreads = 256;
 
-// A thread has 8 channels that follow each other where those of a pair do. Where these are K/2
-// apart, it has 4 and their partners, both aligned to 4 values for every K that 8 divides; there
-// `vectors` of q, k and the tables says that they are.
+// A thread has 8 neighbouring channels if the two of a pair are neighbours. With `half` these are
+// K/2 apart, and a thread has 4 channels and their partners. Both are aligned to 4 values if 8
+// divides K, and `vectors` of q, k and the tables then refers to 4 values.
 struct RopeTableParams {
   HeadsView q, k, q_out, k_out;
   RowsView cos, sin;
@@ -27,7 +27,7 @@ inline LaunchConfig rope_table_config(const RowLayout& layout, int64_t tokens, i
   return token_config(layout, tokens, pieces, 0);
 }
 
-// 4 values, of which the first `count` are there.
+// 4 values, of which the first `count` exist.
 __device__ __forceinline__ void load4(const Values& x, int64_t i, int count, float* out) {
   if (!x.vectors || count < 4) {
 #pragma unroll
@@ -78,8 +78,8 @@ __device__ __forceinline__ void store_piece(const Values& x, int64_t i, int piec
   }
 }
 
-// (a, b) -> (a cos_a - b sin_a, b cos_b + a sin_b), or where `backward` with (-sin_b, -sin_a) for
-// the sines. a and b are values i and j of a piece.
+// (a, b) -> (a cos_a - b sin_a, b cos_b + a sin_b), or, if `backward`, with sines (-sin_b, -sin_a).
+// a and b are values i and j of a piece.
 __device__ __forceinline__ void rotate_values(Float8& x, int i, int j, const Float8& cos,
                                               const Float8& sin, bool backward) {
   const float a = x[i], b = x[j];
@@ -87,7 +87,8 @@ __device__ __forceinline__ void rotate_values(Float8& x, int i, int j, const Flo
   x[j] = b * cos[j] + a * (backward ? -sin[i] : sin[j]);
 }
 
-// x -> x * cos + rot(x) * sin for q and k, or where `backward` the gradient of x from that of this
+// x -> x * cos + rot(x) * sin for q and k, or, if `backward`, the gradient of x from that of the
+// result.
 __global__ void __launch_bounds__(kRopeTableThreads, 3) rope_table_kernel(const RopeTableParams p) {
   RowPlace at = row_place(p.layout);
   at.piece += static_cast<int>(blockIdx.y) * p.layout.pieces;

@@ -1,4 +1,4 @@
-// CUDA kernels of sandwich_norm: a row stays in registers between statistic and output.
+// CUDA kernels of sandwich_norm: a row stays in registers between its statistic and output.
 #pragma once
 
 #include "cuda/lib/sandwich.cuh"
@@ -19,12 +19,12 @@ struct SandwichNormBwdParams {
   RowsView dout, y;
   Sandwich sandwich;  // without residual
   Global<const float> rstd;
-  Values dy, dgate;       // dgate only where gate has a row per token
+  Values dy, dgate;       // dgate only if gate has a row per token
   Global<float> partial;  // (B, chunks, D)
   RowChunks chunks;
 };
 
-// The second stage; gate and dgate are (B, D), or null where gate has a row per token.
+// For the second stage; gate and dgate are (B, D), or null if gate has a row per token.
 struct GateGradsParams {
   PartialSums partials;
   Values weight;

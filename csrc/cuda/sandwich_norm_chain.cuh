@@ -22,7 +22,7 @@ struct SandwichNormChainBwdParams {
   ModulationView next;
   Global<const float> rstd, next_rstd;
   Values dy, dresidual;
-  Values dgate, dscale;   // only where gate, scale have a row per token
+  Values dgate, dscale;   // only if gate or scale has a row per token
   Global<float> partial;  // (B, chunks, 2, D): for next_weight and next_scale, for weight and gate
   RowChunks chunks;
 };

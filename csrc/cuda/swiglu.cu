@@ -5,7 +5,7 @@
 namespace lumina_kernels::cuda {
 namespace {
 
-// Rows and their length: one row where no tensor has gaps.
+// The number of rows and their length: a single row if no tensor has gaps.
 std::tuple<int64_t, int64_t> flat_shape(std::initializer_list<Tensor> tensors) {
   const Tensor& first = *tensors.begin();
   const int64_t F = first.dim() == 0 ? 1 : first.size(first.dim() - 1);
@@ -15,7 +15,7 @@ std::tuple<int64_t, int64_t> flat_shape(std::initializer_list<Tensor> tensors) {
   return {1, first.numel()};
 }
 
-// As (rows, F), a copy only where rows do not follow each other in equal steps.
+// The tensor as (rows, F), copied only if rows are not at equal distances.
 Tensor flat(const Tensor& tensor, int64_t rows, int64_t F) {
   const int64_t shape[] = {rows, F};
   return packed(torch::stable::reshape(tensor, {shape, 2}));

@@ -1,4 +1,4 @@
-// The block of threads that runs, as the parts of the runtime share it.
+// The running block of threads, shared by the parts of the runtime.
 #pragma once
 
 #include <vector>
@@ -12,7 +12,7 @@ constexpr size_t kStackBytes = 64 << 10, kSharedLimit = 227 << 10, kStaticLimit 
 
 enum class State { kReady, kBarrier, kCollective, kDone };
 
-struct Copy {  // a cp.async on its way
+struct Copy {  // a cp.async in flight
   char* to;
   char bytes[16];
 };
@@ -39,7 +39,8 @@ struct Warp {
   std::vector<Group> groups;
 };
 
-// Who touched a byte of shared memory, and when: by barriers of the block and __syncwarps.
+// Who accessed a byte of shared memory last, and when, counted in barriers of the block and in
+// __syncwarps.
 struct Shadow {
   uint32_t write_block, write_warp, read_block, read_warp;
   int16_t writer, reader;  // a thread; a reader may be kReaders - w, several threads of warp w
@@ -69,6 +70,6 @@ extern Block block;
 extern uint64_t bytes_read, bytes_written, bank_conflicts;
 
 std::string show(uint3 index);
-void forget(size_t offset, size_t bytes);  // shared memory, as a block finds it
+void forget(size_t offset, size_t bytes);  // back to the state in which a block finds it
 
 }  // namespace cuda_host

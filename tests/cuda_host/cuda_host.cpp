@@ -120,7 +120,7 @@ void prepare(uint3 index) {
   }
 }
 
-// Every thread that is not done waits: say for what.
+// Every thread that has not finished is waiting; says for what.
 std::string deadlock() {
   std::string what;
   int done = -1;

@@ -64,7 +64,7 @@ extern dim3 blockDim, gridDim;
 
 namespace cuda_host {
 
-// Where a call stands in the sources.
+// The place of a call in the sources.
 struct Site {
   const char* file;
   int line;
@@ -77,14 +77,14 @@ struct Site {
 
 [[noreturn]] void fail(const std::string& what);  // adds kernel, block and thread
 
-// Runs body() once for every thread of the grid. `name` is a kernel, as written at the launch.
+// Runs body() once for every thread of the grid. `name` is the kernel as written at the launch.
 void run(const char* name, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*),
          void* context);
 
 void barrier(Site site);
 
-// A collective of the lanes in `mask`: the last one to come calls `resolve` with what each lane
-// gave, in lanes[0..31], null for lanes that are not in the mask.
+// A collective of the lanes in `mask`. The last one to arrive calls `resolve` with what each lane
+// provided, in lanes[0..31]; null for lanes outside the mask.
 enum class Kind { kSyncWarp, kShuffle, kVote, kMma, kLdmatrix };
 void collective(Kind kind, unsigned mask, void* mine, void (*resolve)(void** lanes), Site site);
 unsigned lane();
@@ -118,7 +118,7 @@ namespace cuda_host {
 // --- warp collectives ---
 template <class T>
 struct Shuffle {
-  T value;        // given
+  T value;        // the value provided
   unsigned from;  // lane to read
   T out;
   bool valid;
@@ -153,7 +153,7 @@ inline void __syncwarp(unsigned mask = ~0u, cuda_host::Site site = CUDA_HOST_SIT
   cuda_host::collective(cuda_host::Kind::kSyncWarp, mask, &mask, [](void**) {}, site);
 }
 
-// A lane outside of its segment of `width` lanes reads itself, as the hardware has it.
+// A lane that would read outside its segment of `width` lanes reads itself, as in hardware.
 template <class T>
 T __shfl_sync(unsigned mask, T v, int source, int width = 32,
               cuda_host::Site site = CUDA_HOST_SITE) {

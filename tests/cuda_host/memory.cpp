@@ -20,7 +20,7 @@ void check_global(const void* at, size_t bytes, const void* begin, const void* e
   (write ? bytes_written : bytes_read) += bytes;
 }
 
-// Nobody wrote it, and it reads as NaN.
+// Marks the memory as never written, and fills it with NaN.
 void forget(size_t offset, size_t bytes) {
   std::fill_n(block.shadow.begin() + static_cast<int64_t>(offset), bytes,
               Shadow{0, 0, 0, 0, kNobody, kNobody, false, false});

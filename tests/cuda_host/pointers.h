@@ -14,7 +14,7 @@ class GlobalPointer {
   GlobalPointer(const GlobalPointer<U>& other)
       : at_(other.raw()), begin_(other.begin()), end_(other.end()) {}
 
-  // Checked accesses of any width; plain code goes through [].
+  // Checked accesses of any width; ordinary code uses [].
   template <class V>
   V read(size_t align = sizeof(V)) const {
     check_global(at_, sizeof(V), begin_, end_, align, false);
@@ -98,7 +98,8 @@ class SharedPointer {
   const void* end_ = nullptr;
 };
 
-// What shared[i] is here: `auto x = shared[i]` would keep the reference, so write the type out.
+// The result of shared[i]. `auto x = shared[i]` would keep this reference, so name the type
+// instead.
 template <class T>
 class SharedReference {
  public:

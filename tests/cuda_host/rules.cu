@@ -1,4 +1,4 @@
-// Small kernels that keep or break one rule each; test_cuda_host.py says what comes of them.
+// Small kernels that each keep or break one rule; test_cuda_host.py says with which outcome.
 #include <map>
 
 #include "cuda/lib/ptx.cuh"
@@ -105,7 +105,7 @@ void copy(int waits, bool with_barrier, int valid) {
   if (mine != wanted) cuda_host::fail("a copy is wrong");
 }
 
-// D = A B with A (16, kK), B (8, kK) transposed, by ldmatrix and mma, against loops.
+// D = A B with A (16, kK) and B (8, kK) transposed, by ldmatrix and mma, compared with loops.
 template <int kK>
 void matrices() {
   LUMINA_SHARED(uint16_t, A, 16 * kK);
@@ -189,7 +189,7 @@ const std::map<std::string, Rule> rules{
 }  // namespace
 }  // namespace lumina_kernels::cuda
 
-// "" or what was wrong.
+// The error that a rule raises, or "".
 extern "C" __attribute__((visibility("default"))) const char* cuda_host_try(const char* name) {
   static std::string outcome;
   using namespace lumina_kernels::cuda;

@@ -29,8 +29,8 @@ struct Chunks {
   }
 };
 
-// Calls f(chunk, scratch) for all chunks. Every thread has its own scratch: `buffers` rows of `width`
-// values, 0 beyond D.
+// Calls f(chunk, scratch) for all chunks. Every thread has its own scratch: `buffers` rows of
+// `width` values, 0 beyond D.
 template <class F>
 void parallel_chunks(const Chunks& chunks, int64_t buffers, const F& f) {
   constexpr int64_t kValuesPerTask = 8192;

@@ -1,4 +1,4 @@
-// What every CUDA launcher (.cu) shares: torch's tensors as kernel arguments, and the launch.
+// Shared by all CUDA launchers (.cu): torch's tensors as kernel arguments, and the launch.
 //
 // On the host (LUMINA_CUDA_HOST, see tests/cuda_host) the same launchers take CPU tensors, and a
 // launch runs the kernel there.
@@ -20,8 +20,8 @@
 #define LUMINA_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(lumina_kernels_cpp, CUDA, m)
 #endif
 
-// LUMINA_LAUNCH(tensor, config, kernel, arguments...): on the current stream of tensor's device.
-// A kernel that is a template of several arguments needs parentheses: (kernel<1, 2>).
+// LUMINA_LAUNCH(tensor, config, kernel, arguments...) launches on the current stream of the
+// tensor's device. A kernel with several template arguments needs parentheses: (kernel<1, 2>).
 #define LUMINA_LAUNCH(like, config, kernel, ...) \
   ::lumina_kernels::cuda::launch(#kernel, like, config, kernel, __VA_ARGS__)
 
@@ -54,8 +54,8 @@ inline void check_cuda(cudaError_t error, const char* what) {
   STD_TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
 }
 
-// PyTorch's current stream. Its function is looked up at run time: it lives in libtorch_cuda, which
-// a CPU-only torch, with which this file may be built, does not have.
+// PyTorch's current stream. The function is looked up at run time: it is part of libtorch_cuda,
+// which a CPU-only torch, against which this file may be built, does not have.
 inline cudaStream_t current_stream(int32_t device) {
   using GetStream = AOTITorchError (*)(int32_t, void**);
   static const GetStream get_stream = [] {
@@ -69,7 +69,7 @@ inline cudaStream_t current_stream(int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// Makes a device current, and the former one again.
+// Makes a device current, and afterwards the previous one.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int32_t device) : device_(device) {
@@ -89,7 +89,7 @@ class DeviceGuard {
 template <class... Parameters, class... Arguments>
 void launch(const char* name, const Tensor& like, const LaunchConfig& config,
             void (*kernel)(Parameters...), const Arguments&... arguments) {
-  constexpr size_t kSharedBytes = 48 << 10;  // more has to be asked for
+  constexpr size_t kSharedBytes = 48 << 10;  // a kernel has to ask for more
   const int32_t device = like.get_device_index();
   const DeviceGuard guard(device);
   if (config.shared_bytes > kSharedBytes) {
@@ -97,7 +97,7 @@ void launch(const char* name, const Tensor& like, const LaunchConfig& config,
                                     static_cast<int>(config.shared_bytes)),
                name);
   }
-  // clang-format off: it takes a header for plain C++, and >>> apart
+  // clang-format off: it takes headers for plain C++ and would separate >>>
   kernel<<<config.grid, config.block, config.shared_bytes, current_stream(device)>>>(
       static_cast<Parameters>(arguments)...);
   // clang-format on
@@ -108,7 +108,7 @@ void launch(const char* name, const Tensor& like, const LaunchConfig& config,
 
 // --- tensors as arguments ---
 
-// A tensor's data as T, which it has to be; const T for an input. On the host with its bounds.
+// A tensor's data, which has to be of type T; const T for an input. On the host with its bounds.
 template <class T>
 Global<T> pointer_to(const Tensor& tensor) {
   T* data = static_cast<T*>(tensor.data_ptr());
@@ -147,7 +147,7 @@ inline Values values_of(const OptionalTensor& tensor) {
   return tensor ? values_of(*tensor) : Values{nullptr, Dtype::kFloat, false};
 }
 
-// The tensor, or a copy where its last dimension has gaps.
+// The tensor, or a copy if its last dimension has gaps.
 inline Tensor packed(const Tensor& tensor) {
   return is_packed(tensor) ? tensor : torch::stable::contiguous(tensor);
 }
@@ -156,7 +156,8 @@ inline OptionalTensor packed(const OptionalTensor& tensor) {
   return tensor ? OptionalTensor(packed(*tensor)) : tensor;
 }
 
-// Of a packed tensor (D,), (B, D) or (B, L, D). The caller keeps the tensor until the launch.
+// The rows of a packed tensor (D,), (B, D) or (B, L, D), which the caller keeps alive until the
+// launch.
 inline RowsView rows_of(const Tensor& tensor) {
   const int64_t dim = tensor.dim();
   return {values_of(tensor), dim > 1 ? tensor.stride(0) : 0, dim > 2 ? tensor.stride(1) : 0,

@@ -1,4 +1,4 @@
-// CUDA launcher of the second stage of a modulated norm's parameter gradients.
+// CUDA launcher for the second stage of the gradients of a modulation's parameters.
 #include "cuda/lib/modulation_grads.cuh"
 #include "cuda/lib/modulation_launch.h"
 
@@ -11,8 +11,8 @@ PartialSums partials_of(const Tensor& partial, int64_t which) {
           static_cast<int>(partial.size(2)), static_cast<int>(D)};
 }
 
-// The gradient of a shift that the second stage cannot give: E has a factor 1 + scale where scale
-// has a row per token, and a shift with a row per token has the gradient of the norm itself.
+// The gradient of a shift where the second stage cannot compute it: if scale has a row per token, E
+// has the factor 1 + scale; and the gradient of a shift with a row per token is dout itself.
 OptionalTensor shift_grad(const OptionalTensor& scale, const OptionalTensor& shift,
                           const Tensor& dout) {
   if (is_per_token(shift)) {

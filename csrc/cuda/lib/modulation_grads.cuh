@@ -1,12 +1,12 @@
-// CUDA kernel of the second stage of a modulated norm's parameter gradients.
+// CUDA kernel for the second stage of the gradients of a modulation's parameters.
 #pragma once
 
 #include "cuda/lib/rows_bwd.cuh"
 
 namespace lumina_kernels::cuda {
 
-// The second stage. A gradient that is not wanted is null; scale and shift are (B, D) here, and
-// scale is null where it has a row per token.
+// A gradient that is not wanted is null. scale and shift are (B, D); scale is null if it has a row
+// per token.
 struct ModulationGradsParams {
   PartialSums partials;
   Values weight, bias;
@@ -14,7 +14,7 @@ struct ModulationGradsParams {
   Values dweight, dbias, dscale, dshift;
 };
 
-// Of the sums A of f * d * n and E of f * d over a sample's rows: dscale = A * weight + E * bias,
+// From the sums A of f * d * n and E of f * d over a sample's rows: dscale = A * weight + E * bias,
 // dshift = E, dweight = sum_b (1 + scale) * A, dbias = sum_b (1 + scale) * E.
 __global__ void __launch_bounds__(kSumColumns* kSumSlices)
     modulation_grads_kernel(const ModulationGradsParams p) {

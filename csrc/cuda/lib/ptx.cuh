@@ -1,7 +1,8 @@
-// The PTX instructions that kernels use, from sm_80 on, and the same on the host.
+// The PTX instructions that kernels use, available from sm_80 on, and their equivalents on the
+// host.
 //
-// Fragments are those of the PTX manual. With g = lane / 4 and t = lane % 4, of 16-bit numbers two
-// in a register, the one with the lower column (A), row (B) in the lower half:
+// Fragments are those of the PTX manual. With g = lane / 4 and t = lane % 4, and two 16-bit numbers
+// in a register, of which the one with the lower column (A) or row (B) is in the lower half:
 //   A (16 x 16), row major:   a[0] = A[g][2t, 2t+1]       a[1] = A[g+8][2t, 2t+1]
 //                             a[2] = A[g][2t+8, 2t+9]     a[3] = A[g+8][2t+8, 2t+9]
 //   B (16 x 8):               b[0] = B[2t, 2t+1][g]       b[1] = B[2t+8, 2t+9][g]
@@ -21,7 +22,7 @@ struct Mma {
   float* d;
 };
 
-// D += A B for the 32 lanes; float64 sums, rounded once.
+// D += A B for the 32 lanes, summed in float64 and rounded once.
 template <int kK, float (*kToFloat)(uint16_t)>
 void mma(void** lanes) {
   float A[16][kK], B[kK][8];
@@ -74,7 +75,7 @@ void ldmatrix(void** lanes) {
   }
 }
 
-// The lanes that give a row read it; the others' pointers are not looked at.
+// The lanes that provide a row read it; the pointers of the others are ignored.
 template <int kMatrices, bool kTranspose, class T>
 void load_matrices(uint32_t* out, Shared<T> row, cuda_host::Site site) {
   Ldmatrix mine{row.raw(), {}};
@@ -98,7 +99,7 @@ __device__ __forceinline__ uint32_t shared_address(Shared<T> p) {
 }
 #endif
 
-// d += a b on a tensor core, 16 x 8 from 16 x 16 and 16 x 8; all lanes of the warp together.
+// d += a b on a tensor core, 16 x 8 from 16 x 16 and 16 x 8; all lanes of a warp take part.
 __device__ __forceinline__ void mma_m16n8k16_half(float (&d)[4], const uint32_t (&a)[4],
                                                   const uint32_t (&b)[2] LUMINA_SITE) {
 #ifdef LUMINA_CUDA_HOST
@@ -129,7 +130,7 @@ __device__ __forceinline__ void mma_m16n8k16_bfloat16(float (&d)[4], const uint3
 #endif
 }
 
-// The same with 8 columns of A and 8 rows of B: what is left of a head_dim of 72.
+// The same with 8 columns of A and 8 rows of B: the rest of a head_dim of 72.
 __device__ __forceinline__ void mma_m16n8k8_half(float (&d)[4], const uint32_t (&a)[2],
                                                  const uint32_t (&b)[1] LUMINA_SITE) {
 #ifdef LUMINA_CUDA_HOST
@@ -159,9 +160,9 @@ __device__ __forceinline__ void mma_m16n8k8_bfloat16(float (&d)[4], const uint32
 #endif
 }
 
-// ldmatrix: 8 x 8 matrices of 16-bit numbers from shared memory. Lanes 8m to 8m+7 give the rows of
-// matrix m, 16 bytes each and so aligned. Lane 4g+t gets M[g][2t, 2t+1] in out[m], or, transposed,
-// M[2t, 2t+1][g].
+// ldmatrix: 8 x 8 matrices of 16-bit numbers from shared memory. Lanes 8m to 8m+7 provide the rows
+// of matrix m, of 16 bytes and aligned to them. Lane 4g+t gets M[g][2t, 2t+1] in out[m], or,
+// transposed, M[2t, 2t+1][g].
 template <class T>
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&out)[4], Shared<T> row LUMINA_SITE) {
 #ifdef LUMINA_CUDA_HOST
@@ -210,9 +211,9 @@ __device__ __forceinline__ void ldmatrix_x2_trans(uint32_t (&out)[2], Shared<T> 
 #endif
 }
 
-// cp.async: 16 bytes from global to shared memory, both so aligned, of which the first `valid` are
-// read and the others are zeros. They are there for this thread after a wait for their group, for
-// other threads after a barrier that follows it.
+// cp.async: 16 bytes from global to shared memory, both aligned to 16. The first `valid` bytes are
+// read, the others become 0. This thread sees them after waiting for their group, other threads
+// after a barrier that follows the wait.
 template <class T, class U>
 __device__ __forceinline__ void copy_async_16(Shared<T> to, Global<U> from, int valid = 16) {
 #ifdef LUMINA_CUDA_HOST
@@ -227,7 +228,7 @@ __device__ __forceinline__ void copy_async_16(Shared<T> to, Global<U> from, int 
 #endif
 }
 
-// Makes a group of the copies that this thread has issued since the last one.
+// Groups the copies that this thread has issued since the last group.
 __device__ __forceinline__ void copy_async_commit() {
 #ifdef LUMINA_CUDA_HOST
   cuda_host::copy_async_commit();
@@ -236,7 +237,7 @@ __device__ __forceinline__ void copy_async_commit() {
 #endif
 }
 
-// Waits until at most the kPending latest groups of this thread are under way.
+// Waits until at most the kPending latest groups of this thread are in flight.
 template <int kPending>
 __device__ __forceinline__ void copy_async_wait() {
 #ifdef LUMINA_CUDA_HOST
@@ -246,8 +247,8 @@ __device__ __forceinline__ void copy_async_wait() {
 #endif
 }
 
-// threadIdx.x and blockIdx.x, read opaque: what is made of them before and after a loop is not kept
-// in registers through it.
+// threadIdx.x, the lane and blockIdx.x. Every call reads the special register again, so that values
+// derived from it before a loop are not kept in registers for use after the loop.
 __device__ __forceinline__ int thread_index() {
 #ifdef LUMINA_CUDA_HOST
   return static_cast<int>(threadIdx.x);
@@ -270,7 +271,7 @@ __device__ __forceinline__ int block_index() {
 #endif
 }
 
-// 2^x, 2 units in the last place off at most; 0 below -126.
+// 2^x with an error of at most 2 units in the last place; 0 below -126.
 __device__ __forceinline__ float exp2_approx(float x) {
 #ifdef LUMINA_CUDA_HOST
   return x < -126.0f ? 0.0f : std::exp2(x);

@@ -1,15 +1,16 @@
-// What the kernels that normalise queries and keys share: means over a token's heads, the norm.
+// Shared by the kernels that normalise queries and keys: means over a token's heads, the norm.
 //
-// A thread holds the same 8 channels of N heads of a token in float32, in registers from the
-// statistics to the output.
+// A thread keeps the same 8 channels of N heads of a token in registers from the statistics to the
+// output.
 #pragma once
 
 #include "cuda/lib/rope.cuh"
 
 namespace lumina_kernels::cuda {
 
-// How many heads a thread may have, 1, 2, 4 to `heads`; threads of a token where it has fewer, and
-// where it has that many; threads of a block that several tokens fill up.
+// A thread has 1, 2, 4 up to `heads` heads. The most threads for a token, if a thread has fewer
+// heads than that (`threads`), and if it has that many (`last_threads`); `fill` is the number of
+// threads that several small tokens share a block up to.
 struct NormLimits {
   int heads, threads, last_threads, fill;
 
@@ -29,9 +30,9 @@ struct NormShape {
   float q_share, k_share, head_share;  // 1 / (H * K), 1 / (G * K), 1 / K
 };
 
-// --- shared memory: the turns, then one scratch for each of the means of a token ---
+// --- shared memory: the rotations, then a scratch for each of a token's means ---
 
-// Floats of a scratch: two sums of q and of k for every warp, or one for every head and thread.
+// Floats in a scratch: two sums of q and of k for every warp, or one for every head and thread.
 __host__ __device__ constexpr int scratch_floats(const RowLayout& layout, NormKind norm,
                                                  int heads) {
   const int threads = layout.slots * layout.threads;
@@ -46,7 +47,7 @@ struct NormShared {
   Shared<float> rotations, scratch[3];
 };
 
-// The parts of a block's shared memory, for N heads of a thread.
+// The parts of a block's shared memory, with N heads per thread.
 template <int N>
 __device__ __forceinline__ NormShared norm_shared(const NormShape& shape, Shared<float> memory) {
   const RowLayout& layout = shape.layout;
@@ -57,8 +58,8 @@ __device__ __forceinline__ NormShared norm_shared(const NormShape& shape, Shared
 
 // --- means ---
 
-// sums[m][n], of the 8 channels of head n, become means over all heads of q, or of k. Two uses in a
-// row need a scratch each.
+// sums[m][n], over the 8 channels of head n, become means over all heads of q, or of k. Two
+// consecutive uses need a scratch each.
 template <int M, int N>
 __device__ __forceinline__ void means_across_heads(float (&sums)[M][N], const NormShape& shape,
                                                    const RowPlace& at, Shared<float> scratch) {
@@ -92,7 +93,7 @@ __device__ __forceinline__ void means_across_heads(float (&sums)[M][N], const No
   }
 }
 
-// sums[n], of the 8 channels of head n, become means over that head.
+// sums[n], over the 8 channels of head n, become means over that head.
 template <int N>
 __device__ __forceinline__ void means_per_head(float (&sums)[N], const NormShape& shape,
                                                const RowPlace& at, Shared<float> scratch) {
@@ -112,7 +113,7 @@ __device__ __forceinline__ void means_per_head(float (&sums)[N], const NormShape
 
 // --- the norm ---
 
-// Channels of the piece of head n that there are, 0 or less where there is none.
+// How many channels of the piece of head n exist; 0 or less if none.
 __device__ __forceinline__ int channels(const NormShape& shape, const RowPlace& at, int n) {
   const int head = at.head + n * shape.layout.step;
   return head < shape.H + shape.G ? shape.K - 8 * at.piece : 0;
@@ -124,8 +125,8 @@ __device__ __forceinline__ float sum_of_products(const Float8& a, const Float8& 
   return sum;
 }
 
-// x becomes (x - mean) * rstd, without the mean for an RMS norm; 0 where nothing is there. Uses the
-// first two scratches.
+// x becomes (x - mean) * rstd, without the mean for an RMS norm, and 0 beyond the last channel.
+// Uses the first two scratches.
 template <int N>
 __device__ __forceinline__ void normalise(Float8 (&x)[N], float (&rstd)[N], const NormShape& shape,
                                           const RowPlace& at, const NormShared& shared) {
@@ -168,8 +169,8 @@ struct NormParameters {
   Values q_weight, q_bias, k_weight, k_bias;  // each may be missing
 };
 
-// x becomes turn(norm(x) * weight + bias) for the heads of q and k. With a barrier between what
-// fills the turns and their use.
+// x becomes rotate(norm(x) * weight + bias) for the heads of q and k. Contains the barrier between
+// filling the rotations and using them.
 template <int N>
 __device__ __forceinline__ void norm_rotate(Float8 (&x)[N], const NormParameters& parameters,
                                             const NormShape& shape, const RowPlace& at,
@@ -183,14 +184,14 @@ __device__ __forceinline__ void norm_rotate(Float8 (&x)[N], const NormParameters
     const bool of_q = head < shape.H;
     const Values weight = select(of_q, parameters.q_weight, parameters.k_weight);
     const Values bias = select(of_q, parameters.q_bias, parameters.k_bias);
-    const int own = of_q ? head : head - shape.H;  // its number in q, or in k
+    const int own = of_q ? head : head - shape.H;  // its index in q, or in k
     if (is_there(weight)) x[n] *= load_parameter(weight, shape, at, own, count);
     if (is_there(bias)) x[n] += load_parameter(bias, shape, at, own, count);
     rotate_piece(x[n], rotation);
   }
 }
 
-// The pieces of a token's heads, zeros for those of q and of k that are not wanted.
+// Loads the pieces of a token's heads; zeros in place of q or k if these are not wanted.
 template <int N>
 __device__ __forceinline__ void load_heads(Float8 (&x)[N], const HeadsView& q, const HeadsView& k,
                                            const Token& token, bool want_q, bool want_k,

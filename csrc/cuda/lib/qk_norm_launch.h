@@ -1,4 +1,4 @@
-// What the launchers that normalise queries and keys share.
+// Shared by the launchers that normalise queries and keys.
 #pragma once
 
 #include <type_traits>
@@ -9,7 +9,8 @@
 
 namespace lumina_kernels::cuda {
 
-// Calls body(std::integral_constant<int, N>()) with the heads N of a thread, 1, 2, 4 to kMost.
+// Calls body(std::integral_constant<int, N>()), where N, the heads per thread, is 1, 2, 4 up to
+// kMost.
 template <int kMost, class Body>
 void with_heads(int N, const Body& body) {
   if constexpr (kMost > 1) {
@@ -25,7 +26,8 @@ inline NormKind norm_of(const std::string& norm) {
   return NormKind::kRmsAcrossHeads;
 }
 
-// H heads of q and G of k among threads, with the fewest heads N of a thread that the limits allow.
+// Distributes H heads of q and G of k to threads, with the fewest heads N per thread that the
+// limits allow.
 inline NormShape norm_shape(int64_t H, int64_t G, int64_t K, double eps, const std::string& norm,
                             const NormLimits& limits, int& N) {
   const int64_t pieces = ceil_div(K, 8);
@@ -47,27 +49,27 @@ inline NormShape norm_shape(int64_t H, int64_t G, int64_t K, double eps, const s
           .head_share = share(K)};
 }
 
-// A parameter for heads of K values: their first ones are aligned too.
+// A parameter for heads of K values; `vectors` means that every head is aligned.
 inline Values parameter_of(const OptionalTensor& parameter, int64_t K) {
   Values values = values_of(parameter);
   if (parameter) values.vectors &= K * static_cast<int64_t>(parameter->element_size()) % 16 == 0;
   return values;
 }
 
-// The windows of (B, L') counts that the gradient of a row is for.
+// The windows to whose means a gradient belongs, and how many valid tokens they have, (B, L').
 struct CountedWindows {
   MaskedWindows windows;
   Tensor counts;
 };
 
-// dx, and the partial sums of dweight and dbias, (blocks, sums * width), float32.
+// dx, and the partial sums of dweight and dbias, float32 (blocks, sums * width).
 std::tuple<Tensor, Tensor> row_bwd(const Tensor& dout, const Tensor& x,
                                    const OptionalTensor& weight, const OptionalTensor& bias,
                                    const AnglesView& angles, double eps, const std::string& norm,
                                    const CountedWindows* pool);
 
-// Gradients of the parameters of q and of k from `row_bwd`'s sums, `nothing` for those that are not
-// there.
+// The gradients of the parameters of q and of k from the sums of `row_bwd`; `nothing` for
+// parameters that are missing.
 struct ParameterGrads {
   Tensor q_weight, q_bias, k_weight, k_bias;
 };

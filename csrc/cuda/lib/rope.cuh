@@ -1,4 +1,5 @@
-// What the kernels that rotate heads share: heads of a token among threads, cosines and sines.
+// Shared by the kernels that rotate heads: a token's heads distributed to threads, cosines and
+// sines.
 #pragma once
 
 #include "cuda/lib/float8.cuh"
@@ -17,7 +18,7 @@ struct HeadsView {
 
 __device__ __forceinline__ bool is_there(const HeadsView& x) { return x.values.data != nullptr; }
 
-// One of two, member by member: kernel arguments that are reached by address go to the stack.
+// first ? a : b, member by member: a kernel argument whose address is taken is copied to the stack.
 __device__ __forceinline__ Values select(bool first, const Values& a, const Values& b) {
   return {first ? a.data : b.data, first ? a.dtype : b.dtype, first ? a.vectors : b.vectors};
 }
@@ -28,14 +29,15 @@ __device__ __forceinline__ HeadsView select(bool first, const HeadsView& a, cons
 
 // --- threads ---
 
-// The threads of a block: `slots` tokens at a time, `threads` (whole warps) for each. Of them,
-// thread i holds channels 8 * (i % pieces) and on of the heads i / pieces, i / pieces + step, ...;
-// the last ones may have nothing.
+// The threads of a block: `slots` tokens at a time, with `threads` (whole warps) for each. Thread i
+// of a token has the 8 channels from 8 * (i % pieces) on of heads i / pieces, i / pieces + step,
+// ...; the last threads may be idle.
 struct RowLayout {
   int pieces, step, threads, slots;
 };
 
-// `per_thread`: heads of a thread; `least`: threads of a block, which several tokens fill up.
+// `per_thread`: heads per thread; `least`: threads of a block, which several tokens share if one
+// does not fill it.
 inline RowLayout row_layout(int64_t heads, int64_t pieces, int64_t per_thread, int64_t least) {
   const int64_t step = ceil_div(heads, per_thread), threads = 32 * ceil_div(pieces * step, 32);
   const int64_t slots = threads < least ? least / threads : 1;
@@ -43,7 +45,7 @@ inline RowLayout row_layout(int64_t heads, int64_t pieces, int64_t per_thread, i
           static_cast<int>(slots)};
 }
 
-// The fewest heads for each thread with which a token fits `threads`. A head of more pieces takes
+// As few heads per thread as `threads` threads allow for a token. A head with more pieces takes
 // several blocks, along y.
 inline RowLayout token_layout(int64_t heads, int64_t pieces, int64_t threads) {
   pieces = pieces < threads ? pieces : threads;
@@ -65,7 +67,7 @@ inline LaunchConfig row_config(const RowLayout& layout, int64_t blocks, int64_t 
 }
 
 struct RowPlace {
-  int slot, thread, piece, head;  // `thread` of the slot; `head` is beyond all heads where idle
+  int slot, thread, piece, head;  // `thread` within the slot; an idle thread has kNoHead
 };
 
 constexpr int kNoHead = 1 << 30;
@@ -79,7 +81,7 @@ __device__ __forceinline__ RowPlace row_place(const RowLayout& layout) {
           static_cast<int>(head) < layout.step ? static_cast<int>(head) : kNoHead};
 }
 
-// Token `number` of all as sample b and token l of it. There are less than 2^31 (launchers check).
+// Token `number` of all is token l of sample b. Launchers check that there are less than 2^31.
 struct Token {
   int64_t number, b, l;
 };
@@ -139,17 +141,18 @@ __device__ __forceinline__ int64_t load_integer(const NumbersView& x, int64_t i)
 
 // --- angles ---
 
-// Positions (B, L, 3), frequencies (B, K / 2) and axes (K / 2,) by their steps, 0 where shared.
+// Positions (B, L, 3), frequencies (B, K / 2) and axes (K / 2,) with their steps; a step is 0 along
+// an axis that is shared.
 struct AnglesView {
   NumbersView positions, inv_freq, axis;
   int64_t position_b, position_l, position_column, freq_b, freq_pair, axis_pair;
 };
 
-// Floats of a token's cosines and sines.
+// The number of a token's cosines and sines.
 inline int64_t rotation_floats(int64_t pieces) { return 8 * pieces; }
 
-// (cos, sin) of sign * position[axis] * inv_freq for the pairs of a token, by the threads of its
-// slot, from pair `first` on. NaN for an axis that is not 0, 1 or 2; the padding does not turn.
+// The threads of a slot write (cos, sin) of sign * position[axis] * inv_freq for the pairs of its
+// token, from pair `first` on. NaN for an axis other than 0, 1 or 2; padding is not rotated.
 __device__ __forceinline__ void fill_rotations(const AnglesView& angles, const Token& token,
                                                float sign, int first, int K,
                                                const RowLayout& layout, const RowPlace& at,

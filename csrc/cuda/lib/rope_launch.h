@@ -1,4 +1,4 @@
-// What the launchers that rotate heads share: their tensors as kernel arguments.
+// Shared by the launchers that rotate heads: their tensors as kernel arguments.
 #pragma once
 
 #include "cuda/lib/launch.h"
@@ -6,7 +6,7 @@
 
 namespace lumina_kernels::cuda {
 
-// Of a packed tensor (B, L, H, K). The caller keeps the tensor until the launch.
+// The heads of a packed tensor (B, L, H, K), which the caller keeps alive until the launch.
 inline HeadsView heads_of(const Tensor& x) {
   return {values_of(x), x.stride(0), x.stride(1), x.stride(2)};
 }
@@ -58,7 +58,7 @@ inline AnglesView angles_of(const Tensor& positions, const Tensor& inv_freq, con
           .axis_pair = axis.stride(0)};
 }
 
-// Kernels divide the numbers of tokens in 32 bits.
+// Kernels divide the indices of tokens in 32 bits.
 inline void check_tokens(int64_t tokens) {
   STD_TORCH_CHECK(tokens < (int64_t{1} << 31), "batch times length must be less than 2^31, got ",
                   tokens);

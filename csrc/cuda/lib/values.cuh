@@ -1,8 +1,8 @@
-// What every CUDA kernel shares: pointers, dtypes as data, loads and stores of 8 values, sums.
+// Shared by all CUDA kernels: pointers, and values of any dtype.
 //
-// A .cuh holds device code and launch configurations, no torch and no <<<>>>; its .cu holds the
-// launchers (launch.h). Both are also compiled for the host and run there, with bounds, alignment,
-// barriers and shared memory checked (tests/cuda_host). For that
+// A .cuh holds device code and launch configurations, without torch and <<<>>>; its .cu holds the
+// launchers (launch.h). Both are also compiled for the host and run there, with checks of bounds,
+// alignment, barriers and shared memory (tests/cuda_host). This is why
 //   - memory is reached through Global<T> and Shared<T>, which are T* under nvcc. Plain p[i] and
 //     p + i work; wider accesses go through load_global, store_global, load_shared, store_shared;
 //   - `auto` must not hold a shared[i]: write its type out;
@@ -29,7 +29,7 @@ using Global = T*;
 template <class T>
 using Shared = T*;
 
-// Arrays of the block, 16-byte aligned; at most one dynamic one in a kernel.
+// Arrays of a block, aligned to 16 bytes; a kernel has at most one dynamic one.
 #define LUMINA_SHARED(T, name, count) __shared__ __align__(16) T name[count]
 #define LUMINA_DYNAMIC_SHARED(T, name)                                   \
   extern __shared__ __align__(16) unsigned char lumina_dynamic_shared[]; \
@@ -45,14 +45,15 @@ struct LaunchConfig {
   size_t shared_bytes = 0;  // dynamic
 };
 
-// n / d of numbers >= 0; 64-bit division costs as much as the rest of a small kernel.
+// n / d for numbers >= 0, in 32 bits if they fit: a 64-bit division costs as much as the rest of a
+// small kernel.
 __device__ __forceinline__ int64_t divide(int64_t n, int64_t d) {
   return (n | d) >> 32 == 0 ? static_cast<uint32_t>(n) / static_cast<uint32_t>(d) : n / d;
 }
 
 // --- accesses of sizeof(V) bytes, aligned to that ---
 
-// Not __ldg: what that loads may be moved out of a loop over rows, and then spills.
+// Not __ldg: the compiler may move its loads out of a loop over rows, and then spills registers.
 template <class V, class T>
 __device__ __forceinline__ V load_global(Global<T> p) {
 #ifdef LUMINA_CUDA_HOST
@@ -89,7 +90,7 @@ __device__ __forceinline__ void store_shared(Shared<T> p, const V& value) {
 #endif
 }
 
-// The same place as pointer to another type.
+// The same address as a pointer to another type.
 template <class U, class T>
 __device__ __forceinline__ Global<U> as_global(Global<T> p) {
 #ifdef LUMINA_CUDA_HOST
@@ -145,7 +146,7 @@ __device__ __forceinline__ uint16_t float_to_bfloat16(float value) {
 #endif
 }
 
-// Two values in a register, `low` in the lower half.
+// Packs two values in a register, `low` in the lower half.
 __device__ __forceinline__ uint32_t pack_half(float low, float high) {
 #ifdef LUMINA_CUDA_HOST
   return float_to_half(low) | static_cast<uint32_t>(float_to_half(high)) << 16;
@@ -166,7 +167,7 @@ __device__ __forceinline__ uint32_t pack_bfloat16(float low, float high) {
 
 // --- values of any dtype ---
 
-// Values of one tensor; `data` is null where an optional tensor is not there.
+// Values of one tensor; `data` is null if an optional tensor is missing.
 struct Values {
   Global<unsigned char> data;
   Dtype dtype;
@@ -219,7 +220,7 @@ __device__ __forceinline__ uint32_t pack2(float low, float high, Dtype dtype) {
 
 // --- sums in a fixed order ---
 
-// Over the lanes of a warp, in every lane.
+// The sum over the lanes of a warp, for every lane.
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
   for (int bits = 16; bits > 0; bits /= 2) x += __shfl_xor_sync(kAllLanes, x, bits);

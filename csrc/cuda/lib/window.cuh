@@ -1,4 +1,4 @@
-// What the kernels that average over windows of the token grid share. A block has one window.
+// Shared by the kernels that average over windows of the token grid. A block handles one window.
 #pragma once
 
 #include "cuda/lib/rope.cuh"
@@ -6,7 +6,7 @@
 namespace lumina_kernels::cuda {
 
 // factor x factor windows of (grid_h, grid_w), `rows` x `columns` of them in each of T frames, and
-// which tokens count: (B, L) bytes, null where all do.
+// the mask of valid tokens: (B, L) bytes, null if all are.
 struct MaskedWindows {
   int T, grid_h, grid_w, factor, rows, columns;
   Global<const unsigned char> mask;
@@ -17,7 +17,7 @@ struct MaskedWindows {
   }
 };
 
-// The window of a block: its sample, its number there, its first token, and its sides.
+// The window of a block: its sample, its index within the sample, its first token and its sides.
 struct Window {
   int64_t b, number, first;
   int height, width;
@@ -34,7 +34,7 @@ __device__ __forceinline__ Window window_at(const MaskedWindows& windows, unsign
           min(windows.factor, windows.grid_h - top), min(windows.factor, windows.grid_w - left)};
 }
 
-// The number of the window of token l of a sample.
+// The index of the window that contains token l of a sample.
 __device__ __forceinline__ int64_t window_of(const MaskedWindows& windows, int64_t l) {
   const unsigned at = static_cast<unsigned>(l), line = at / windows.grid_w;
   const unsigned frame = line / windows.grid_h;
@@ -43,10 +43,10 @@ __device__ __forceinline__ int64_t window_of(const MaskedWindows& windows, int64
   return (static_cast<int64_t>(frame) * windows.rows + row) * windows.columns + column;
 }
 
-// What a window's mean multiplies its sum with.
+// The weight of a token in the mean of a window with `count` valid ones.
 __device__ __forceinline__ float share_of(float count) { return 1.0f / fmaxf(count, 1.0f); }
 
-// Whether a window has a valid token, and how many.
+// Writes whether a window has valid tokens, and how many.
 __device__ __forceinline__ void store_count(Global<unsigned char> mask, Global<float> counts,
                                             const MaskedWindows& windows, const Window& window) {
   int count = 0;

@@ -1,4 +1,4 @@
-// What the launchers that average over windows share.
+// Shared by the launchers that average over windows.
 #pragma once
 
 #include <algorithm>
@@ -8,7 +8,7 @@
 
 namespace lumina_kernels::cuda {
 
-// The windows of a grid (T, H, W); `key_mask` (B, L) or none.
+// The windows of a grid (T, H, W) with `key_mask` (B, L) or without.
 inline MaskedWindows windows_of(const std::vector<int64_t>& grid, int64_t factor,
                                 const OptionalTensor& key_mask) {
   const int64_t side = std::max<int64_t>({grid[1], grid[2], 1});
@@ -24,12 +24,12 @@ inline MaskedWindows windows_of(const std::vector<int64_t>& grid, int64_t factor
           .mask_l = key_mask ? key_mask->stride(1) : 0};
 }
 
-// Windows of one sample.
+// The number of windows in a sample.
 inline int64_t count_of(const MaskedWindows& windows) {
   return static_cast<int64_t>(windows.T) * windows.rows * windows.columns;
 }
 
-// The gradient of v, (B, L, G, K), from that of its means over windows.
+// The gradient of v, (B, L, G, K), from the gradient of its means over windows.
 Tensor window_mean_bwd(const Tensor& dv_out, const Tensor& counts, const MaskedWindows& windows);
 
 }  // namespace lumina_kernels::cuda
