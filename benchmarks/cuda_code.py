@@ -18,11 +18,12 @@ def kernels() -> list[dict]:
     if library is None:
         raise FileNotFoundError("lumina_kernels._C_cuda is not built, it needs nvcc")
     usage = tool("cuobjdump", "--dump-resource-usage", library.origin)
+    function = re.compile(r" Function _ZN14lumina_kernels4cuda\d+(\w+?_kernel)(I\w+?EE)?")
     rows, arch = [], None
     for line in usage.splitlines():
         if found := re.match(r"arch = sm_(\w+)", line):
             arch = found[1]
-        elif found := re.match(r" Function _ZN14lumina_kernels\d+(\w+?_kernel)(I\w+?EE)?", line):
+        elif found := function.match(line):
             name = found[1], ", ".join(re.findall(r"[a-zE](\d+)E", found[2] or ""))
         elif found := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", line):
             registers, stack, shared = map(int, found.groups())
