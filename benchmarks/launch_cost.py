@@ -1,8 +1,9 @@
 """Host time of one eager call of every op on the Triton backend: python -m benchmarks.launch_cost
 
-It runs without a GPU: the calls go through checks, registration, allocation and Triton's launcher
-to a driver that launches nothing. What a GPU adds is the driver's own launch, a few microseconds,
-and its allocator in place of the CPU's. Medians; only the last column records a gradient.
+No GPU is needed: a call goes through the op's checks, PyTorch's dispatcher, allocation and Triton's
+launcher to a driver that launches nothing. On a GPU, add the launch by the real driver, a few
+microseconds; its allocator replaces the CPU's. Times are medians. In the last column autograd
+records the call.
 """
 
 import argparse
@@ -65,7 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
     parser.add_argument("--repeats", type=int, default=1000)
     repeats = parser.parse_args().repeats
-    backend.DEVICES["triton"] = "cpu"  # where the tensors are here
+    backend.DEVICES["triton"] = "cpu"  # the tensors are on the CPU here
     print(f"{'op':22}{'us':>7}{'with autograd':>15}")
     with aot.offline(90):
         for name, call in calls().items():

@@ -1,4 +1,4 @@
-"""What a report says of the machine and the software it was made with."""
+"""The machine and the software versions that a report was made with."""
 
 import os
 import platform
@@ -16,7 +16,7 @@ PACKAGES = (
 
 
 def describe(device: str) -> dict:
-    """Names of the processor or the GPU, its driver, versions, and the commit."""
+    """Processor, GPU and driver, versions of the packages, and the commit."""
     about = {
         "processor": processor(),
         "threads": torch.get_num_threads(),
@@ -42,7 +42,7 @@ def describe(device: str) -> dict:
 
 
 def processor() -> str:
-    """The model's name as Linux has it, else as Python has it."""
+    """The processor's model name from Linux, or what Python knows of it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -59,7 +59,8 @@ def installed(package: str) -> str | None:
 
 
 def commit() -> str:
-    """The hash of HEAD, with a + where files differ; of $LUMINA_COMMIT where git is not there."""
+    """The hash of HEAD, with a + if tracked files have changed. $LUMINA_COMMIT overrides it, for
+    copies without git."""
     if "LUMINA_COMMIT" in os.environ:
         return os.environ["LUMINA_COMMIT"]
     here = Path(__file__).parent

@@ -1,4 +1,4 @@
-"""The sizes that are measured: of released models, and of smaller ones for a CPU."""
+"""The shapes that are measured: those of released models, and smaller ones for CPUs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Shape:
-    """A batch of one model. The letters are those of `lumina_kernels`."""
+    """The sizes of a batch for one model, in the letters of `lumina_kernels`."""
 
     model: str
     D: int  # width
@@ -20,16 +20,16 @@ class Shape:
     K: int  # head_dim
     F: int  # FFN width
     side: int = 64  # tokens along an edge of the picture
-    B: int = 2  # a caption and its negative, for guidance
+    B: int = 2  # a caption and its negative prompt, for guidance
     T: int = 128  # text tokens
     Y: int = 2048  # width of the text features
     layers: int = 1
     dtype: str = "bfloat16"
-    valid: float = 1.0  # share of the keys that a mask leaves, a prefix
-    drop: int = 1  # factor of context drop
-    text: bool = False  # attention with its text branch
-    backward: bool = False  # forward and backward, instead of forward
-    quick: bool = False  # part of `-k quick`
+    valid: float = 1.0  # fraction of the keys, a prefix, that the key mask keeps
+    drop: int = 1  # context drop averages drop x drop tokens
+    text: bool = False  # attention includes the text branch
+    backward: bool = False  # forward and backward instead of forward alone
+    quick: bool = False  # selected by `-k quick`
     devices: tuple[str, ...] = ("cpu", "cuda")
 
     @property
@@ -59,13 +59,13 @@ LUMINA_NEXT = Shape("lumina-next", D=2304, H=32, G=8, K=72, F=6144)
 LUMINA_2 = Shape("lumina-image-2", D=2304, H=24, G=8, K=96, F=9216)
 Z_IMAGE = Shape("z-image", D=3840, H=30, G=30, K=128, F=10240)
 FLUX = Shape("flux", D=3072, H=24, G=24, K=128, F=12288)
-# Lumina-Next at a quarter of its width: what a CPU can be asked for.
+# Lumina-Next at a quarter of its width, small enough for a CPU.
 QUARTER = Shape("quarter", D=576, H=8, G=2, K=72, F=1536, T=64, Y=256)
 COMPACT = Shape("compact", D=288, H=4, G=2, K=72, F=768, side=4, T=24, Y=256, dtype="float32")
 
 CPU, CUDA = ("cpu",), ("cuda",)
 
-# The first of each device is the quick one; then by what a reader wants to know first.
+# The first shape of each device is the quick one; the most interesting ones come next.
 OP_SHAPES = (
     QUARTER.but(side=32, quick=True, devices=CPU),
     LUMINA_NEXT.but(quick=True, devices=CUDA),
@@ -82,7 +82,7 @@ OP_SHAPES = (
     COMPACT,
 )
 
-# Forward and backward, in `bench_<op>.py` of an op that has a gradient.
+# Forward and backward, for the ops that have a gradient.
 BACKWARD_SHAPES = (
     QUARTER.but(side=32, backward=True, devices=CPU),
     LUMINA_NEXT.but(backward=True, devices=CUDA),

@@ -1,4 +1,4 @@
-"""The report as a text and as a table, from what `benchmarks/report.py` measured."""
+"""The report as Markdown and as CSV, from what `benchmarks/report.py` measured."""
 
 import csv
 import io
@@ -9,18 +9,18 @@ from typing import NamedTuple
 import numpy as np
 
 OURS = ("lumina-cpu", "lumina-triton", "lumina-cuda")
-OUT_OF_BUDGET = "the time for the report was over"
+OUT_OF_BUDGET = "the time budget of the report had run out"
 HOW_TO_READ = """\
-Times are medians of calls in which the variants of a case took turns, and in brackets their spread:
-the interquartile range over the median. GB/s count the bytes that a fused kernel has to move, every
-input read once and every output written once, however the variant does it; TFLOP/s count the useful
-FLOPs of the matrix products, without masked keys. "of clone" and "of matmul" are shares of what a
-copy of as many bytes and a large matrix product reach on this machine, measured in the same rounds.
-No cache holds the inputs; memory that was freed is kept, or mapping pages again would decide many
-times. PyTorch's matrix product in float32 is no ceiling on every CPU. "x eager" is how many times
-as fast as eager PyTorch (for whole models diffusers', where it is installed) a variant is, "x
-compile" as fast as `torch.compile` of that. Peak MiB: tensors that a call holds at once, besides
-its inputs."""
+The variants of a case are measured in interleaved rounds. Times are medians over the rounds; in
+brackets the spread, which is the interquartile range over the median. GB/s count the bytes that a
+fused kernel has to move: every input is read once and every output written once, however the
+variant does it. TFLOP/s count the useful FLOPs of the matrix products, without masked keys. "of
+clone" and "of matmul" compare them with a copy of as many bytes and with a large matrix product,
+measured in the same rounds; PyTorch's float32 matrix product is not a true ceiling on every CPU.
+The inputs are not in any cache. The allocator keeps freed memory, because mapping pages again would
+dominate many of the times. "x eager" is the speed relative to eager PyTorch (for whole models
+relative to diffusers, where it is installed), "x compile" relative to `torch.compile` of that. Peak
+MiB is the largest amount of memory in tensors during a call, without its inputs."""
 
 
 class Point(NamedTuple):
@@ -39,23 +39,23 @@ def machine_name(report: dict) -> str:
 
 
 def main_rows(report: dict) -> dict[str, list[dict]]:
-    """Op -> the rows of the shape that says most: Lumina-Next's at 1024 pixels or the next smaller,
-    else the longest of those up to there."""
+    """Op -> the rows of its main shape: Lumina-Next's with the most tokens up to 4096 (1024 x 1024
+    pixels), or that of another model where there is none."""
     ops = {}
     for row in report["benchmarks"]:
         info = row["extra_info"]
         if info["op"] != "sample" and not info["backward"]:
             ops.setdefault(info["op"], {}).setdefault(info["shape"], []).append(row)
-    return {op: max(shapes.values(), key=how_telling) for op, shapes in ops.items()}
+    return {op: max(shapes.values(), key=importance) for op, shapes in ops.items()}
 
 
-def how_telling(rows: list[dict]) -> tuple:
+def importance(rows: list[dict]) -> tuple:
     info = rows[0]["extra_info"]
     return info["model"] == "lumina-next", info["L"] * (info["L"] <= 4096)
 
 
 def csv_text(report: dict) -> str:
-    """A line a row, with the machine's columns first."""
+    """One line for each row, with the machine's columns first."""
     machine = report["machine_info"]
     about = {"machine": machine.get("processor")}
     about |= {name: machine.get(name) for name in ("gpu", "driver", "torch", "triton", "commit")}
@@ -77,7 +77,8 @@ def markdown(report: dict, pictures: list[str]) -> str:
     lines = [f"# Speed of lumina-kernels on {machine_name(report)}", ""]
     known = [f"{name} {value}" for name, value in machine.items() if value is not None]
     lines += [", ".join(known) + "  ", f"{report['datetime']}, `{report.get('command', '')}`  "]
-    lines += [f"{len(rows)} rows measured, {len(report['not_measured'])} not (the last section)."]
+    missing = len(report["not_measured"])
+    lines += [f"{len(rows)} rows measured, {missing} not measured (see the last section)."]
     lines += ["", HOW_TO_READ, ""]
     lines += [f"![{name}]({name})" for name in pictures]
     ops = dict.fromkeys(row["extra_info"]["op"] for row in rows)
@@ -87,7 +88,7 @@ def markdown(report: dict, pictures: list[str]) -> str:
             lines += ["", f"## {op}", "", *table(chosen, COLUMNS)]
     lines += ["", "## Where a peer is faster", "", *faster_peers(rows)]
     lines += ["", "## Forward time over the number of tokens", "", *scaling(rows)]
-    samples = [row for row in rows if row["extra_info"].get("nfe")]
+    samples = [row for row in rows if row["extra_info"].get("nfe") is not None]
     if samples:
         lines += ["", "## Sampling: time against error", "", *table(samples, SAMPLE_COLUMNS)]
     lines += ["", "## Not measured", "", *not_measured(report["not_measured"])]
@@ -95,8 +96,10 @@ def markdown(report: dict, pictures: list[str]) -> str:
 
 
 def duration(seconds: float) -> str:
-    unit, size = next(z for z in (("s", 1), ("ms", 1e-3), ("us", 0)) if seconds >= z[1])
-    return f"{number(seconds / (size or 1e-6))} {unit}"
+    for unit, size in (("s", 1), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{number(seconds / size)} {unit}"
+    return f"{number(seconds / 1e-6)} us"
 
 
 def number(value: float) -> str:
@@ -109,11 +112,11 @@ def timing(row: dict) -> str:
 
 
 def figure(name: str, form: Callable = number, unless: str = ""):
-    """A column of extra_info; empty in rows that have `unless`."""
+    """A column of extra_info. It is empty where that has no value, or has one of `unless`."""
 
     def text(row):
         info = row["extra_info"]
-        value = None if info.get(unless) else info.get(name)
+        value = info.get(name) if info.get(unless) is None else None
         return "" if value is None else form(value)
 
     return text
@@ -143,7 +146,7 @@ SAMPLE_COLUMNS = {
 
 
 def table(rows: list[dict], columns: dict) -> list[str]:
-    """Of the columns that are not empty."""
+    """A Markdown table of the columns that are not empty."""
     cells = {name: [text(row) for row in rows] for name, text in columns.items()}
     return grid({name: column for name, column in cells.items() if any(column)})
 
@@ -154,7 +157,7 @@ def grid(columns: dict[str, list[str]]) -> list[str]:
 
 
 def faster_peers(rows: list[dict]) -> list[str]:
-    """Cases in which something else beats the best of ours on the same work."""
+    """The cases in which a peer is faster than the best of ours."""
     cases = {}
     for row in rows:
         if row["extra_info"]["op"] != "sample":
@@ -165,7 +168,7 @@ def faster_peers(rows: list[dict]) -> list[str]:
         best = min(ours, key=median, default=None)
         peers = [row for row in members if not row["extra_info"]["variant"].startswith("lumina-")]
         for row in peers:
-            if best and median(row) < median(best):
+            if best is not None and median(row) < median(best):
                 found.append((median(best) / median(row), group, row, best))
     compared = f"{len(cases)} case{'s' * (len(cases) != 1)}"
     if not found:
@@ -183,9 +186,12 @@ def faster_peers(rows: list[dict]) -> list[str]:
 
 
 def other_result(row: dict, ours: dict) -> str:
-    """A variant that does other work has no count of it."""
-    work = [bool(z["extra_info"].get("bytes") or z["extra_info"].get("flops")) for z in (row, ours)]
-    return "" if work[0] == work[1] else " (computes something else)"
+    """A note on a variant that is not equivalent, for which no bytes or FLOPs are counted."""
+    counted = [
+        any(z["extra_info"].get(name) is not None for name in ("bytes", "flops"))
+        for z in (row, ours)
+    ]
+    return "" if counted[0] == counted[1] else " (computes something else)"
 
 
 def forward_curves(rows: list[dict]) -> dict[str, dict[str, list[Point]]]:
@@ -202,7 +208,7 @@ def forward_curves(rows: list[dict]) -> dict[str, dict[str, list[Point]]]:
 
 
 def exponent(points: list[Point]) -> float:
-    """Slope of log time over log L, by least squares."""
+    """Slope of log time against log L, by least squares."""
     return np.polyfit([math.log(z.L) for z in points], [math.log(z.seconds) for z in points], 1)[0]
 
 
@@ -218,12 +224,12 @@ def scaling(rows: list[dict]) -> list[str]:
                     column.append(text)
     if not columns["model"]:
         return ["No model was measured at two lengths."]
-    text = "The slope of log time over log L, by least squares: 1 is linear, 2 quadratic."
+    text = "Slope of log time against log L, by least squares: 1 is linear, 2 quadratic."
     return [text, "", *grid(columns)]
 
 
 def not_measured(entries: list[dict]) -> list[str]:
-    """Every reason, and whom it concerns."""
+    """Every reason, with the variants and cases that it concerns."""
     reasons = {}
     for entry in entries:
         reason = "**failed**: " * (entry["outcome"] == "failed") + entry["reason"]
@@ -234,12 +240,12 @@ def not_measured(entries: list[dict]) -> list[str]:
         if len(variants) > 3:
             every = [case for cases in variants.values() for case in cases]
             variants = {f"{len(every)} rows": list(dict.fromkeys(every))}
-        whom = "; ".join(f"{name} of {brief(cases)}" for name, cases in variants.items())
-        lines.append(f"- {reason}: {whom}")
+        concerned = "; ".join(f"{name} of {brief(cases)}" for name, cases in variants.items())
+        lines.append(f"- {reason}: {concerned}")
     return lines or ["Everything was measured."]
 
 
 def brief(cases: list[str]) -> str:
-    """The cases, or their ops and how many they are."""
+    """The cases, or their number and their ops where they are many."""
     ops = dict.fromkeys(case.split(" ")[0] for case in cases)
     return ", ".join(cases) if len(cases) <= 2 else f"{len(cases)} cases ({', '.join(ops)})"

@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
-from benchmarks.measure import Case, our_variants
-from benchmarks.networks import on_backend, our_network, users_network
-from benchmarks.shapes import CPU, CUDA, LUMINA_NEXT, QUARTER
+from benchmarks.harness.case import Case, our_variants
+from benchmarks.harness.shapes import CPU, CUDA, LUMINA_NEXT, QUARTER
+from benchmarks.models.networks import on_backend, our_network, users_network
 from lumina.flops import forward_flops
 from lumina.rope import positions, rope_axes, rope_frequencies
 from lumina_kernels import norm_modulate, sandwich_norm, sandwich_norm_chain
@@ -22,8 +22,8 @@ PEERS = ()
 
 
 class Block(nn.Module):
-    """What `lumina.NextDiT.velocity` does for a layer, between two norms that it shares with its
-    neighbours."""
+    """What `lumina.NextDiT.velocity` does for one layer. The first and the last norm, which the
+    model fuses with those of the neighbouring layers, are separate here."""
 
     def __init__(self, network, side: int, device: str):
         super().__init__()
@@ -71,12 +71,13 @@ def case(shape, device) -> Case:
         eager=users,
         flops=B * (two - one),
         model=True,
-        info={"": {"eager is": baseline}},
+        info={"eager is": baseline},
     )
 
 
 def users_block(model, side: int, device: str):
-    """diffusers' block with the same parameters; the definition of ours where it is not there."""
+    """diffusers' block with the same parameters, or the definitions of our ops where diffusers is
+    not installed."""
     name, network = users_network(model)
     if name != "diffusers":
         return "lumina_kernels' definitions", Block(on_backend(model, "torch"), side, device)

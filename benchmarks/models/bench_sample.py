@@ -1,15 +1,16 @@
-"""Sampling with the compact model: what a setting costs, and how far it is from the exact solution.
+"""Sampling with the compact model: the time of a setting and its error.
 
-The variants are settings of `lumina.sample`, named solver-schedule-NFE, with "-drop" where context
-drop is on. The column "error" is the RMS distance of the pixels (-1..1) from a solution with 1000
-midpoint steps (250 in the quick report). Context drop changes the network, so its error has a
-floor. "eager" is one of the settings without kernels (backend="torch").
+The variants are settings of `lumina.sample`, named solver-schedule-NFE (NFE: number of function
+evaluations), with "-drop" where context drop is on. The column "error" is the RMS distance of the
+pixels (-1..1) from a solution with 1000 midpoint steps (250 in the quick report). Context drop
+changes the network, so its error does not go to zero. "eager" is one of the settings without
+kernels (backend="torch").
 """
 
 import lumina
-from benchmarks.measure import Case
-from benchmarks.shapes import COMPACT
-from benchmarks.solver_error import drawer, noise_of, rms
+from benchmarks.harness.case import Case
+from benchmarks.harness.shapes import COMPACT
+from benchmarks.models.solver_error import drawer, noise_of, rms
 from lumina.solvers import SOLVERS
 
 SHAPES = (COMPACT.but(quick=True), COMPACT.but(B=8))
@@ -36,23 +37,25 @@ def variants(shape) -> tuple[str, ...]:
 
 
 def case(shape, device) -> Case:
-    """Of B captions."""
+    """Pictures for B captions."""
     draw = drawer(3.0, shape.B, device=device)
     exact, _ = draw(solver="midpoint", schedule="uniform", steps=250 if shape.quick else 1000)
-    functions, info = {}, {"": {"x eager": None}}
+    functions, errors = {}, {}
     for variant in variants(shape)[1:]:
         setting = SETTINGS[variant.removeprefix("lumina-")]
         functions[variant] = sampler(draw, **setting)
+        drop = setting["context_drop"] is not None
         error = rms(functions[variant](), exact)
-        info[variant] = setting | {"error": error, "context_drop": bool(setting["context_drop"])}
+        errors[variant] = setting | {"error": error, "context_drop": drop}
     return Case(
         inputs={"latents": noise_of(shape.B).to(device)},
         ours=functions,
         eager=sampler(drawer(3.0, shape.B, device=device, backend="torch"), **SETTINGS[EAGER]),
-        own_result=tuple(functions),
+        not_equivalent=tuple(functions),
         compiled=False,
         model=True,
-        info=info,
+        info={"x eager": None},  # eager is one setting of many
+        variant_info=errors,
     )
 
 

@@ -1,4 +1,4 @@
-"""Whole networks with the same weights: ours, and the one that users have today."""
+"""Whole networks with the same weights: ours, and the baseline that users run today."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ from lumina.config import NextDiTConfig
 def our_network(shape, device: str, backend: str | None = None) -> lumina.NextDiT:
     """A Next-DiT of the shape's sizes with random weights.
 
-    Gates, biases and the weights of norms are around 1/2, so that every part of a layer counts.
+    Gates, biases and norm weights are around 1/2, so that every part of a layer contributes.
     """
     config = NextDiTConfig(
         dim=shape.D, n_layers=shape.layers, n_heads=shape.H, n_kv_heads=shape.G,
@@ -29,7 +29,7 @@ def our_network(shape, device: str, backend: str | None = None) -> lumina.NextDi
 
 
 def on_backend(model: lumina.NextDiT, backend: str) -> lumina.NextDiT:
-    """The same network, parameters shared, with all ops on a backend."""
+    """The network with all ops on another backend; the parameters are shared."""
     with torch.device("meta"):
         other = lumina.NextDiT(model.config, backend).eval()
     other.load_state_dict(model.state_dict(), assign=True)
@@ -37,8 +37,8 @@ def on_backend(model: lumina.NextDiT, backend: str) -> lumina.NextDiT:
 
 
 def users_network(model: lumina.NextDiT) -> tuple[str, nn.Module]:
-    """What it is, and the network with shared parameters: diffusers' LuminaNextDiT2DModel, or
-    `lumina.reference` where diffusers is not installed."""
+    """The baseline's name and network, which shares the parameters of `model`: diffusers'
+    LuminaNextDiT2DModel, or `lumina.reference` where diffusers is not installed."""
     try:
         from diffusers import LuminaNextDiT2DModel
     except ImportError:
@@ -56,13 +56,14 @@ def users_network(model: lumina.NextDiT) -> tuple[str, nn.Module]:
 
 
 def users_forward(model: lumina.NextDiT, side: int, device: str) -> tuple[str, Callable]:
-    """What it is, and a function (x, t, cap_feats, cap_mask) -> velocity of `users_network`."""
+    """The baseline's name, and `users_network` as a function (x, t, cap_feats, cap_mask) ->
+    velocity."""
     name, theirs = users_network(model)
     if name != "diffusers":
         return name, theirs
     from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 
-    # The pipeline makes this table once for all steps.
+    # The pipeline computes this table once for all steps.
     table = get_2d_rotary_pos_embed_lumina(model.config.head_dim, 384, 384).to(device)
 
     def forward(x, t, cap_feats, cap_mask):
@@ -70,6 +71,6 @@ def users_forward(model: lumina.NextDiT, side: int, device: str) -> tuple[str, C
             x, t.to(x.dtype), cap_feats, cap_mask, image_rotary_emb=table,
             cross_attention_kwargs={}, return_dict=False,
         )[0]  # fmt: skip
-        return out.chunk(2, 1)[0]  # the second half is the sigma that nobody uses
+        return out.chunk(2, 1)[0]  # the second half is a learned sigma, which nothing uses
 
     return name, forward

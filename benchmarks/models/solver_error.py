@@ -1,8 +1,9 @@
-"""How far a sampler is from the exact solution of its ODE: `python -m benchmarks.solver_error`.
+"""Errors of the solvers against the exact solution: `python -m benchmarks.models.solver_error`
 
-Draws the same noise and captions with every solver, schedule and number of evaluations (NFE), on
-the shipped compact model, and prints the RMS distance of the pixels (-1..1) from a solution with
-1000 midpoint steps, as a Markdown table. `--orders` prints measured orders of convergence instead.
+Draws pictures from the same noise and captions with every solver, schedule and number of function
+evaluations (NFE), on the shipped compact model. Prints the RMS distance of the pixels (-1..1) from
+a solution with 1000 midpoint steps, as a Markdown table; with `--orders`, the measured orders of
+convergence instead.
 """
 
 import argparse
@@ -30,7 +31,8 @@ TOLERANCES = (0.1, 0.03, 0.01)
 
 
 def drawer(guidance: float, count: int, dtype=torch.float32, device="cpu", backend=None):
-    """A function of the settings of lumina.sample -> (pictures, NFE), always of the same noise."""
+    """A function of the settings of `lumina.sample` that returns (pictures, NFE). The noise is
+    always the same."""
     model = lumina.load(lumina.COMPACT, dtype=dtype, device=device, backend=backend)
     encoder = lumina.load_caption_encoder(lumina.COMPACT, dtype=dtype, device=device)
     captions, negative = encoder(list(PROMPTS[:count])), encoder([""])

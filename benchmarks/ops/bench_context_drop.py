@@ -1,12 +1,12 @@
-"""context_drop: keys and values averaged over windows of 2 x 2 tokens."""
+"""context_drop: averages keys and values over windows of 2 x 2 tokens."""
 
 from math import ceil
 
 from torch.nn import functional as F
 
 import lumina_kernels as lk
-from benchmarks.measure import Case, ours
-from benchmarks.shapes import BACKWARD_SHAPES, OP_SHAPES
+from benchmarks.harness.case import Case, ours
+from benchmarks.harness.shapes import BACKWARD_SHAPES, OP_SHAPES
 
 FACTOR = 2
 SHAPES = tuple(shape.but(drop=FACTOR) for shape in (*OP_SHAPES, *BACKWARD_SHAPES))
@@ -18,7 +18,7 @@ def case(shape, device) -> Case:
     k, v = randn(B, L, G, K), randn(B, L, G, K)
     windows = ceil(side / shape.drop) ** 2
 
-    def context_drop(**arguments):  # the mask and the counts are constant without a mask
+    def context_drop(**arguments):  # without a mask, the pooled mask and the counts are constant
         return lk.context_drop(**arguments)[:2]
 
     def eager(k, v):
@@ -29,8 +29,8 @@ def case(shape, device) -> Case:
         ours=ours(context_drop, device, grid=(1, side, side), factor=shape.drop),
         eager=eager,
         peers={"tomesd": lambda: tomesd(shape)},
-        own_result=("tomesd",),
-        bytes=0 if shape.backward else 2 * B * (L + windows) * G * K * k.itemsize,
+        not_equivalent=("tomesd",),
+        bytes=None if shape.backward else 2 * B * (L + windows) * G * K * k.itemsize,
         backward=shape.backward,
     )
 
@@ -43,8 +43,8 @@ def pool(x, shape):
 
 
 def tomesd(shape):
-    """Token merging: keys and values join those of which the keys are most alike, until as many
-    are left as there are windows."""
+    """Token merging: merges the tokens whose keys are most alike, until as many are left as there
+    are windows."""
     from tomesd.merge import bipartite_soft_matching_random2d
 
     side, drop = shape.side, shape.drop

@@ -1,10 +1,10 @@
-"""gate_residual_norm: the residual of Flux's attention and the adaLN of its feed-forward layer."""
+"""gate_residual_norm: the gated residual after Flux's attention and the adaLN before its FFN."""
 
 from torch.nn import functional as F
 
 import lumina_kernels as lk
-from benchmarks.measure import Case, ours
-from benchmarks.shapes import BACKWARD_SHAPES, OP_SHAPES
+from benchmarks.harness.case import Case, ours
+from benchmarks.harness.shapes import BACKWARD_SHAPES, OP_SHAPES
 
 SHAPES = (*OP_SHAPES, *BACKWARD_SHAPES)
 PEERS = ()
@@ -24,7 +24,7 @@ def case(shape, device) -> Case:
         inputs={"y": y, "residual": residual, "gate": gate, "scale": scale, "shift": shift},
         ours=ours(lk.gate_residual_norm, device),
         eager=eager,
-        bytes=0 if shape.backward else (4 * B * L * D + 3 * B * D) * y.itemsize,
+        bytes=None if shape.backward else (4 * B * L * D + 3 * B * D) * y.itemsize,
         backward=shape.backward,
     )
 

@@ -1,4 +1,4 @@
-"""gqa_attention: self-attention with grouped queries, ragged key masks and the text branch."""
+"""gqa_attention: self-attention with grouped queries, key masks and the gated text branch."""
 
 import warnings
 from importlib import import_module
@@ -9,11 +9,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import lumina_kernels as lk
-from benchmarks.measure import Absent, Case, as_tuple, ours
-from benchmarks.shapes import BACKWARD_SHAPES, CPU, CUDA, LUMINA_NEXT, OP_SHAPES, QUARTER
+from benchmarks.harness.case import Case, Unavailable, as_tuple, ours
+from benchmarks.harness.shapes import BACKWARD_SHAPES, CPU, CUDA, LUMINA_NEXT, OP_SHAPES, QUARTER
 
 SHAPES = (
-    # 515 GFLOP would take a CPU seconds.
+    # 515 GFLOP take seconds on a CPU.
     *(shape.but(devices=CUDA) if shape.model == "z-image" else shape for shape in OP_SHAPES),
     LUMINA_NEXT.but(valid=0.75),
     LUMINA_NEXT.but(valid=0.5, devices=CUDA),
@@ -37,7 +37,7 @@ FLASH_ATTN = {
     "flash-attn-4": "flash_attn.cute",
 }
 PEERS = (*SDPA, "flex", *FLASH_ATTN, "sage")
-MOST_SCORES = 2**31  # bytes that sdpa-math may hold of them
+MAX_SCORE_BYTES = 2**31  # of the score matrix that sdpa-math allocates
 
 
 def case(shape, device) -> Case:
@@ -50,13 +50,13 @@ def case(shape, device) -> Case:
         inputs |= {"text_k": randn(B, T, G, K), "text_v": randn(B, T, G, K), "text_gate": randn(H)}
 
     def peer(make, *arguments):
-        return lambda: accepted([with_text(way) for way in make(*arguments)], inputs)
+        return lambda: first_that_runs([with_text(z) for z in make(*arguments)], inputs)
 
     numbers = 2 * B * L * (H + G) * K + 2 * B * T * G * K + H * shape.text
     return Case(
         inputs=inputs,
         ours=ours(gqa_attention, device),
-        # Not every kernel that takes a mask on a GPU takes groups, and the math fallback is slow.
+        # With a mask, not every GPU kernel takes grouped heads, and the math fallback is slow.
         eager=with_text(sdpa_of_repeated if device == "cuda" and keys < L else sdpa),
         peers={
             **{name: peer(sdpa_on, backend, shape) for name, backend in SDPA.items()},
@@ -64,9 +64,9 @@ def case(shape, device) -> Case:
             **{name: peer(flash_attn, module, device) for name, module in FLASH_ATTN.items()},
             "sage": peer(sage, device),
         },
-        own_result=("sage",),  # of products in 8 bits
-        bytes=0 if shape.backward else numbers * inputs["q"].itemsize + (keys < L) * B * L,
-        flops=0 if shape.backward else 4 * B * H * L * (keys + T) * K,
+        not_equivalent=("sage",),  # its matrix products are in 8 bits
+        bytes=None if shape.backward else numbers * inputs["q"].itemsize + (keys < L) * B * L,
+        flops=None if shape.backward else 4 * B * H * L * (keys + T) * K,
         backward=shape.backward,
     )
 
@@ -74,12 +74,12 @@ def case(shape, device) -> Case:
 def gqa_attention(**arguments):
     try:
         return lk.gqa_attention(**arguments)
-    except NotImplementedError as error:  # no gradient
-        raise Absent(str(error)) from None
+    except NotImplementedError as error:  # this backend has no gradient
+        raise Unavailable(str(error)) from None
 
 
 def with_text(attend):
-    """Self-attention by `attend`, and the gated attention to the text by another call of it."""
+    """Self-attention by `attend`, plus gated attention to the text by a second call of it."""
 
     def attend_to_both(q, k, v, key_mask=None, text_k=None, text_v=None, text_gate=None):
         out = attend(q, k, v, key_mask)
@@ -90,24 +90,29 @@ def with_text(attend):
     return attend_to_both
 
 
-def accepted(ways, inputs):
-    """The first of `ways` that takes these inputs; Absent with their reasons where none does."""
-    refusals = []
-    with warnings.catch_warnings(record=True) as said:
+def first_that_runs(functions, inputs):
+    """The first of the functions that accepts these inputs.
+
+    Raises:
+        Unavailable: none does; the message has their errors and warnings.
+    """
+    errors = []
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for attend in ways:
+        for attend in functions:
             try:
                 has_gradient = attend(**inputs).requires_grad
             except (AssertionError, RuntimeError, ValueError) as error:
-                refusals.append(error)
+                errors.append(error)
                 continue
             if inputs["q"].requires_grad and not has_gradient:
-                raise Absent("it has no gradient")
+                raise Unavailable("it has no gradient")
             return attend
-    texts = (str(z) or repr(z) for z in (*refusals, *(z.message for z in said)))
+    texts = (str(z) or repr(z) for z in (*errors, *(warning.message for warning in caught)))
     lines = (text.partition("\n")[0].partition(" (Triggered")[0] for text in texts)
-    # SDPA also names the kernels that it was told to leave out.
-    raise Absent("; ".join(dict.fromkeys(z for z in lines if not z.endswith(("disabled.", ":")))))
+    # SDPA also warns about the kernels that sdpa_kernel disabled.
+    reasons = dict.fromkeys(z for z in lines if not z.endswith(("disabled.", ":")))
+    raise Unavailable("; ".join(reasons))
 
 
 def sdpa(q, k, v, key_mask):
@@ -119,16 +124,16 @@ def sdpa(q, k, v, key_mask):
 
 
 def sdpa_of_repeated(q, k, v, key_mask):
-    """With keys and values copied for every query head, as diffusers' Lumina-Next has them."""
+    """Keys and values are repeated for every query head, as diffusers' Lumina-Next does it."""
     k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
     return sdpa(q, k, v, key_mask)
 
 
 def sdpa_on(backend, shape):
-    """SDPA by one of its kernels, and the same of repeated keys for one that takes no groups."""
+    """SDPA by one of its kernels, and with repeated keys in case that takes no grouped heads."""
     scores = 4 * shape.B * shape.H * shape.L**2
-    if backend == SDPBackend.MATH and scores > MOST_SCORES:
-        raise Absent(f"its scores take {scores / 2**30:.0f} GiB")
+    if backend == SDPBackend.MATH and scores > MAX_SCORE_BYTES:
+        raise Unavailable(f"its scores take {scores / 2**30:.0f} GiB")
 
     def on_backend(attend):
         def call(*arguments):
@@ -158,26 +163,26 @@ def flex(key_mask):
 
 def flash_attn(module, device):
     if device != "cuda":
-        raise Absent("flash-attn's kernels run on a GPU alone")
+        raise Unavailable("flash-attn's kernels run only on a GPU")
     flash_attn_func = import_module(module).flash_attn_func
 
     def attend(q, k, v, key_mask):
         if key_mask is not None:
-            raise Absent("flash_attn_func takes no key mask")
-        return as_tuple(flash_attn_func(q, k, v))[0]  # beside it, version 4 has the log-sum-exp
+            raise Unavailable("flash_attn_func takes no key mask")
+        return as_tuple(flash_attn_func(q, k, v))[0]  # version 4 also returns the log-sum-exp
 
     return (attend,)
 
 
 def sage(device):
     if device != "cuda":
-        raise Absent("SageAttention's kernels run on a GPU alone")
+        raise Unavailable("SageAttention's kernels run only on a GPU")
     from sageattention import sageattn
 
     def attend(q, k, v, key_mask):
         if key_mask is not None:
-            raise Absent("sageattn takes no key mask")
-        # It subtracts the mean from k in place, which the other variants need.
+            raise Unavailable("sageattn takes no key mask")
+        # A clone: sageattn subtracts the mean from k in place, and other variants need k.
         return sageattn(q, k.clone(), v, tensor_layout="NHD")
 
     return (attend,)

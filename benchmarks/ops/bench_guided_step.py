@@ -1,12 +1,13 @@
-"""guided_step: guidance of Lumina-Next's pipeline, on 3 of 4 channels, and an Euler step."""
+"""guided_step: classifier-free guidance of 3 of the 4 channels, as in Lumina-Next's pipeline, and
+an Euler step."""
 
 import torch
 
 import lumina_kernels as lk
-from benchmarks.measure import Case, ours
-from benchmarks.shapes import CPU, CUDA, LUMINA_NEXT, QUARTER
+from benchmarks.harness.case import Case, ours
+from benchmarks.harness.shapes import CPU, CUDA, LUMINA_NEXT, QUARTER
 
-# The sizes of latents do not depend on the model.
+# Latents have the same sizes in every model.
 SHAPES = (
     QUARTER.but(side=32, quick=True, devices=CPU),
     LUMINA_NEXT.but(quick=True, devices=CUDA),

@@ -3,8 +3,8 @@
 from torch.nn import functional as F
 
 import lumina_kernels as lk
-from benchmarks.measure import Absent, Case, ours
-from benchmarks.shapes import BACKWARD_SHAPES, OP_SHAPES
+from benchmarks.harness.case import Case, Unavailable, ours
+from benchmarks.harness.shapes import BACKWARD_SHAPES, OP_SHAPES
 
 SHAPES = (*OP_SHAPES, *BACKWARD_SHAPES)
 PEERS = ("liger",)
@@ -22,14 +22,14 @@ def case(shape, device) -> Case:
         ours=ours(lk.norm_modulate, device),
         eager=eager,
         peers={"liger": lambda: liger(device)},
-        bytes=0 if shape.backward else (2 * B * L * D + D + B * D) * x.itemsize,
+        bytes=None if shape.backward else (2 * B * L * D + D + B * D) * x.itemsize,
         backward=shape.backward,
     )
 
 
 def liger(device):
     if device != "cuda":
-        raise Absent("Liger's kernels run on a GPU alone")
+        raise Unavailable("Liger's kernels run only on a GPU")
     from liger_kernel.ops.modulated_rms_norm import LigerModulatedRMSNormFunction as Norm
 
     return lambda x, weight, scale: Norm.apply(x, weight, scale, None, 1e-5)

@@ -1,15 +1,15 @@
-"""qk_norm_rope3d: Lumina-Next's LayerNorm of queries and keys, and their rotation."""
+"""qk_norm_rope3d: LayerNorm of queries and keys as in Lumina-Next, then their rotation."""
 
 from torch.nn import functional as F
 
 import lumina_kernels as lk
-from benchmarks.bench_rope3d import angles, complex_table, places, rotate
-from benchmarks.measure import Case, ours
-from benchmarks.shapes import BACKWARD_SHAPES, CPU, OP_SHAPES
+from benchmarks.harness.case import Case, ours
+from benchmarks.harness.shapes import BACKWARD_SHAPES, CPU, OP_SHAPES
+from benchmarks.ops.bench_rope3d import angles, complex_table, places, rotate
 
 SHAPES = (
     *OP_SHAPES,
-    # In 16 bits PyTorch's LayerNorm on a CPU sums the gradient of its bias to something 80 % off.
+    # On a CPU in 16 bits, the bias gradient of PyTorch's LayerNorm is 80 % off.
     *(shape.but(dtype="float32") if shape.devices == CPU else shape for shape in BACKWARD_SHAPES),
 )
 PEERS = ()
@@ -31,13 +31,13 @@ def case(shape, device) -> Case:
         inputs={"q": q, "k": k, **parameters(shape, device)},
         ours=ours(lk.qk_norm_rope3d, device, **place),
         eager=eager,
-        bytes=0 if shape.backward else numbers * q.itemsize + coordinates * 8,
+        bytes=None if shape.backward else numbers * q.itemsize + coordinates * 8,
         backward=shape.backward,
     )
 
 
 def parameters(shape, device) -> dict:
-    """Of both norms."""
+    """Weights and biases of both norms."""
     randn, q_width, k_width = shape.randn(device), shape.H * shape.K, shape.G * shape.K
     return {
         "q_weight": randn(q_width),
@@ -48,7 +48,7 @@ def parameters(shape, device) -> dict:
 
 
 def normalise(x, weight, bias):
-    """LayerNorm over all heads of a token."""
+    """LayerNorm across all heads of a token."""
     return F.layer_norm(x.flatten(2), weight.shape, weight, bias).view(x.shape)
 
 

@@ -1,13 +1,13 @@
-"""qk_norm_rope3d_pool: normalised, rotated queries, and keys and values averaged for them."""
+"""qk_norm_rope3d_pool: qk_norm_rope3d, then context_drop of the keys and values."""
 
 from math import ceil
 
 import lumina_kernels as lk
-from benchmarks import bench_qk_norm_rope3d
-from benchmarks.bench_context_drop import pool
-from benchmarks.bench_qk_norm_rope3d import normalise, parameters
-from benchmarks.bench_rope3d import angles, complex_table, places, rotate
-from benchmarks.measure import Case, ours
+from benchmarks.harness.case import Case, ours
+from benchmarks.ops import bench_qk_norm_rope3d
+from benchmarks.ops.bench_context_drop import pool
+from benchmarks.ops.bench_qk_norm_rope3d import normalise, parameters
+from benchmarks.ops.bench_rope3d import angles, complex_table, places, rotate
 
 SHAPES = tuple(shape.but(drop=2) for shape in bench_qk_norm_rope3d.SHAPES)
 PEERS = ()
@@ -21,7 +21,7 @@ def case(shape, device) -> Case:
     table = complex_table(angles(**place))
     windows = ceil(side / shape.drop) ** 2
 
-    def qk_norm_rope3d_pool(**arguments):  # the mask and the counts say nothing without a mask
+    def qk_norm_rope3d_pool(**arguments):  # without a mask, mask and counts are constant
         return lk.qk_norm_rope3d_pool(**arguments)[:3]
 
     def eager(q, k, v, q_weight, q_bias, k_weight, k_bias):
@@ -35,7 +35,7 @@ def case(shape, device) -> Case:
         inputs={"q": q, "k": k, "v": v, **parameters(shape, device)},
         ours=ours(qk_norm_rope3d_pool, device, **place, grid=(1, side, side), factor=shape.drop),
         eager=eager,
-        bytes=0 if shape.backward else numbers * q.itemsize + coordinates * 8,
+        bytes=None if shape.backward else numbers * q.itemsize + coordinates * 8,
         backward=shape.backward,
     )
 

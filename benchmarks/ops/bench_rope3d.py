@@ -1,10 +1,10 @@
-"""rope3d: the rotation of queries and keys by their place in the picture."""
+"""rope3d: the rotation of queries and keys by their positions in the picture."""
 
 import torch
 
 import lumina_kernels as lk
-from benchmarks.measure import Absent, Case, ours
-from benchmarks.shapes import BACKWARD_SHAPES, OP_SHAPES
+from benchmarks.harness.case import Case, Unavailable, ours
+from benchmarks.harness.shapes import BACKWARD_SHAPES, OP_SHAPES
 from lumina.rope import positions, rope_axes, rope_frequencies
 
 SHAPES = (*OP_SHAPES, *BACKWARD_SHAPES)
@@ -30,13 +30,13 @@ def case(shape, device) -> Case:
             "liger": lambda: liger(q, k, angle, shape.backward),
             "flash-attn": lambda: flash_attn(angle),
         },
-        bytes=0 if shape.backward else numbers * q.itemsize + coordinates * 8,
+        bytes=None if shape.backward else numbers * q.itemsize + coordinates * 8,
         backward=shape.backward,
     )
 
 
 def places(shape, device) -> dict:
-    """What the op needs to rotate an image of this shape, with Lumina-Next's axes."""
+    """Arguments of the op for an image of this shape, with Lumina-Next's axes."""
     axes = ("h", "w")
     return {
         "positions": positions(1, shape.side, shape.side, device),
@@ -46,36 +46,37 @@ def places(shape, device) -> dict:
 
 
 def angles(positions, inv_freq, axis):
-    """(L, K/2)"""
+    """Angle of every pair of a head, (L, K/2)."""
     return positions[:, axis] * inv_freq
 
 
 def complex_table(angle):
-    """What the pipelines of diffusers make once for all steps, (L, 1, K/2)."""
+    """Rotations as complex numbers, (L, 1, K/2). diffusers' pipelines compute them once for all
+    steps."""
     return torch.polar(torch.ones_like(angle), angle)[:, None]
 
 
 def rotate(x, table):
-    """The product of complex numbers as which diffusers' Lumina-Next rotates."""
+    """A product of complex numbers, as in diffusers' Lumina-Next."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * table).flatten(3).to(x.dtype)
 
 
 def liger(q, k, angle, backward):
     if not angle.is_cuda:
-        raise Absent("Liger's kernels run on a GPU alone")
+        raise Unavailable("Liger's kernels run only on a GPU")
     if backward:
-        raise Absent("Liger's kernel writes over q and k, which the other variants need")
+        raise Unavailable("Liger's kernel overwrites q and k, which the other variants need")
     from liger_kernel.ops.llama4_rope import LigerLlama4RopeFunction as Rotation
 
     table, own_q, own_k = complex_table(angle)[:, 0], q.clone(), k.clone()
-    # Turned further by every call, numbers of the same size.
+    # Every call rotates the same copies further; the numbers keep their size.
     return lambda q, k: Rotation.apply(own_q, own_k, table)
 
 
 def flash_attn(angle):
     if not angle.is_cuda:
-        raise Absent("flash-attn's rotation runs on a GPU alone")
+        raise Unavailable("flash-attn's rotation runs only on a GPU")
     from flash_attn.layers.rotary import apply_rotary_emb
 
     cos, sin = angle.cos(), angle.sin()

@@ -1,11 +1,11 @@
-"""rope_table: the rotation of queries and keys by tables that the model brings."""
+"""rope_table: the rotation of queries and keys by cos/sin tables of the model."""
 
 import torch
 
 import lumina_kernels as lk
-from benchmarks.bench_rope3d import angles, flash_attn, liger, places
-from benchmarks.measure import Case, ours
-from benchmarks.shapes import BACKWARD_SHAPES, OP_SHAPES
+from benchmarks.harness.case import Case, ours
+from benchmarks.harness.shapes import BACKWARD_SHAPES, OP_SHAPES
+from benchmarks.ops.bench_rope3d import angles, flash_attn, liger, places
 
 SHAPES = (*OP_SHAPES, *BACKWARD_SHAPES)
 PEERS = ("liger", "flash-attn")
@@ -28,16 +28,16 @@ def case(shape, device) -> Case:
             "liger": lambda: liger(q, k, angle, shape.backward),
             "flash-attn": lambda: flash_attn(angle),
         },
-        bytes=0 if shape.backward else 2 * B * L * (H + G) * K * q.itemsize + 2 * L * K * 4,
+        bytes=None if shape.backward else 2 * B * L * (H + G) * K * q.itemsize + 2 * L * K * 4,
         backward=shape.backward,
     )
 
 
 def rotate(x, cos, sin):
-    """In real numbers, as diffusers' Flux does it."""
+    """Real arithmetic, as in diffusers' Flux."""
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((-b, a), -1).flatten(3)
-    return (x.float() * cos[:, None] + turned.float() * sin[:, None]).to(x.dtype)
+    rotated = torch.stack((-b, a), -1).flatten(3)  # by 90 degrees
+    return (x.float() * cos[:, None] + rotated.float() * sin[:, None]).to(x.dtype)
 
 
 def test_rope_table(compare):

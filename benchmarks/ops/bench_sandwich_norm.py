@@ -4,8 +4,8 @@ import torch
 from torch.nn import functional as F
 
 import lumina_kernels as lk
-from benchmarks.measure import Case, ours
-from benchmarks.shapes import BACKWARD_SHAPES, OP_SHAPES
+from benchmarks.harness.case import Case, ours
+from benchmarks.harness.shapes import BACKWARD_SHAPES, OP_SHAPES
 
 SHAPES = (*OP_SHAPES, *BACKWARD_SHAPES)
 PEERS = ()
@@ -23,7 +23,7 @@ def case(shape, device) -> Case:
         inputs={"y": y, "residual": residual, "weight": weight, "gate": gate},
         ours=ours(lk.sandwich_norm, device),
         eager=eager,
-        bytes=0 if shape.backward else (3 * B * L * D + D + B * D) * y.itemsize,
+        bytes=None if shape.backward else (3 * B * L * D + D + B * D) * y.itemsize,
         backward=shape.backward,
     )
 

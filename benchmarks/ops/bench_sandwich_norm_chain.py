@@ -1,11 +1,11 @@
-"""sandwich_norm_chain: the tail of a sub-layer of Lumina-Next and the head of the next."""
+"""sandwich_norm_chain: the tail of one sub-layer of Lumina-Next and the head of the next."""
 
 import torch
 from torch.nn import functional as F
 
 import lumina_kernels as lk
-from benchmarks.measure import Case, ours
-from benchmarks.shapes import BACKWARD_SHAPES, OP_SHAPES
+from benchmarks.harness.case import Case, ours
+from benchmarks.harness.shapes import BACKWARD_SHAPES, OP_SHAPES
 
 SHAPES = (*OP_SHAPES, *BACKWARD_SHAPES)
 PEERS = ()
@@ -27,7 +27,7 @@ def case(shape, device) -> Case:
         },
         ours=ours(lk.sandwich_norm_chain, device),
         eager=eager,
-        bytes=0 if shape.backward else (4 * B * L * D + 2 * D + 2 * B * D) * y.itemsize,
+        bytes=None if shape.backward else (4 * B * L * D + 2 * D + 2 * B * D) * y.itemsize,
         backward=shape.backward,
     )  # fmt: skip
 

@@ -1,10 +1,10 @@
-"""swiglu: the gate of the feed-forward layer."""
+"""swiglu: the gated activation of the feed-forward layer."""
 
 from torch.nn import functional as F
 
 import lumina_kernels as lk
-from benchmarks.measure import Absent, Case, ours
-from benchmarks.shapes import BACKWARD_SHAPES, OP_SHAPES
+from benchmarks.harness.case import Case, Unavailable, ours
+from benchmarks.harness.shapes import BACKWARD_SHAPES, OP_SHAPES
 
 SHAPES = (*OP_SHAPES, *BACKWARD_SHAPES)
 PEERS = ("liger",)
@@ -22,16 +22,16 @@ def case(shape, device) -> Case:
         ours=ours(lk.swiglu, device),
         eager=eager,
         peers={"liger": lambda: liger(device, shape.backward)},
-        bytes=0 if shape.backward else 3 * B * L * shape.F * a.itemsize,
+        bytes=None if shape.backward else 3 * B * L * shape.F * a.itemsize,
         backward=shape.backward,
     )
 
 
 def liger(device, backward):
     if device != "cuda":
-        raise Absent("Liger's kernels run on a GPU alone")
+        raise Unavailable("Liger's kernels run only on a GPU")
     if backward:
-        raise Absent("Liger's backward writes over a and b, which the other variants need")
+        raise Unavailable("Liger's backward overwrites a and b, which the other variants need")
     from liger_kernel.ops.swiglu import LigerSiLUMulFunction as SiLUMul
 
     return lambda a, b: SiLUMul.apply(a, b)

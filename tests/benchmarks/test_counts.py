@@ -1,29 +1,41 @@
-"""The benchmarks of the ops on small shapes: their bytes and FLOPs counted anew, their variants."""
+"""The benchmarks of the ops, on small shapes: their bytes and FLOPs are counted independently, and
+their variants compared."""
 
 import inspect
 from contextlib import suppress
 from importlib import import_module
 from itertools import product
+from pathlib import Path
 
 import pytest
-from test_layout import OPS, ROOT
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import measure
+from benchmarks.harness.case import (
+    Unavailable,
+    as_tuple,
+    caller,
+    difference,
+    is_floating_tensor,
+    ours,
+)
 from lumina_kernels.backend import MISSING
 from lumina_kernels.ops.gqa_attention import gqa_attention_ref
 
-BENCHED = [op for op in OPS if (ROOT / "benchmarks" / f"bench_{op}.py").exists()]
+ROOT = Path(__file__).parents[2]
+OPS = sorted(path.stem for path in (ROOT / "lumina_kernels" / "ops").glob("[a-z]*.py"))
+BENCHED = sorted(
+    path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks" / "ops").glob("bench_*.py")
+)
 SIZES = ((5, 2, "bfloat16"), (4, 1, "float32"))  # side, B, dtype
 
 
 def bench(op):
-    return import_module(f"benchmarks.bench_{op}")
+    return import_module(f"benchmarks.ops.bench_{op}")
 
 
 def small_shapes(op) -> list:
-    """The shapes of the file, their masks and gradients, with small sizes."""
+    """The shapes of the file with small sizes; masks, text and gradients are kept."""
     shapes = {}
     for shape, (side, B, dtype) in product(bench(op).SHAPES, SIZES):
         groups = 4 if shape.G == shape.H else 2
@@ -50,7 +62,7 @@ def test_the_first_shape_of_a_device_is_the_quick_one(op):
     for device in ("cpu", "cuda"):
         shapes = [shape for shape in bench(op).SHAPES if device in shape.devices]
         assert [shape.quick for shape in shapes] == [True, *[False] * (len(shapes) - 1)]
-        assert len(set(map(str, shapes))) == len(shapes)  # they are the tests' names
+        assert len(set(map(str, shapes))) == len(shapes)  # they name the tests
 
 
 @pytest.mark.parametrize("op", BENCHED)
@@ -66,12 +78,12 @@ def test_ops_with_a_gradient_are_timed_with_it(op):
 @cases
 def test_bytes_are_those_of_inputs_and_outputs(op, shape, monkeypatch):
     case, constants = case_and_constants(op, shape, monkeypatch)
-    outputs = measure.as_tuple(case.eager(**case.inputs))
-    # Tables with a row per token are read too. What has K numbers or less is left out.
+    outputs = as_tuple(case.eager(**case.inputs))
+    # Tables with a row for each token are read too. Constants of at most K numbers are not counted.
     tables = [z for z in constants.values() if isinstance(z, Tensor) and len(z) == shape.L]
     inputs = [z for z in case.inputs.values() if isinstance(z, Tensor)]
-    assert (case.bytes == 0) == shape.backward
-    assert case.bytes in (0, sum(z.nbytes for z in (*inputs, *tables, *outputs)))
+    expected = sum(z.nbytes for z in (*inputs, *tables, *outputs))
+    assert case.bytes == (None if shape.backward else expected)
 
 
 @cases
@@ -81,7 +93,7 @@ def test_flops_are_those_of_the_definition(op, shape):
         expected = attention_flops(**case.inputs)
     else:
         expected = flops(case.eager, **case.inputs)
-    assert case.flops == (0 if shape.backward else expected)
+    assert case.flops == (None if shape.backward or expected == 0 else expected)
 
 
 @needs_kernels
@@ -89,36 +101,36 @@ def test_flops_are_those_of_the_definition(op, shape):
 def test_variants_agree(op, shape):
     case = bench(op).case(shape, "cpu")
     assert case.backward == shape.backward
-    expected = measure.caller(case.eager, case, case.inputs)()
+    expected = caller(case.eager, case, case.inputs)()
     for name, function in case.ours.items():
-        measure.difference(name, measure.caller(function, case, case.inputs)(), expected)
+        difference(name, caller(function, case, case.inputs)(), expected)
     for name, make in case.peers.items():
-        with suppress(measure.Absent, ImportError):
-            if name not in (*case.own_result, "flex"):  # which takes seconds to compile
-                measure.difference(name, measure.caller(make(), case, case.inputs)(), expected)
+        with suppress(Unavailable, ImportError):
+            if name not in (*case.not_equivalent, "flex"):  # flex takes seconds to compile
+                difference(name, caller(make(), case, case.inputs)(), expected)
 
 
 @needs_kernels
 @cases
-def test_a_variant_that_takes_an_input_wrong_is_caught(op, shape):
+def test_a_variant_that_misreads_an_input_is_caught(op, shape):
     case = bench(op).case(shape, "cpu")
-    expected = measure.as_tuple(case.eager(**case.inputs))
+    expected = as_tuple(case.eager(**case.inputs))
     for name, value in case.inputs.items():
-        if measure.is_float(value):
-            results = measure.as_tuple(case.ours["lumina-cpu"](**(case.inputs | {name: -value})))
+        if is_floating_tensor(value):
+            results = as_tuple(case.ours["lumina-cpu"](**(case.inputs | {name: -value})))
             with pytest.raises(AssertionError, match="differs from eager"):
-                measure.difference(name, results, expected)
+                difference(name, results, expected)
 
 
 def case_and_constants(op, shape, monkeypatch):
     """A case, and the arguments of the op that are not among its inputs."""
     constants = {}
 
-    def noted(function, device, **arguments):
+    def record_constants(function, device, **arguments):
         constants.update(arguments)
-        return measure.ours(function, device, **arguments)
+        return ours(function, device, **arguments)
 
-    monkeypatch.setattr(bench(op), "ours", noted)
+    monkeypatch.setattr(bench(op), "ours", record_constants)
     return bench(op).case(shape, "cpu"), constants
 
 
@@ -129,7 +141,7 @@ def flops(function, *args, **kwargs) -> int:
 
 
 def attention_flops(text_gate=None, **inputs) -> int:
-    """Of the definition, a sample at a time, without the keys that its masks leave out."""
+    """FLOPs of the definition, one sample at a time, without the keys that are masked out."""
     total = 0
     for sample in range(len(inputs["q"])):
         rows = {name: z[sample : sample + 1] for name, z in inputs.items()}

@@ -1,4 +1,4 @@
-"""The machine code of the CUDA kernels, where they were built; no GPU needed."""
+"""The machine code of the CUDA kernels, if they were built. No GPU is needed."""
 
 import re
 from importlib.util import find_spec
@@ -9,7 +9,7 @@ import pytest
 pytestmark = pytest.mark.skipif(
     find_spec("lumina_kernels._C_cuda") is None, reason="nvcc built no CUDA kernels"
 )
-CSRC = Path(__file__).parent.parent / "csrc"
+CSRC = Path(__file__).parents[2] / "csrc"
 ROTATING = {"qk_norm_rope3d_bwd_kernel", "qk_norm_rope3d_pool_kernel"}  # sincosf's slow path
 
 

@@ -1,15 +1,19 @@
-"""`benchmarks/measure.py`: the order of calls, what is measured of them, and what is reported."""
+"""How a case is measured: the order of the calls, what is measured, and what is reported."""
 
 import platform
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
-from test_layout import ROOT
 
-from benchmarks.measure import (
+import benchmarks
+from benchmarks.harness.case import Case, Unavailable, difference
+from benchmarks.harness.measure import Row, columns, measure
+from benchmarks.harness.memory import peak_bytes
+from benchmarks.harness.timing import (
     CLONE,
     COLD,
     MATMUL,
@@ -18,15 +22,8 @@ from benchmarks.measure import (
     MAX_GAP,
     MAX_ROUNDS,
     MIN_BATCHES,
-    Absent,
-    Case,
-    Row,
-    columns,
-    copies_of,
-    difference,
     matmul_size,
-    measure,
-    peak_bytes,
+    number_of_copies,
 )
 
 MIB = 2**20
@@ -37,14 +34,14 @@ def double(x):
 
 
 def case(**arguments) -> Case:
-    """Of functions of one x."""
+    """A case whose functions take one x."""
     return Case(**({"inputs": {"x": torch.randn(64)}, "compiled": False} | arguments))
 
 
-def test_variants_take_turns_in_batches_with_inputs_at_new_addresses():
+def test_rounds_are_interleaved_and_every_batch_has_inputs_at_new_addresses():
     calls = []
 
-    def noted(name):
+    def recorded(name):
         def function(x):
             calls.append((name, x.data_ptr()))
             return 2 * x
@@ -52,13 +49,13 @@ def test_variants_take_turns_in_batches_with_inputs_at_new_addresses():
         return function
 
     names = ["eager", "ours", "peer"]
-    ours, peers = {"ours": noted("ours")}, {"peer": lambda: noted("peer")}
-    rows = measure(case(ours=ours, eager=noted("eager"), peers=peers), "cpu", 0.0)
+    ours, peers = {"ours": recorded("ours")}, {"peer": lambda: recorded("peer")}
+    rows = measure(case(ours=ours, eager=recorded("eager"), peers=peers), "cpu", 0.0)
     assert list(rows) == names
     for row in rows.values():
         assert [len(batch) for batch in row.batches] == [1] * MIN_BATCHES
-    # Of each variant its result and its memory, then rounds: of the first batch three, two of them
-    # to warm up, of the others two.
+    # Each variant is called for its result and for its memory. Then the first batch has three
+    # rounds, two of them to warm up, and the other batches have two.
     rounds = calls[2 * len(names) :]
     assert [name for name, _ in rounds] == names * (3 + 2 * (MIN_BATCHES - 1))
     addresses = [address for _, address in rounds]
@@ -69,16 +66,16 @@ def test_variants_take_turns_in_batches_with_inputs_at_new_addresses():
 
 def test_copies_of_the_inputs_do_not_fit_into_a_cache():
     x = torch.empty(COLD // 10 + 1, dtype=torch.uint8)
-    assert copies_of(case(ours={}, eager=double, inputs={"x": x, "n": 3}), "cpu") == 10
-    assert copies_of(case(ours={}, eager=double, inputs={"x": x[:1]}), "cpu") == MAX_COPIES
+    assert number_of_copies(case(ours={}, eager=double, inputs={"x": x, "n": 3}), "cpu") == 10
+    assert number_of_copies(case(ours={}, eager=double, inputs={"x": x[:1]}), "cpu") == MAX_COPIES
 
 
 def test_a_variant_that_fails_leaves_the_others():
     def broken(x):
         raise RuntimeError("broken")
 
-    def absent():
-        raise Absent("only on the moon")
+    def unavailable():
+        raise Unavailable("only on the moon")
 
     def not_installed():
         import a_package_that_nobody_has  # noqa: F401
@@ -86,7 +83,7 @@ def test_a_variant_that_fails_leaves_the_others():
     peers = {
         "wrong": lambda: lambda x: 2.01 * x,
         "short": lambda: lambda x: (),
-        "absent": absent,
+        "unavailable": unavailable,
         "not installed": not_installed,
     }
     ours = {"ours": broken, "right": double}
@@ -95,7 +92,8 @@ def test_a_variant_that_fails_leaves_the_others():
     assert rows["right"].difference == 0
     assert isinstance(rows["ours"], RuntimeError)
     assert isinstance(rows["wrong"], AssertionError) and isinstance(rows["short"], AssertionError)
-    assert isinstance(rows["absent"], Absent) and str(rows["absent"]) == "only on the moon"
+    assert isinstance(rows["unavailable"], Unavailable)
+    assert str(rows["unavailable"]) == "only on the moon"
     assert isinstance(rows["not installed"], ImportError)
 
 
@@ -106,30 +104,33 @@ def test_a_wrong_gradient_is_caught():
     assert isinstance(rows["wrong"], AssertionError)
 
 
-def test_a_result_of_its_own_is_not_compared():
-    own = case(ours={}, eager=double, peers={"sum": lambda: lambda x: x.sum()}, own_result=("sum",))
-    rows = measure(own, "cpu", 0.0)
+def test_a_variant_that_is_not_equivalent_is_not_compared():
+    peers = {"sum": lambda: lambda x: x.sum()}
+    measured = case(ours={}, eager=double, peers=peers, not_equivalent=("sum",))
+    rows = measure(measured, "cpu", 0.0)
     assert rows["sum"].difference is None
+    assert columns(measured, "sum", rows)["difference"] is None
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
 def test_freed_memory_is_kept():
-    """Calls of one size need no new pages, once glibc's bins of small remainders (7) are full, but
-    when all has been given back."""
+    """Once glibc's seven bins of small remainders are full, allocations of one size need no new
+    pages until the freed memory is released."""
     program = """
 import resource, torch
-from benchmarks.measure import give_back_freed_memory, keep_freed_memory
+from benchmarks.harness.memory import keep_freed_memory, release_freed_memory
 keep_freed_memory()
 for i in range(20):
     if i == 19:
-        give_back_freed_memory()
+        release_freed_memory()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(64 << 20, dtype=torch.uint8)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
     output = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, text=True
-    ).stdout
+        [sys.executable, "-c", program], cwd=Path(benchmarks.__file__).parents[1], check=True,
+        capture_output=True, text=True,
+    ).stdout  # fmt: skip
     faults = list(map(int, output.split()))
     assert faults[0] > 10 > max(faults[-6:-1]) and faults[-1] > 10
 
@@ -148,7 +149,7 @@ def test_the_difference_is_relative(dtype):
     ("function", "held"),
     [
         (lambda x: x.clone(), 1),
-        (lambda x: x.clone().ndim and x.clone(), 1),  # the first is gone before the second
+        (lambda x: x.clone().ndim and x.clone(), 1),  # the first is freed before the second
         (lambda x: torch.add(x.clone(), x.clone()), 3),
         (lambda x: x.view(-1), 0),
     ],
@@ -167,7 +168,7 @@ def test_a_time_that_is_known():
 
     rows = measure(case(ours={"ours": wait}, eager=double), "cpu", 0.3)
     assert rows["ours"].median == pytest.approx(0.02, rel=0.2)
-    # 0.3 seconds are about 15 rounds, and as there may be more batches, each has one.
+    # 0.3 seconds are about 15 rounds. There could be as many batches, so each has one round.
     assert 5 <= len(rows["ours"].batches) <= 15 and len(rows["ours"].seconds) <= 15
     assert columns(case(ours={}, eager=double), "ours", rows)["x eager"] < 0.5
 
@@ -193,7 +194,7 @@ def test_columns():
         "eager": Row([[6.0], [6.0], [9.0]], MIB, None, ceilings),
         "compile": RuntimeError("it did not compile"),
     }
-    measured = case(ours={}, eager=double, bytes=4 * 10**9, flops=10**12, info={"": {"nfe": 8}})
+    measured = case(ours={}, eager=double, bytes=4 * 10**9, flops=10**12, info={"nfe": 8})
     figures = columns(measured, "ours", rows)
     rate = 2 * matmul_size("cpu") ** 3 / 0.25
     assert figures == {
@@ -214,8 +215,23 @@ def test_columns():
         "x compile": None,
         "nfe": 8,
     }
-    # It does other work: the bytes and FLOPs of the case are not its own.
-    measured.own_result = ("ours",)
+    # It computes something else: the bytes and FLOPs of the case are not its own.
+    measured.not_equivalent = ("ours",)
     figures = columns(measured, "ours", rows)
     assert figures["GB/s"] is figures["TFLOP/s"] is figures["of clone"] is None
     assert figures["x eager"] == 3.0
+
+
+def test_zero_is_a_figure_and_none_is_not():
+    """A difference of 0 (the same bits), no allocation and a false setting are results; a figure
+    that was not measured is None."""
+    peers = {"same": lambda: double, "view": lambda: lambda x: x.view(-1)}
+    measured = case(ours={}, eager=double, peers=peers, not_equivalent=("view",))
+    measured.variant_info = {"same": {"context_drop": False, "error": 0.0}}
+    rows = measure(measured, "cpu", 0.0)
+    same, view = (columns(measured, name, rows) for name in ("same", "view"))
+    assert same["difference"] == 0.0 and same["context_drop"] is False and same["error"] == 0.0
+    assert view["peak MiB"] == 0.0
+    uncounted = ("bytes", "GB/s", "clone GB/s", "of clone", "flops", "TFLOP/s", "of matmul")
+    assert {same[name] for name in uncounted} == {None}
+    assert view["difference"] is None and same["x compile"] is None

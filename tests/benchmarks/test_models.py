@@ -1,12 +1,12 @@
-"""The benchmarks of whole networks compare what computes the same, and count its work right."""
+"""The benchmarks of whole networks: both networks compute the same, and the FLOPs are right."""
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import bench_block, bench_forward, bench_sample, networks
-from benchmarks.measure import as_tuple, difference
-from benchmarks.shapes import COMPACT, QUARTER
+from benchmarks.harness.case import as_tuple, difference
+from benchmarks.harness.shapes import COMPACT, QUARTER
+from benchmarks.models import bench_block, bench_forward, bench_sample, networks
 
 SMALL = QUARTER.but(side=3, T=5, layers=2, dtype="float32")
 
@@ -23,7 +23,7 @@ def test_ours_is_the_network_that_users_have(bench):
     expected = as_tuple(case.eager(**case.inputs))
     for name, function in case.ours.items():
         assert difference(name, as_tuple(function(**case.inputs)), expected) < 1e-6
-    assert case.info[""]["eager is"] == "diffusers"
+    assert case.info["eager is"] == "diffusers"
 
 
 @pytest.mark.parametrize("bench", [bench_block, bench_forward])
@@ -32,7 +32,7 @@ def test_without_diffusers_the_definition_is_the_baseline(bench, monkeypatch):
     case = bench.case(SMALL, "cpu")
     out = as_tuple(next(iter(case.ours.values()))(**case.inputs))
     assert difference("ours", out, as_tuple(case.eager(**case.inputs))) < 1e-6
-    assert case.info[""]["eager is"] != "diffusers"
+    assert case.info["eager is"] != "diffusers"
 
 
 def test_a_block_counts_its_matrix_products():
@@ -60,7 +60,7 @@ def test_context_drop_computes_something_else():
 
 def test_errors_of_sampling_fall_with_its_cost():
     shape = COMPACT.but(B=1, quick=True)
-    info = bench_sample.case(shape, "cpu").info
+    info = bench_sample.case(shape, "cpu").variant_info
     for setting in ("euler-uniform", "ab2-uniform"):
         errors = [info[f"lumina-{setting}-{nfe}"]["error"] for nfe in bench_sample.NFE]
         assert errors == sorted(errors, reverse=True) and errors[-1] < 0.1

@@ -1,4 +1,4 @@
-"""benchmarks/regress.py on made-up reports: what it calls slower, and how often wrongly."""
+"""benchmarks/regress.py on synthetic reports: what it calls slower, and how often it is wrong."""
 
 import json
 import math
@@ -9,17 +9,17 @@ import pytest
 from benchmarks import regress
 
 OURS, REFERENCES = "lumina-cpu", ("eager", "compile")
-PLANTED = 7  # the case whose row of ours is slowed
+PLANTED = 7  # the case whose row of ours is made slower
 
 
 def rows(seed, noise, cases=60, slow=None, drift=0.0, runs=0.016, batches=9):
-    """The "benchmarks" of a report.
+    """The "benchmarks" of a report. All standard deviations are those of logarithms of times.
 
     Args:
-        noise: standard deviation of the logs of batches.
-        slow: case -> factor of our time; of all cases if it is a number.
-        drift: standard deviation of the logs of the cases' drifts.
-        runs: of the logs of what every variant has for a whole run.
+        noise: standard deviation of the batches.
+        slow: case -> factor of our time, or one factor for all cases.
+        drift: standard deviation of what the variants of a case share.
+        runs: standard deviation of what the batches of a variant share.
     """
     rng, names = np.random.default_rng(seed), (OURS, *REFERENCES, "clone")
     logs = np.random.default_rng(0).uniform(-9, -2, (cases, len(names), 1))
@@ -30,7 +30,7 @@ def rows(seed, noise, cases=60, slow=None, drift=0.0, runs=0.016, batches=9):
         logs[i, 0] += math.log(slow.get(i, 1.0) if isinstance(slow, dict) else slow or 1.0)
     return [
         {
-            "fullname": f"case{i}-{name}",
+            "fullname": f"bench.py::test[case{i}-{name}]",
             "group": f"case{i}",
             "extra_info": {
                 "variant": name,
@@ -44,9 +44,13 @@ def rows(seed, noise, cases=60, slow=None, drift=0.0, runs=0.016, batches=9):
 
 
 def verdicts(base, new, threshold=0.1):
-    """Full name -> verdict."""
-    parsed = ({row["fullname"]: regress.parse(row) for row in z} for z in (base, new))
-    return {z.base.name: z.verdict(threshold) for z in regress.changes(*parsed)}
+    """Name of the row -> verdict."""
+    return {z.base.name: z.verdict(threshold) for z in changes(base, new)}
+
+
+def changes(base, new):
+    parsed = ({row.name: row for row in map(regress.parse, z)} for z in (base, new))
+    return regress.changes(*parsed)
 
 
 def slower(*args):
@@ -55,7 +59,8 @@ def slower(*args):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
-    """The command on two reports, or texts of files -> (exit code, stdout, stderr)."""
+    """A function that runs the command on two reports, or on two files with the given texts, and
+    returns (exit code, stdout, stderr)."""
 
     def command(base, new, *options):
         paths = [tmp_path / "base.json", tmp_path / "new.json"]
@@ -77,7 +82,7 @@ def report(benchmarks, **machine):
 @pytest.mark.parametrize("batches", [3, 9])
 @pytest.mark.parametrize("noise", [0.01, 0.03, 0.1])
 def test_equal_code_is_not_slower(noise, batches):
-    """Where the noise alone decides, in about one of 100 reports; with the threshold in fewer."""
+    """By noise alone about one report in 100 has a slower row; with the threshold fewer have."""
     pairs = [
         (rows(2 * i, noise, batches=batches), rows(2 * i + 1, noise, drift=0.3, batches=batches))
         for i in range(150)
@@ -95,8 +100,8 @@ def test_a_slowdown_of_20_percent_is_seen(noise, batches, power):
         base = rows(2 * i, noise, batches=batches)
         new = rows(2 * i + 1, noise, slow={PLANTED: 1.2}, drift=0.02, batches=batches)
         found = slower(base, new)
-        seen += f"case{PLANTED}-{OURS}" in found
-        wrong += len(found - {f"case{PLANTED}-{OURS}"})
+        seen += f"case{PLANTED} {OURS}" in found
+        wrong += len(found - {f"case{PLANTED} {OURS}"})
     assert seen >= power and wrong < 4
 
 
@@ -116,15 +121,15 @@ def test_drift_of_the_machine_and_of_ours():
 
 
 def test_one_changed_reference_does_not_move_the_others():
-    """It adds to their noise: the machine may have changed for some variants and not for others."""
+    """It adds to their noise, because the machine may have changed for some variants only."""
     base, new = (rows(i, 0.01, runs=0.0) for i in range(2))
     for row in new:
         scale(row, 0.5 if "compile" in row["fullname"] else 1.0)
     assert set(verdicts(base, new).values()) == {"noise too large to see 20%"}
 
 
-def test_what_differs_between_runs():
-    """The prior counts as 10 degrees of freedom, n references as n - 1."""
+def test_variance_between_runs():
+    """The prior has 10 degrees of freedom, n references have n - 1."""
     prior, drifts = 2 * 0.03**2, [0.06, 0.40, 0.36]
     assert regress.run_to_run([]) == regress.run_to_run([0.3]) == pytest.approx(prior)
     expected = (10 * prior + 2 * np.var(drifts, ddof=1)) / 12
@@ -137,10 +142,7 @@ def test_changed_references_alone_make_nothing_slower():
         scale(row, 0.7)
         if OURS in row["fullname"]:
             row["extra_info"]["batch medians"] = [z / 0.7 for z in batch_medians(row)]
-    changes = regress.changes(
-        *({row["fullname"]: regress.parse(row) for row in z} for z in (base, new))
-    )
-    assert min(change.ratio for change in changes) > 0.2
+    assert min(change.ratio for change in changes(base, new)) > 0.2
     assert not slower(base, new)
 
 
@@ -159,7 +161,7 @@ def batch_medians(row):
 
 
 def scale(row, factor):
-    """Of the variant and, as it is none of ours, of the copy."""
+    """Multiplies the times of a variant and of the copy."""
     info = row["extra_info"]
     info["batch medians"] = [factor * seconds for seconds in batch_medians(row)]
     if info["ceilings' batch medians"]:
@@ -167,22 +169,30 @@ def scale(row, factor):
         info["ceilings' batch medians"] = {"clone": [factor * z for z in clone]}
 
 
-def test_a_batch_in_which_something_else_ran_hides_nothing():
+def test_one_disturbed_batch_hides_nothing():
     base, new = rows(0, 0.01), rows(1, 0.01, slow={PLANTED: 1.3})
     for row in new:
         if OURS in row["fullname"]:
             row["extra_info"]["batch medians"][4] *= 2
-    assert slower(base, new) == {f"case{PLANTED}-{OURS}"}
+    assert slower(base, new) == {f"case{PLANTED} {OURS}"}
 
 
 def test_the_trimmed_mean():
-    """Of nine: the lowest and the highest count as their neighbours in the variance."""
+    """Of nine values, the variance replaces the lowest and the highest by their neighbours."""
     values = [100.0, 1, 2, 3, 4, 5, 6, 7, -100]
     mean, variance, freedom = regress.trimmed(values)
     winsorised = [1, 1, 2, 3, 4, 5, 6, 7, 7]
     assert (mean, freedom) == (4, 6)
     assert variance == pytest.approx(np.var(winsorised, ddof=1) * 8 / 7 / 6)
     assert regress.trimmed([1.0, 2, 6])[::2] == (3, 2)
+
+
+def test_rows_are_found_again_after_their_file_has_moved(run):
+    base, new = report(rows(0, 0.01)), report(rows(1, 0.01, slow={PLANTED: 1.5}))
+    for row in new["benchmarks"]:
+        row["fullname"] = f"ops/{row['fullname']}"
+    code, out, _ = run(base, new)
+    assert code == 1 and out.splitlines()[-1] == "60 rows on abacus, 2 threads: 59 same, 1 slower"
 
 
 def test_output_and_exit_code(run):
@@ -196,8 +206,8 @@ def test_output_and_exit_code(run):
     assert lines[-1] == "4 rows on abacus, 2 threads: 3 same, 1 slower"
     only = [line.split("/")[-1] for line in lines if line.startswith("only in")]
     names = (OURS, *REFERENCES)
-    assert only == [f"base.json: case5-{z}" for z in names] + [
-        f"new.json: case4-{z}" for z in names
+    assert only == [f"base.json: case5 {z}" for z in names] + [
+        f"new.json: case4 {z}" for z in names
     ]
     assert run(base, new, "--threshold", "0.4")[0] == 0
     assert run(base, base)[0] == 0
@@ -212,9 +222,9 @@ def batches_of(*seconds):
     ("new", "message"),
     [
         (None, "No such file"),
-        ("", "no report"),
-        ("[1]", "no report"),
-        ("\x00", "no report"),
+        ("", "not a report"),
+        ("[1]", "not a report"),
+        ("\x00", "not a report"),
         ({"benchmarks": []}, "machine_info"),
         (report([{"fullname": "x", "group": None, "stats": {"median": 1.0}}]), "extra_info"),
         (report([]), "no variant of this package is in both files"),
@@ -222,8 +232,8 @@ def batches_of(*seconds):
         (report(rows(0, 0.01), gpu="NVIDIA H200"), "NVIDIA H200"),
         (report([batches_of(0.0, 1.0)]), "of times above 0"),
         (report([batches_of(1.0)]), "two batches"),
-        (report([batches_of("much", 1.0)]), "no report"),
-        (report([batches_of(1.0, 1.0), *rows(0, 0.01)[1:]]), "no report"),
+        (report([batches_of("much", 1.0)]), "not a report"),
+        (report([batches_of(1.0, 1.0), *rows(0, 0.01)[1:]]), "unequal batch counts"),
     ],
 )
 def test_bad_input_is_one_line(run, new, message):
@@ -233,7 +243,7 @@ def test_bad_input_is_one_line(run, new, message):
 
 
 def test_quantiles():
-    """Against tables: Wallace's t is up to 7 % too large where it matters, never too small."""
+    """Against tables: Wallace's approximation is at most 7 % too large, and never too small."""
     table = {(0.995, 5): 4.032, (0.9995, 10): 4.587, (0.9999, 4): 13.034, (0.9999, 20): 4.539}
     for (level, freedom), t in table.items():
         assert t * 0.999 < regress.student(level, freedom) < t * 1.07

@@ -1,10 +1,13 @@
+"""The report: its tables, plots and files from synthetic rows, and runs of pytest that fail."""
+
 import csv
 import json
 
 import pytest
 from PIL import Image
 
-from benchmarks import report, tables
+from benchmarks import report
+from benchmarks.harness import tables
 
 GPU = {"processor": "a CPU", "threads": 16, "gpu": "a GPU", "driver": "1.2", "torch": "2.13",
        "triton": "3.9", "commit": "abc1234", "liger-kernel": None}  # fmt: skip
@@ -12,7 +15,7 @@ MODEL = {"model": "big", "D": 2304, "B": 2, "layers": 1, "dtype": "bfloat16", "b
 
 
 def row(op, variant, median, L=4096, **info):
-    """As conftest writes it; every baseline of the tests takes a millisecond."""
+    """A row as conftest writes it. Eager PyTorch takes a millisecond."""
     info = MODEL | {"op": op, "L": L, "shape": f"big-L{L}-bfloat16", "variant": variant} | info
     info |= {"x eager": 1e-3 / median, "x compile": None, "peak MiB": L / 64}
     stats = {"median": median, "iqr": median / 20, "min": median, "rounds": 3}
@@ -20,7 +23,7 @@ def row(op, variant, median, L=4096, **info):
     return {
         "group": f"{op} {info['shape']}",
         "name": name,
-        "fullname": f"benchmarks/bench_{op}.py::{name}",
+        "fullname": f"benchmarks/ops/bench_{op}.py::{name}",
         "extra_info": info,
         "stats": stats | {"data": [median] * 3},
     }
@@ -38,7 +41,7 @@ def matmul_row(op, variant, median, flops=10**9, **info):
 
 
 def synthetic():
-    """A report in which every section and every picture has something to show."""
+    """A report with rows for every section and every plot."""
     rows = [
         memory_row("norm_modulate", "lumina-triton", 2e-4),
         memory_row("norm_modulate", "lumina-cuda", 1e-4),
@@ -96,10 +99,10 @@ def test_header(written):
     ):
         assert text in head
     assert "liger-kernel" not in head
-    assert f"{len(synthetic()['benchmarks'])} rows measured, 1 not" in head
+    assert f"{len(synthetic()['benchmarks'])} rows measured, 1 not measured" in head
 
 
-def test_table_of_an_op_that_memory_limits(written):
+def test_table_of_a_memory_bound_op(written):
     lines = section(written, "norm_modulate").strip().splitlines()
     assert lines[0] == (
         "| shape | variant | time (spread) | GB/s | of clone | peak MiB | x eager |"
@@ -162,7 +165,7 @@ def test_not_measured(written):
     )
 
 
-def test_pictures(written):
+def test_plots(written):
     names = sorted(path.name for path in written.glob("*.png"))
     assert names == ["cost.png", "memory.png", "quality.png", "roofline.png", "speedup.png"]
     for name in names:
@@ -173,7 +176,7 @@ def test_pictures(written):
     assert not list(written.glob("*.tmp"))
 
 
-def test_a_picture_without_rows_is_left_out(tmp_path):
+def test_a_plot_without_rows_is_left_out(tmp_path):
     less = synthetic()
     report.write(less, tmp_path)
     less["benchmarks"] = less["benchmarks"][:4]
@@ -184,8 +187,8 @@ def test_a_picture_without_rows_is_left_out(tmp_path):
 
 FAKE = """
 import os, signal, torch
-from benchmarks.measure import Case
-from benchmarks.shapes import COMPACT, CPU
+from benchmarks.harness.case import Case
+from benchmarks.harness.shapes import COMPACT, CPU
 
 SHAPES = tuple(COMPACT.but(side=side, devices=CPU) for side in (2, 3, 4, 5, 6))
 PEERS = ("absent",)
@@ -207,8 +210,8 @@ def test_fake(compare):
 """
 
 
-def fake(tmp_path, monkeypatch, text=FAKE):
-    """Arguments that make pytest measure a file of its own."""
+def fake_benchmark(tmp_path, monkeypatch, text=FAKE):
+    """Arguments that make pytest measure a file with the given text."""
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # torch.compile does nothing
     path = tmp_path / "bench_fake.py"
     path.write_text(text)
@@ -216,7 +219,7 @@ def fake(tmp_path, monkeypatch, text=FAKE):
 
 
 def test_a_crash_leaves_the_other_rows(tmp_path, monkeypatch):
-    found = report.run(fake(tmp_path, monkeypatch), tmp_path / "out")
+    found = report.run(fake_benchmark(tmp_path, monkeypatch), tmp_path / "out")
     measured = {(z["extra_info"]["L"], z["extra_info"]["variant"]) for z in found["benchmarks"]}
     variants = ("lumina-cpu", "eager", "compile")
     assert measured == {(L, variant) for L in (4, 16, 36) for variant in variants}
@@ -237,7 +240,7 @@ def test_a_crash_leaves_the_other_rows(tmp_path, monkeypatch):
 
 
 def test_the_budget(tmp_path, monkeypatch):
-    found = report.run(fake(tmp_path, monkeypatch), tmp_path / "out", budget=0)
+    found = report.run(fake_benchmark(tmp_path, monkeypatch), tmp_path / "out", budget=0)
     assert not found["benchmarks"] and len(found["not_measured"]) == 20
     assert {z["reason"] for z in found["not_measured"]} == {tables.OUT_OF_BUDGET}
     report.write(found, tmp_path / "out")
@@ -245,7 +248,9 @@ def test_the_budget(tmp_path, monkeypatch):
 
 
 def test_a_file_that_does_not_load(tmp_path, monkeypatch):
-    found = report.run(fake(tmp_path, monkeypatch, "import nothing_of_that_name"), tmp_path / "out")
+    found = report.run(
+        fake_benchmark(tmp_path, monkeypatch, "import nothing_of_that_name"), tmp_path / "out"
+    )
     assert [z["test"] for z in found["not_measured"]] == ["collection"]
     assert "nothing_of_that_name" in (tmp_path / "out" / "logs" / "pytest.txt").read_text()
 
@@ -256,9 +261,9 @@ def test_wrong_arguments(tmp_path):
 
 
 def test_cases_of_tests():
-    start = "benchmarks/bench_swiglu.py::test_swiglu[quarter-L4-float32-"
+    prefix = "benchmarks/ops/bench_swiglu.py::test_swiglu[quarter-L4-float32-"
     variants = ("lumina-cpu", "eager", "backward-lumina-cpu", "backward-eager")
-    found = report.split([f"{start}{variant}]" for variant in variants])
+    found = report.split([f"{prefix}{variant}]" for variant in variants])
     cases = [(report.case_name(case), variant) for case, variant in found.values()]
     assert cases == [
         ("swiglu quarter-L4-float32", "lumina-cpu"),
@@ -266,3 +271,28 @@ def test_cases_of_tests():
         ("swiglu quarter-L4-float32-backward", "lumina-cpu"),
         ("swiglu quarter-L4-float32-backward", "eager"),
     ]
+
+
+def test_a_figure_of_zero_is_shown():
+    rows = [
+        row("swiglu", "lumina-cpu", 1e-3, **{"of clone": 0.0, "flops": None, "GB/s": 0.0}),
+        row("swiglu", "eager", 1e-3, **{"of clone": None, "flops": 0, "GB/s": 2.0}),
+    ]
+    lines = tables.table(rows, tables.COLUMNS)
+    assert lines[0] == "| shape | variant | time (spread) | GB/s | of clone | peak MiB | x eager |"
+    assert lines[2].split(" | ")[3:5] == ["0", "0%"]
+    assert lines[3].split(" | ")[3:5] == ["", ""]  # flops were counted
+    sample = row("sample", "lumina-a", 1e-3, nfe=0, solver="a", schedule="uniform", error=0.0)
+    assert tables.table([sample], tables.SAMPLE_COLUMNS)[2].split(" | ")[-1] == "0 |"
+
+
+def test_a_budget_of_zero_is_a_budget(tmp_path, monkeypatch):
+    """It is not replaced by the default, nor are zero seconds a case."""
+    called = []
+    monkeypatch.setattr(report, "run", lambda *arguments: called.append(arguments) or synthetic())
+    options = ["--device", "cpu", "--budget", "0", "--seconds", "0", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["report", *options])
+    monkeypatch.setattr("signal.signal", lambda *arguments: None)
+    report.main()
+    ((arguments, _, budget),) = called
+    assert budget == 0 and arguments[arguments.index("--seconds") + 1] == "0.0"
