@@ -71,12 +71,4 @@ struct Partials {
   int64_t work() const { return B * chunks * sums; }
 };
 
-// The gradients of an empty input: `grads`, empty too, and zeros for the parameters.
-inline std::vector<Tensor> zero_grads(std::vector<Tensor> grads,
-                                      std::initializer_list<OptionalTensor> parameters) {
-  for (const OptionalTensor& p : parameters)
-    grads.push_back(p ? zeros_as(*p) : nothing(grads.front()));
-  return grads;
-}
-
 }  // namespace lumina_kernels

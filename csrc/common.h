@@ -131,7 +131,16 @@ inline Tensor empty_as(const Tensor& like) { return torch::stable::new_empty(lik
 
 inline Tensor zeros_as(const Tensor& like) { return torch::stable::new_zeros(like, like.sizes()); }
 
-inline Tensor nothing(const Tensor& like) { return empty(like, {0}, like.scalar_type()); }
+// A result that is not there, as an op returns no None; float32 whatever the op (kernel_op.py).
+inline Tensor nothing(const Tensor& like) { return empty(like, {0}, ScalarType::Float); }
+
+// A gradient that is wanted where the input is there; `nothing` else.
+inline Tensor empty_as(const OptionalTensor& x, const Tensor& like) {
+  return x ? empty_as(*x) : nothing(like);
+}
+inline Tensor zeros_as(const OptionalTensor& x, const Tensor& like) {
+  return x ? zeros_as(*x) : nothing(like);
+}
 
 // f(i) for i in [0, count), which take about `work` values each.
 template <class F>

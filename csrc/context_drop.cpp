@@ -110,15 +110,6 @@ std::tuple<Tensor, Tensor> context_drop_bwd(const Tensor& dk_out, const Tensor& 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(lumina_kernels_cpp, m) {
-  m.def(
-      "context_drop_fwd(Tensor k, Tensor v, int[] grid, int factor, Tensor? key_mask)"
-      " -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "context_drop_bwd(Tensor dk_out, Tensor dv_out, Tensor counts, int[] grid, int factor,"
-      " Tensor? key_mask) -> (Tensor, Tensor)");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(lumina_kernels_cpp, CPU, m) {
   m.impl("context_drop_fwd", TORCH_BOX(&context_drop_fwd));
   m.impl("context_drop_bwd", TORCH_BOX(&context_drop_bwd));

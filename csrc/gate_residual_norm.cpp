@@ -143,13 +143,20 @@ std::tuple<Tensor, Tensor, Tensor> gate_residual_norm_fwd(
   return {new_, normed, statistics};
 }
 
-std::vector<Tensor> gate_residual_norm_bwd(const Tensor& dnew, const Tensor& dnormed,
-                                           const Tensor& y, const Tensor& residual,
-                                           const Tensor& gate, const OptionalTensor& weight,
-                                           const OptionalTensor& bias, const OptionalTensor& scale,
-                                           const OptionalTensor& shift, const Tensor& statistics) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate_residual_norm_bwd(
+    const Tensor& dnew, const Tensor& dnormed, const Tensor& y, const Tensor& residual,
+    const Tensor& gate, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& scale, const OptionalTensor& shift, const Tensor& statistics) {
   Tensor dy = empty_as(y), dresidual = empty_as(residual);
-  if (y.numel() == 0) return zero_grads({dy, dresidual}, {gate, weight, bias, scale, shift});
+  if (y.numel() == 0) {
+    return {dy,
+            dresidual,
+            zeros_as(gate),
+            zeros_as(weight, y),
+            zeros_as(bias, y),
+            zeros_as(scale, y),
+            zeros_as(shift, y)};
+  }
   Tensor dgate = empty_as(gate);
   const Chunks chunks(y);
   const GateResidualNormBwd op{chunks,
@@ -173,23 +180,11 @@ std::vector<Tensor> gate_residual_norm_bwd(const Tensor& dnew, const Tensor& dno
     LUMINA_CALL(finish, op.modulation, op.grads, op.partials, begin, end);
     if (!op.gate_per_token) LUMINA_CALL(finish_gate, op, begin, end);
   });
-  std::vector<Tensor> grads{dy, dresidual, dgate};
-  grads.insert(grads.end(), op.grads.tensors.begin(), op.grads.tensors.end());
-  return grads;
+  const auto& [dweight, dbias, dscale, dshift] = op.grads.tensors;
+  return {dy, dresidual, dgate, dweight, dbias, dscale, dshift};
 }
 
 }  // namespace
-
-STABLE_TORCH_LIBRARY_FRAGMENT(lumina_kernels_cpp, m) {
-  m.def(
-      "gate_residual_norm_fwd(Tensor y, Tensor residual, Tensor gate, Tensor? weight, "
-      "Tensor? bias, Tensor? scale, Tensor? shift, float eps, str kind) -> "
-      "(Tensor, Tensor, Tensor)");
-  m.def(
-      "gate_residual_norm_bwd(Tensor dnew, Tensor dnormed, Tensor y, Tensor residual, "
-      "Tensor gate, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, "
-      "Tensor statistics) -> Tensor[]");
-}
 
 STABLE_TORCH_LIBRARY_IMPL(lumina_kernels_cpp, CPU, m) {
   m.impl("gate_residual_norm_fwd", TORCH_BOX(&gate_residual_norm_fwd));

@@ -32,11 +32,10 @@ std::tuple<Tensor, Tensor, Tensor> gate_residual_norm_fwd(
   return {out, normed, statistics};
 }
 
-std::vector<Tensor> gate_residual_norm_bwd(const Tensor& dnew, const Tensor& dnormed,
-                                           const Tensor& y, const Tensor& residual,
-                                           const Tensor& gate, const OptionalTensor& weight,
-                                           const OptionalTensor& bias, const OptionalTensor& scale,
-                                           const OptionalTensor& shift, const Tensor& statistics) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate_residual_norm_bwd(
+    const Tensor& dnew, const Tensor& dnormed, const Tensor& y, const Tensor& residual,
+    const Tensor& gate, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& scale, const OptionalTensor& shift, const Tensor& statistics) {
   const int64_t B = y.size(0), L = y.size(1), D = y.size(2);
   Tensor dy = empty_as(y), dresidual = empty_as(residual);
   if (dy.numel() == 0) {
@@ -72,10 +71,10 @@ std::vector<Tensor> gate_residual_norm_bwd(const Tensor& dnew, const Tensor& dno
                               static_cast<int>(D),
                               statistics.size(0) == 2};
   LUMINA_LAUNCH_ROWS(y, B * chunks, D, gate_residual_norm_bwd_kernel, p);
-  auto grads = modulation_grads(partial, weight, bias, scale, shift, dnormed);
-  if (dscale) grads[2] = *dscale;
+  const auto [dweight, dbias, dscale_sum, dshift] =
+      modulation_grads(partial, weight, bias, scale, shift, dnormed);
   const Tensor dgates = dgate ? *dgate : sample_sums(partial, 1, gate);
-  return {dy, dresidual, dgates, grads[0], grads[1], grads[2], grads[3]};
+  return {dy, dresidual, dgates, dweight, dbias, dscale ? *dscale : dscale_sum, dshift};
 }
 
 }  // namespace

@@ -149,13 +149,6 @@ Saved gqa_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(lumina_kernels_cpp, m) {
-  m.def(
-      "gqa_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? key_mask, float scale, "
-      "Tensor? text_k, Tensor? text_v, Tensor? text_mask, Tensor? text_gate, Tensor? bias, "
-      "bool with_error) -> (Tensor, Tensor, Tensor, Tensor)");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(lumina_kernels_cpp, CPU, m) {
   m.impl("gqa_attention_fwd", TORCH_BOX(&gqa_attention_fwd));
 }

@@ -337,14 +337,6 @@ Grads gqa_attention_bwd(const Tensor& dout, const Tensor& out, const Tensor& err
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(lumina_kernels_cpp, m) {
-  m.def(
-      "gqa_attention_bwd(Tensor dout, Tensor out, Tensor error, Tensor lse, Tensor text_lse, "
-      "Tensor q, Tensor k, Tensor v, Tensor? key_mask, float scale, Tensor? text_k, "
-      "Tensor? text_v, Tensor? text_mask, Tensor? text_gate, Tensor? bias, bool with_dbias) -> "
-      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(lumina_kernels_cpp, CPU, m) {
   m.impl("gqa_attention_bwd", TORCH_BOX(&gqa_attention_bwd));
 }

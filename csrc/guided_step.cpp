@@ -50,12 +50,6 @@ Tensor guided_step_fwd(const Tensor& x, const Tensor& v, const OptionalTensor& w
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(lumina_kernels_cpp, m) {
-  m.def(
-      "guided_step_fwd(Tensor x, Tensor v, Tensor? weight, float weight_value, Tensor? dt, "
-      "float dt_value, int channels) -> Tensor");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(lumina_kernels_cpp, CPU, m) {
   m.impl("guided_step_fwd", TORCH_BOX(&guided_step_fwd));
 }

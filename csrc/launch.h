@@ -206,7 +206,8 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, Sc
 }
 inline Tensor empty_as(const Tensor& like) { return torch::stable::new_empty(like, like.sizes()); }
 inline Tensor zeros_as(const Tensor& like) { return torch::stable::new_zeros(like, like.sizes()); }
-inline Tensor nothing(const Tensor& like) { return empty(like, {0}, like.scalar_type()); }
+// A result that is not there, as an op returns no None; float32 whatever the op (kernel_op.py).
+inline Tensor nothing(const Tensor& like) { return empty(like, {0}, ScalarType::Float); }
 
 // A gradient that is wanted where the input is there; `nothing` else.
 inline Tensor empty_as(const OptionalTensor& x, const Tensor& like) {

@@ -30,19 +30,19 @@ OptionalTensor shift_grad(const OptionalTensor& scale, const OptionalTensor& shi
 
 }  // namespace
 
-std::vector<Tensor> modulation_grads(const Tensor& partial, const OptionalTensor& weight,
-                                     const OptionalTensor& bias, const OptionalTensor& scale,
-                                     const OptionalTensor& shift, const Tensor& dout) {
+std::array<Tensor, 4> modulation_grads(const Tensor& partial, const OptionalTensor& weight,
+                                       const OptionalTensor& bias, const OptionalTensor& scale,
+                                       const OptionalTensor& shift, const Tensor& dout) {
   const OptionalTensor dshift = shift_grad(scale, shift, dout);
   OptionalTensor per_sample, late_shift;
   if (!per_token(scale)) per_sample = scale;
   if (!dshift) late_shift = shift;
   const OptionalTensor wanted[] = {weight, bias, per_sample, late_shift};
-  std::vector<Tensor> grads;
+  std::array<Tensor, 4> grads;
   Values outputs[4];
   bool any = false;
   for (int i = 0; i < 4; ++i) {
-    grads.push_back(empty_as(wanted[i], dout));
+    grads[i] = empty_as(wanted[i], dout);
     outputs[i] = wanted[i] ? values_of(grads[i]) : values_of(OptionalTensor());
     any |= wanted[i].has_value();
   }

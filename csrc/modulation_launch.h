@@ -1,7 +1,7 @@
 // What the launchers of several modulated norms share: parameters, and the second stages.
 #pragma once
 
-#include <vector>
+#include <array>
 
 #include "launch.h"
 #include "modulation.cuh"
@@ -35,9 +35,9 @@ inline OptionalTensor gradient_per_token(const OptionalTensor& x) {
 // sums (B, chunks, sums, D), of which the first two are A and E (modulation_grads.cuh), and from
 // the gradient of the modulated norm. Of a scale with a row per token the first stage has written
 // the gradient; here it is `nothing`.
-std::vector<Tensor> modulation_grads(const Tensor& partial, const OptionalTensor& weight,
-                                     const OptionalTensor& bias, const OptionalTensor& scale,
-                                     const OptionalTensor& shift, const Tensor& dout);
+std::array<Tensor, 4> modulation_grads(const Tensor& partial, const OptionalTensor& weight,
+                                       const OptionalTensor& bias, const OptionalTensor& scale,
+                                       const OptionalTensor& shift, const Tensor& dout);
 
 // The sums over chunks of number `which` + 1 of these partial sums, shaped (B, D) as `like`.
 Tensor sample_sums(const Tensor& partial, int64_t which, const Tensor& like);

@@ -1,6 +1,8 @@
 // What the norms over rows (B, L, D) share. Included before levels.h, for what does not depend on
 // the instruction set, and again inside every level, for the functions over one row.
 #ifndef LUMINA_LEVEL
+#include <array>
+
 #include "chunks.h"
 
 namespace lumina_kernels {
@@ -53,7 +55,7 @@ struct Modulation {
 // Of a Modulation's four tensors.
 struct ModulationGrads {
   enum Sum { kNormed, kOne, kShift, kSums };  // of f * d * n, f * d and d, see modulate_bwd
-  std::vector<Tensor> tensors;                // empty where there is no such parameter
+  std::array<Tensor, 4> tensors;              // empty where there is no such parameter
   Rows weight, bias, scale, shift;            // of these tensors
   bool scale_per_token, shift_per_token;
 
@@ -63,8 +65,8 @@ struct ModulationGrads {
     Rows* const rows[] = {&weight, &bias, &scale, &shift};
     const OptionalTensor* const parameters[] = {&w, &b, &scale_, &shift_};
     for (int i = 0; i < 4; ++i) {
-      tensors.push_back(*parameters[i] ? empty_as(**parameters[i]) : nothing(like));
-      if (*parameters[i]) *rows[i] = rows_of(tensors.back());
+      tensors[i] = empty_as(*parameters[i], like);
+      if (*parameters[i]) *rows[i] = rows_of(tensors[i]);
     }
   }
 

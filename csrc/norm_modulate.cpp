@@ -101,12 +101,13 @@ std::tuple<Tensor, Tensor> norm_modulate_fwd(const Tensor& x, const OptionalTens
   return {out, statistics};
 }
 
-std::vector<Tensor> norm_modulate_bwd(const Tensor& dout, const Tensor& x,
-                                      const OptionalTensor& weight, const OptionalTensor& bias,
-                                      const OptionalTensor& scale, const OptionalTensor& shift,
-                                      const Tensor& statistics) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_modulate_bwd(
+    const Tensor& dout, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& scale, const OptionalTensor& shift, const Tensor& statistics) {
   Tensor dx = empty_as(x);
-  if (x.numel() == 0) return zero_grads({dx}, {weight, bias, scale, shift});
+  if (x.numel() == 0) {
+    return {dx, zeros_as(weight, x), zeros_as(bias, x), zeros_as(scale, x), zeros_as(shift, x)};
+  }
   const Chunks chunks(x);
   NormModulateBwd op{chunks,
                      rows_of(dout),
@@ -122,21 +123,11 @@ std::vector<Tensor> norm_modulate_bwd(const Tensor& dout, const Tensor& x,
   parallel_columns(chunks.D, op.partials.work(), [&](int64_t begin, int64_t end) {
     LUMINA_CALL(finish, op.modulation, op.grads, op.partials, begin, end);
   });
-  std::vector<Tensor> grads{dx};
-  grads.insert(grads.end(), op.grads.tensors.begin(), op.grads.tensors.end());
-  return grads;
+  const auto& [dweight, dbias, dscale, dshift] = op.grads.tensors;
+  return {dx, dweight, dbias, dscale, dshift};
 }
 
 }  // namespace
-
-STABLE_TORCH_LIBRARY_FRAGMENT(lumina_kernels_cpp, m) {
-  m.def(
-      "norm_modulate_fwd(Tensor x, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, "
-      "float eps, str kind) -> (Tensor, Tensor)");
-  m.def(
-      "norm_modulate_bwd(Tensor dout, Tensor x, Tensor? weight, Tensor? bias, Tensor? scale, "
-      "Tensor? shift, Tensor statistics) -> Tensor[]");
-}
 
 STABLE_TORCH_LIBRARY_IMPL(lumina_kernels_cpp, CPU, m) {
   m.impl("norm_modulate_fwd", TORCH_BOX(&norm_modulate_fwd));

@@ -30,10 +30,9 @@ std::tuple<Tensor, Tensor> norm_modulate_fwd(const Tensor& x, const OptionalTens
   return {out, statistics};
 }
 
-std::vector<Tensor> norm_modulate_bwd(const Tensor& dout, const Tensor& x,
-                                      const OptionalTensor& weight, const OptionalTensor& bias,
-                                      const OptionalTensor& scale, const OptionalTensor& shift,
-                                      const Tensor& statistics) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_modulate_bwd(
+    const Tensor& dout, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& scale, const OptionalTensor& shift, const Tensor& statistics) {
   const int64_t B = x.size(0), L = x.size(1), D = x.size(2);
   Tensor dx = empty_as(x);
   if (dx.numel() == 0) {
@@ -57,10 +56,9 @@ std::vector<Tensor> norm_modulate_bwd(const Tensor& dout, const Tensor& x,
                           static_cast<int>(D),
                           statistics.size(0) == 2};
   LUMINA_LAUNCH_ROWS(x, B * chunks, D, norm_modulate_bwd_kernel, p);
-  std::vector<Tensor> grads = modulation_grads(partial, weight, bias, scale, shift, dout);
-  if (dscale) grads[2] = *dscale;
-  grads.insert(grads.begin(), dx);
-  return grads;
+  const auto [dweight, dbias, dscale_sum, dshift] =
+      modulation_grads(partial, weight, bias, scale, shift, dout);
+  return {dx, dweight, dbias, dscale ? *dscale : dscale_sum, dshift};
 }
 
 }  // namespace

@@ -270,18 +270,6 @@ SixTensors qk_norm_rope3d_bwd(const Tensor& dq_out, const Tensor& dk_out, const 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(lumina_kernels_cpp, m) {
-  m.def(
-      "qk_norm_rope3d_fwd(Tensor q, Tensor k, Tensor? q_weight, Tensor? q_bias, Tensor? k_weight,"
-      " Tensor? k_bias, Tensor positions, Tensor inv_freq, Tensor axis, float eps, str norm)"
-      " -> (Tensor, Tensor)");
-  m.def(
-      "qk_norm_rope3d_bwd(Tensor dq_out, Tensor dk_out, Tensor q, Tensor k, Tensor? q_weight,"
-      " Tensor? q_bias, Tensor? k_weight, Tensor? k_bias, Tensor positions, Tensor inv_freq,"
-      " Tensor axis, float eps, str norm)"
-      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(lumina_kernels_cpp, CPU, m) {
   m.impl("qk_norm_rope3d_fwd", TORCH_BOX(&qk_norm_rope3d_fwd));
   m.impl("qk_norm_rope3d_bwd", TORCH_BOX(&qk_norm_rope3d_bwd));

@@ -113,19 +113,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> qk_norm_rope3
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(lumina_kernels_cpp, m) {
-  m.def(
-      "qk_norm_rope3d_pool_fwd(Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? q_bias,"
-      " Tensor? k_weight, Tensor? k_bias, Tensor positions, Tensor inv_freq, Tensor axis,"
-      " int[] grid, int factor, Tensor? key_mask, float eps, str norm)"
-      " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "qk_norm_rope3d_pool_bwd(Tensor dq_out, Tensor dk_out, Tensor dv_out, Tensor q, Tensor k,"
-      " Tensor? q_weight, Tensor? q_bias, Tensor? k_weight, Tensor? k_bias, Tensor positions,"
-      " Tensor inv_freq, Tensor axis, Tensor counts, int[] grid, int factor, Tensor? key_mask,"
-      " float eps, str norm) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(lumina_kernels_cpp, CPU, m) {
   m.impl("qk_norm_rope3d_pool_fwd", TORCH_BOX(&qk_norm_rope3d_pool_fwd));
   m.impl("qk_norm_rope3d_pool_bwd", TORCH_BOX(&qk_norm_rope3d_pool_bwd));

@@ -66,15 +66,6 @@ std::tuple<Tensor, Tensor> rope3d_bwd(const Tensor& dq_out, const Tensor& dk_out
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(lumina_kernels_cpp, m) {
-  m.def(
-      "rope3d_fwd(Tensor q, Tensor k, Tensor positions, Tensor inv_freq, Tensor axis)"
-      " -> (Tensor, Tensor)");
-  m.def(
-      "rope3d_bwd(Tensor dq_out, Tensor dk_out, Tensor positions, Tensor inv_freq, Tensor axis)"
-      " -> (Tensor, Tensor)");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(lumina_kernels_cpp, CPU, m) {
   m.impl("rope3d_fwd", TORCH_BOX(&rope3d_fwd));
   m.impl("rope3d_bwd", TORCH_BOX(&rope3d_bwd));

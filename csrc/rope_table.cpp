@@ -122,15 +122,6 @@ std::tuple<Tensor, Tensor> rope_table_bwd(const Tensor& dq_out, const OptionalTe
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(lumina_kernels_cpp, m) {
-  m.def(
-      "rope_table_fwd(Tensor q, Tensor? k, Tensor cos, Tensor sin, str pairing)"
-      " -> (Tensor, Tensor)");
-  m.def(
-      "rope_table_bwd(Tensor dq_out, Tensor? dk_out, Tensor cos, Tensor sin, str pairing)"
-      " -> (Tensor, Tensor)");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(lumina_kernels_cpp, CPU, m) {
   m.impl("rope_table_fwd", TORCH_BOX(&rope_table_fwd));
   m.impl("rope_table_bwd", TORCH_BOX(&rope_table_bwd));

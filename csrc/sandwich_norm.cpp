@@ -117,15 +117,6 @@ std::tuple<Tensor, Tensor, Tensor> sandwich_norm_bwd(const Tensor& dout, const T
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(lumina_kernels_cpp, m) {
-  m.def(
-      "sandwich_norm_fwd(Tensor y, Tensor residual, Tensor weight, Tensor gate, float eps) -> "
-      "(Tensor, Tensor)");
-  m.def(
-      "sandwich_norm_bwd(Tensor dout, Tensor y, Tensor weight, Tensor gate, Tensor rstd) -> "
-      "(Tensor, Tensor, Tensor)");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(lumina_kernels_cpp, CPU, m) {
   m.impl("sandwich_norm_fwd", TORCH_BOX(&sandwich_norm_fwd));
   m.impl("sandwich_norm_bwd", TORCH_BOX(&sandwich_norm_bwd));

@@ -135,14 +135,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sandwich_norm_chain_fwd(
   return {new_, normed, rstd, next_rstd};
 }
 
-std::vector<Tensor> sandwich_norm_chain_bwd(const Tensor& dnew, const Tensor& dnormed,
-                                            const Tensor& y, const Tensor& residual,
-                                            const Tensor& weight, const Tensor& gate,
-                                            const OptionalTensor& next_weight,
-                                            const OptionalTensor& next_scale, const Tensor& rstd,
-                                            const Tensor& next_rstd) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sandwich_norm_chain_bwd(
+    const Tensor& dnew, const Tensor& dnormed, const Tensor& y, const Tensor& residual,
+    const Tensor& weight, const Tensor& gate, const OptionalTensor& next_weight,
+    const OptionalTensor& next_scale, const Tensor& rstd, const Tensor& next_rstd) {
   Tensor dy = empty_as(y), dresidual = empty_as(residual);
-  if (y.numel() == 0) return zero_grads({dy, dresidual}, {weight, gate, next_weight, next_scale});
+  if (y.numel() == 0) {
+    return {dy,
+            dresidual,
+            zeros_as(weight),
+            zeros_as(gate),
+            zeros_as(next_weight, y),
+            zeros_as(next_scale, y)};
+  }
   const Chunks chunks(y);
   const SandwichNormChainBwd op{chunks,
                                 rows_of(dnew),
@@ -165,21 +170,11 @@ std::vector<Tensor> sandwich_norm_chain_bwd(const Tensor& dnew, const Tensor& dn
     LUMINA_CALL(finish, op.next, op.next_grads, op.partials, begin, end);
     LUMINA_CALL(finish, op.gate, op.gate_grads, op.partials, kGateSum, begin, end);
   });
-  const std::vector<Tensor>& next = op.next_grads.tensors;
+  const auto& next = op.next_grads.tensors;
   return {dy, dresidual, op.gate_grads.dweight, op.gate_grads.dgate, next[0], next[2]};
 }
 
 }  // namespace
-
-STABLE_TORCH_LIBRARY_FRAGMENT(lumina_kernels_cpp, m) {
-  m.def(
-      "sandwich_norm_chain_fwd(Tensor y, Tensor residual, Tensor weight, Tensor gate, "
-      "Tensor? next_weight, Tensor? next_scale, float eps) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "sandwich_norm_chain_bwd(Tensor dnew, Tensor dnormed, Tensor y, Tensor residual, "
-      "Tensor weight, Tensor gate, Tensor? next_weight, Tensor? next_scale, Tensor rstd, "
-      "Tensor next_rstd) -> Tensor[]");
-}
 
 STABLE_TORCH_LIBRARY_IMPL(lumina_kernels_cpp, CPU, m) {
   m.impl("sandwich_norm_chain_fwd", TORCH_BOX(&sandwich_norm_chain_fwd));

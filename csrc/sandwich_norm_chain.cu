@@ -31,12 +31,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sandwich_norm_chain_fwd(
   return {out, normed, rstd, next_rstd};
 }
 
-std::vector<Tensor> sandwich_norm_chain_bwd(const Tensor& dnew, const Tensor& dnormed,
-                                            const Tensor& y, const Tensor& residual,
-                                            const Tensor& weight, const Tensor& gate,
-                                            const OptionalTensor& next_weight,
-                                            const OptionalTensor& next_scale, const Tensor& rstd,
-                                            const Tensor& next_rstd) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sandwich_norm_chain_bwd(
+    const Tensor& dnew, const Tensor& dnormed, const Tensor& y, const Tensor& residual,
+    const Tensor& weight, const Tensor& gate, const OptionalTensor& next_weight,
+    const OptionalTensor& next_scale, const Tensor& rstd, const Tensor& next_rstd) {
   const int64_t B = y.size(0), L = y.size(1), D = y.size(2);
   Tensor dy = empty_as(y), dresidual = empty_as(residual);
   if (dy.numel() == 0) {

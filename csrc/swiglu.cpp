@@ -57,11 +57,6 @@ std::tuple<Tensor, Tensor> swiglu_bwd(const Tensor& dout, const Tensor& a, const
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(lumina_kernels_cpp, m) {
-  m.def("swiglu_fwd(Tensor a, Tensor b) -> Tensor");
-  m.def("swiglu_bwd(Tensor dout, Tensor a, Tensor b) -> (Tensor, Tensor)");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(lumina_kernels_cpp, CPU, m) {
   m.impl("swiglu_fwd", TORCH_BOX(&swiglu_fwd));
   m.impl("swiglu_bwd", TORCH_BOX(&swiglu_bwd));

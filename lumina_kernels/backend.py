@@ -6,6 +6,7 @@ import os
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 # Every name a call may give. "torch" is the definition, which every op has on every device.
 BACKENDS = ("torch", "triton", "cuda", "cpu")
@@ -65,14 +66,17 @@ def resolve(
         ValueError: the name is unknown, the op has no such backend, or the device is not its own.
         TypeError: a tensor is float64, which only "torch" computes with.
         RuntimeError: the backend is missing in this process.
-        NotImplementedError: a kernel was asked for, and a gradient of one of `constants`.
+        NotImplementedError: a kernel was asked for, and a gradient of one of `constants` or a
+            forward-mode derivative, which None takes "torch" for.
     """
     wanted = _first_that_wants_a_gradient(constants)
+    forward_mode = _any_tangent((*tensors, *constants.values()))
     asked = f"backend {backend!r}"
     if backend is None and DEFAULT is None:
         for name in implemented:
             if name not in MISSING and DEVICES[name] == tensors[0].device.type:
-                return "torch" if _any_float64(tensors) or wanted else name
+                only_torch = _any_float64(tensors) or wanted or forward_mode
+                return "torch" if only_torch else name
         return "torch"
     if backend is None:
         backend, asked = DEFAULT, f"LUMINA_KERNELS_BACKEND={DEFAULT!r}"
@@ -91,6 +95,10 @@ def resolve(
         raise ValueError(f"{asked} needs tensors on {DEVICES[backend]}{hint}, got {device}")
     if _any_float64(tensors):
         raise TypeError(f"{asked} computes in float32 and takes no float64, use backend='torch'")
+    if forward_mode:
+        raise NotImplementedError(
+            f"{asked} has no forward-mode derivative, use backend='torch' for it"
+        )
     if wanted:
         raise NotImplementedError(
             f"{asked} computes no gradient of {wanted}, which requires one: detach it or use "
@@ -105,6 +113,17 @@ def _first_that_wants_a_gradient(constants) -> str | None:
             if isinstance(value, Tensor) and value.requires_grad:
                 return name
     return None
+
+
+def has_tangent(tensor: Tensor) -> bool:
+    """Whether forward-mode AD follows the tensor; to be asked inside a dual level only."""
+    return forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def _any_tangent(tensors) -> bool:
+    if forward_ad._current_level < 0:
+        return False
+    return any(isinstance(tensor, Tensor) and has_tangent(tensor) for tensor in tensors)
 
 
 def _any_float64(tensors) -> bool:

@@ -337,11 +337,11 @@ def test_opcheck(options, backend):
         inputs["bias"] = randn(1, 4, 1, 5).half()
     args = [inputs.get(name) for name in names]
     leaves = [x.requires_grad_() if _is_float(x) else x for x in args]
-    torch.library.opcheck(gqa_attention_fwd, (*leaves, True, backend))
+    torch.library.opcheck(gqa_attention_fwd.overload, (*leaves, True, backend))
     args = [x.detach() if _is_float(x) else x for x in leaves]
     saved = gqa_attention_fwd(*args, True, backend)
     given = (torch.ones_like(saved[0]), *saved, *args, "bias" in options, backend)
-    torch.library.opcheck(gqa_attention_bwd, given)
+    torch.library.opcheck(gqa_attention_bwd.overload, given)
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -260,9 +260,9 @@ def test_kernel_operators(kernel, norm):
         inputs["q_weight"] = None
     rest = (*make_table(2, 12).values(), 1e-5, norm, kernel.keywords["backend"])
     leaves = [x if x is None else x.requires_grad_() for x in inputs.values()]
-    torch.library.opcheck(qk_norm_rope3d_fwd, (*leaves, *rest))
+    torch.library.opcheck(qk_norm_rope3d_fwd.overload, (*leaves, *rest))
     values = [x if x is None else x.detach() for x in leaves]
-    torch.library.opcheck(qk_norm_rope3d_bwd, (*values[:2], *values, *rest))
+    torch.library.opcheck(qk_norm_rope3d_bwd.overload, (*values[:2], *values, *rest))
 
 
 def test_kernel_compiles(kernel):

@@ -207,9 +207,9 @@ def test_kernel_operators(kernel, masked):
     rest = list(grid), factor, mask, eps, norm, kernel.keywords["backend"]
     q_out, small, _, _, counts = qk_norm_rope3d_pool_fwd(q, k, v, *parameters, *table, *rest)
     args = q_out, small, small, q, k, *parameters, *table, counts, *rest
-    torch.library.opcheck(qk_norm_rope3d_pool_bwd, args)
+    torch.library.opcheck(qk_norm_rope3d_pool_bwd.overload, args)
     leaves = (x if x is None else x.requires_grad_() for x in (q, k, v, *parameters))
-    torch.library.opcheck(qk_norm_rope3d_pool_fwd, (*leaves, *table, *rest))
+    torch.library.opcheck(qk_norm_rope3d_pool_fwd.overload, (*leaves, *table, *rest))
 
 
 def test_kernel_compiles(kernel):

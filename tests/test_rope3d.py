@@ -258,9 +258,9 @@ def test_kernel_operators(kernel):
     for table in (make_table(2, 12), make_table(2, 12, 1, True)):
         inputs = [tensor.half().requires_grad_() for tensor in make_inputs(1, 2).values()]
         table = list(table.values())
-        torch.library.opcheck(rope3d_fwd, (*inputs, *table, backend))
+        torch.library.opcheck(rope3d_fwd.overload, (*inputs, *table, backend))
         inputs = [tensor.detach() for tensor in inputs]
-        torch.library.opcheck(rope3d_bwd, (*inputs, *table, backend))
+        torch.library.opcheck(rope3d_bwd.overload, (*inputs, *table, backend))
 
 
 def test_kernel_compiles(kernel):

@@ -235,9 +235,9 @@ def test_kernel_operators(kernel, pairing):
     q, k = inputs.values()
     for key in (k, None):
         args = (q, key, *table.values(), pairing, kernel.keywords["backend"])
-        torch.library.opcheck(rope_table_bwd, args)
+        torch.library.opcheck(rope_table_bwd.overload, args)
         leaves = (x if x is None else x.detach().requires_grad_() for x in args[:2])
-        torch.library.opcheck(rope_table_fwd, (*leaves, *args[2:]))
+        torch.library.opcheck(rope_table_fwd.overload, (*leaves, *args[2:]))
 
 
 @pytest.mark.parametrize("pairing", PAIRINGS)

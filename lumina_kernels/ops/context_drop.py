@@ -4,8 +4,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lumina_kernels.backend import launchers, resolve
-from lumina_kernels.ops._checks import check_axes, check_float, check_mask, check_same_dtype
+from lumina_kernels.axes import Heads, PooledHeads, RowStatistic, Windows
+from lumina_kernels.backend import resolve
+from lumina_kernels.checks import check_axes, check_float, check_mask, check_same_dtype
+from lumina_kernels.kernel_op import kernel_op
 
 BACKENDS = ("triton", "cuda", "cpu")
 
@@ -21,18 +23,18 @@ def context_drop(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Average k and v over factor x factor windows of (H, W), the time axis left as it is.
 
-    Windows start at the corner (0, 0), those at the far edges may be smaller, and only valid tokens
-    count in a mean. A window without a valid token gives 0 and mask False. Queries stay whole, so
-    attention over the result needs nothing undone: context drop of Lumina-Next (arXiv 2406.18583),
-    4 times fewer keys at factor 2. `bias=counts.log()[:, None, None]` in `gqa_attention` weighs a
-    window by the tokens it stands for.
+    Windows start at the corner (0, 0); those at the far edges may be smaller. Only valid tokens
+    count in a mean, and a window without any is 0 with mask False. Queries are not pooled, so the
+    output of attention needs no unpooling: context drop of Lumina-Next (arXiv 2406.18583), 4 times
+    fewer keys at factor 2. `bias=counts.log()[:, None, None]` in `gqa_attention` weighs a window by
+    the number of tokens it stands for.
 
     Args:
         k, v: keys (after their rotation) and values, (B, L, G, K), tokens in row-major (t, h, w).
         grid: (T, H, W) in tokens, T * H * W = L; the same grid for the whole batch.
         factor: side of a window in tokens, at least 1.
         key_mask: True for keys that count, (B, L) bool.
-        backend: None takes the best one there is; see `lumina_kernels.backend`.
+        backend: None takes the best one available; see `lumina_kernels.backend`.
 
     Returns:
         pooled k and v, (B, L', G, K) in k.dtype, L' = T * ceil(H / factor) * ceil(W / factor),
@@ -41,9 +43,8 @@ def context_drop(
         counts of valid tokens per window, (B, L') float32.
 
     Raises:
-        ValueError: a shape or device does not fit k, the grid does not have L tokens, factor is
-            less than 1, or there is no such backend.
-        TypeError: k and v are not floating-point tensors of one dtype, or key_mask is not bool.
+        ValueError, TypeError: a shape, device or dtype is not as above, the grid does not have L
+            tokens, or factor is less than 1.
     """
     check_context_drop(k, v, grid, factor, key_mask)
     backend = resolve(backend, BACKENDS, k, v)
@@ -87,66 +88,22 @@ def check_context_drop(k, v, grid, factor, key_mask) -> None:
         check_mask("key_mask", key_mask, k.device, (B, L))
 
 
-# Registered at import, so that torch.compile knows shapes and gradients before any kernel exists.
+def pooled(k, v, grid, factor):
+    """Results without values: the means of k and v, their mask and counts."""
+    (T, H, W), (B, _, G, K) = grid, k.shape
+    windows = T * -(-H // factor) * -(-W // factor)
+    mask, counts = (k.new_empty(B, windows, dtype=t) for t in (torch.bool, torch.float32))
+    return k.new_empty(B, windows, G, K), v.new_empty(B, windows, G, K), mask, counts
 
 
-@torch.library.custom_op("lumina_kernels::context_drop_fwd", mutates_args=())
+@kernel_op("k_out v_out mask counts", over="B")
 def context_drop_fwd(
-    k: Tensor, v: Tensor, grid: list[int], factor: int, key_mask: Tensor | None, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Pooled k and v, their mask and counts."""
-    kernels = launchers("context_drop", backend)
-    return kernels.context_drop_fwd(k, v, grid, factor, key_mask)
+    k: Heads, v: Heads, grid: list[int], factor: int, key_mask: RowStatistic | None
+) -> tuple[PooledHeads, PooledHeads, Windows, Windows]:
+    return pooled(k, v, grid, factor)
 
 
-@context_drop_fwd.register_fake
-def _(k, v, grid, factor, key_mask, backend):
-    B, _, G, K = k.shape
-    windows = windows_of(grid, factor)
-    k_out, v_out = k.new_empty(B, windows, G, K), v.new_empty(B, windows, G, K)
-    mask = k.new_empty(B, windows, dtype=torch.bool)
-    return k_out, v_out, mask, k.new_empty(B, windows, dtype=torch.float32)
-
-
-def windows_of(grid, factor: int) -> int:
-    """Windows of one sample."""
-    T, H, W = grid
-    return T * -(-H // factor) * -(-W // factor)
-
-
-@torch.library.custom_op("lumina_kernels::context_drop_bwd", mutates_args=())
-def context_drop_bwd(
-    dk_out: Tensor,
-    dv_out: Tensor,
-    counts: Tensor,
-    grid: list[int],
-    factor: int,
-    key_mask: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """dk and dv: the gradient of a mean, shared out among its tokens."""
-    kernels = launchers("context_drop", backend)
-    return kernels.context_drop_bwd(dk_out, dv_out, counts, grid, factor, key_mask)
-
-
-@context_drop_bwd.register_fake
-def _(dk_out, dv_out, counts, grid, factor, key_mask, backend):
-    B, _, G, K = dk_out.shape
-    L = grid[0] * grid[1] * grid[2]
-    return dk_out.new_empty(B, L, G, K), dv_out.new_empty(B, L, G, K)
-
-
-def _setup_context(ctx, inputs, output):
-    _, _, ctx.grid, ctx.factor, key_mask, ctx.backend = inputs
-    counts = output[3]
-    ctx.mark_non_differentiable(output[2], counts)
-    ctx.save_for_backward(counts, key_mask)
-
-
-def _backward(ctx, dk_out, dv_out, *_):
-    counts, key_mask = ctx.saved_tensors
-    dk, dv = context_drop_bwd(dk_out, dv_out, counts, ctx.grid, ctx.factor, key_mask, ctx.backend)
-    return dk, dv, None, None, None, None
-
-
-context_drop_fwd.register_autograd(_backward, setup_context=_setup_context)
+@context_drop_fwd.backward("dk dv")
+def context_drop_bwd(dk_out, dv_out, counts, grid, factor, key_mask):
+    (B, _, G, K), (T, H, W) = dk_out.shape, grid
+    return dk_out.new_empty(B, T * H * W, G, K), dv_out.new_empty(B, T * H * W, G, K)

@@ -1,22 +1,31 @@
 """Grouped-query attention with key masks and a gated second softmax over the text."""
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
-from lumina_kernels.backend import launchers, resolve
-from lumina_kernels.ops._checks import (
+from lumina_kernels.axes import Heads
+from lumina_kernels.backend import resolve
+from lumina_kernels.checks import (
     check_axes,
     check_float,
     check_floating,
     check_mask,
     check_same_dtype,
 )
+from lumina_kernels.kernel_op import kernel_op, like
 
 BACKENDS = ("triton", "cuda", "cpu")
 BACKENDS_WITH_GRADIENT = ("triton", "cpu")
 
 # What the tiles of the kernels hold.
 MAX_HEAD_DIM = 256
+
+Keys, KeyMask = Annotated[Tensor, "B M H K"], Annotated[Tensor, "B M"]
+Text, TextMask = Annotated[Tensor, "B T H K"], Annotated[Tensor, "B T"]
+Gate, Bias = Annotated[Tensor, "H"], Annotated[Tensor, "[B] [H] [L] M"]
+Lse = Annotated[Tensor, "B H L R"]
 
 
 def gqa_attention(
@@ -50,16 +59,15 @@ def gqa_attention(
         text_mask: True for text tokens that count, (B, T) bool.
         text_gate: gate before the tanh, (H,).
         bias: added to the scaled scores, broadcastable to (B, H, L, L_kv). A float mask is a bias.
-        backend: None takes the best one there is; see `lumina_kernels.backend`.
+        backend: None takes the best one available; see `lumina_kernels.backend`.
 
     Returns:
         (B, L, H, K) in q.dtype. The arithmetic is float32 (float64 for float64), also under
         autocast, rounded once.
 
     Raises:
-        ValueError: a shape or device does not fit q, text_k, text_v and text_gate do not come
-            together, or there is no such backend.
-        TypeError: a mask is not bool, or a dtype differs from that of q.
+        ValueError, TypeError: a shape, device or dtype is not as above, or text_k, text_v and
+            text_gate do not come together.
         NotImplementedError: a tensor requires a gradient and backend is "cuda", which has none.
     """
     _check(q, k, v, key_mask, bias)
@@ -167,99 +175,38 @@ def _check_text(q, k, text_k, text_v, text_mask, text_gate) -> None:
         check_mask("text_mask", text_mask, q.device, shape[:2])
 
 
-# Registered at import, so that torch.compile finds shapes and gradients before there is any kernel.
-
-
-@torch.library.custom_op("lumina_kernels::gqa_attention_fwd", mutates_args=())
+@kernel_op("out error lse text_lse", over="B L H")
 def gqa_attention_fwd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_mask: Tensor | None,
-    scale: float,
-    text_k: Tensor | None,
-    text_v: Tensor | None,
-    text_mask: Tensor | None,
-    text_gate: Tensor | None,
-    bias: Tensor | None,
+    q: Heads, k: Keys, v: Keys, key_mask: KeyMask | None, scale: float, text_k: Text | None,
+    text_v: Text | None, text_mask: TextMask | None, text_gate: Gate | None, bias: Bias | None,
     with_error: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Heads, Heads, Lse, Lse]:  # fmt: skip
     """The output and what the gradient needs: the rounding error of a 16-bit output, int8 (empty
     for float32, or when it is not wanted), and of each branch log2 of the sum of the exponentials
     of a row's scores, (B, G, L, H / G) float32, -inf for a row without a valid key (empty without
     text)."""
-    kernels = launchers("gqa_attention", backend)
-    return kernels.gqa_attention_fwd(
-        q, k, v, key_mask, scale, text_k, text_v, text_mask, text_gate, bias, with_error
-    )
-
-
-@gqa_attention_fwd.register_fake
-def _(q, k, v, key_mask, scale, text_k, text_v, text_mask, text_gate, bias, with_error, backend):
     (B, L, H, _), G = q.shape, k.shape[2]
     lse = q.new_empty((B, G, L, H // G), dtype=torch.float32)
     error = q.new_empty(q.shape if with_error and q.itemsize == 2 else 0, dtype=torch.int8)
-    return q.new_empty(q.shape), error, lse, lse.new_empty(0 if text_k is None else lse.shape)
+    return q.new_empty(q.shape), error, lse, None if text_k is None else lse.new_empty(lse.shape)
 
 
-@torch.library.custom_op("lumina_kernels::gqa_attention_bwd", mutates_args=())
+@gqa_attention_fwd.backward("dq dk dv dtext_k dtext_v dtext_gate dbias")
 def gqa_attention_bwd(
-    dout: Tensor,
-    out: Tensor,
-    error: Tensor,
-    lse: Tensor,
-    text_lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_mask: Tensor | None,
-    scale: float,
-    text_k: Tensor | None,
-    text_v: Tensor | None,
-    text_mask: Tensor | None,
-    text_gate: Tensor | None,
-    bias: Tensor | None,
-    with_dbias: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, text_k, text_v, text_gate and bias, empty for what is not there."""
-    kernels = launchers("gqa_attention", backend)
-    return kernels.gqa_attention_bwd(
-        dout, out, error, lse, text_lse, q, k, v, key_mask, scale, text_k, text_v, text_mask,
-        text_gate, bias, with_dbias,
-    )  # fmt: skip
-
-
-@gqa_attention_bwd.register_fake
-def _(
     dout, out, error, lse, text_lse, q, k, v, key_mask, scale, text_k, text_v, text_mask, text_gate,
-    bias, with_dbias, backend,
+    bias, needs_bias,
 ):  # fmt: skip
-    given = q, k, v, text_k, text_v, text_gate, bias if with_dbias else None
-    return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in given)
+    return like(q, k, v, text_k, text_v, text_gate, bias if needs_bias else None)
 
 
-def _setup_context(ctx, inputs, output):
-    *tensors, _, ctx.backend = inputs
-    ctx.scale = tensors.pop(4)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*output, *tensors)
+@gqa_attention_fwd.flops
+def gqa_attention_flops(q, k, v, key_mask, scale, text_k, *rest, **kwargs) -> int:
+    """Of the two products with every key, masked or not: 4 B H L L_kv K, and the same for text."""
+    (B, L, H, K), keys = q, k[1] + (text_k[1] if text_k else 0)
+    return 4 * B * H * L * keys * K
 
 
-def _backward(ctx, dout, *_):
-    out, error, lse, text_lse, *tensors = ctx.saved_tensors
-    tensors.insert(4, ctx.scale)
-    text_k, bias = tensors[5], tensors[9]
-    with_dbias = bias is not None and ctx.needs_input_grad[9]
-    dq, dk, dv, dtext_k, dtext_v, dgate, dbias = gqa_attention_bwd(
-        dout, out, error, lse, text_lse, *tensors, with_dbias, ctx.backend
-    )
-    if text_k is None:
-        dtext_k = dtext_v = dgate = None
-    if not with_dbias:
-        dbias = None
-    return dq, dk, dv, None, None, dtext_k, dtext_v, None, dgate, dbias, None, None
-
-
-gqa_attention_fwd.register_autograd(_backward, setup_context=_setup_context)
+@gqa_attention_bwd.flops
+def gqa_attention_bwd_flops(dout, out, error, lse, text_lse, *inputs, **kwargs) -> int:
+    """Twice the forward's. The kernels compute the scores again, which the definition keeps."""
+    return 2 * gqa_attention_flops(*inputs)

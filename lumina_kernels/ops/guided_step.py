@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from lumina_kernels.backend import launchers, resolve
-from lumina_kernels.ops._checks import check_float, check_floating
+from lumina_kernels.backend import resolve
+from lumina_kernels.checks import check_float, check_floating
+from lumina_kernels.kernel_op import kernel_op
 
 BACKENDS = ("triton", "cuda", "cpu")
 
@@ -30,20 +31,17 @@ def guided_step(
         dt: step in time, a float or a 0-d tensor; negative integrates backwards.
         channels: guide the first `channels` channels only and take the others from v_cond: 3 is
             what the released Lumina-Next does to its 4 latent channels. None guides all.
-        backend: None takes the best one there is, "torch" where a gradient is asked for; see
-            `lumina_kernels.backend`.
+        backend: None takes the best one available; see `lumina_kernels.backend`.
 
     Returns:
         shaped as x, in x.dtype (v may have another). The arithmetic is float32 (float64 where x or
         v is), rounded once.
 
-    The kernels have no gradient; backend="torch" has.
-
     Raises:
-        ValueError: a shape or device does not fit x, channels is not within 0..C, or there is no
-            such backend.
-        TypeError: x or v is not a floating-point tensor.
-        NotImplementedError: a kernel was asked for by name, and a tensor requires a gradient.
+        ValueError, TypeError: a shape, device or dtype is not as above, or channels is not within
+            0..C.
+        NotImplementedError: a tensor requires a gradient and `backend` names a kernel, which has
+            none; None takes the definition then.
     """
     check_floating("x", x)
     if x.ndim < 2:
@@ -73,31 +71,16 @@ def guided_step_ref(x, v, weight, dt, channels=None):
 
 
 def _tensor_and_value(number: float | Tensor, device: torch.device) -> tuple[Tensor | None, float]:
-    """A tensor on the device stays there, so that nobody waits for its value."""
+    """A tensor on the device stays there, so that the host does not wait for its value."""
     if isinstance(number, Tensor) and number.device == device:
         return number, 0.0
     return None, float(number)
 
 
-# Registered at import, so that torch.compile knows the shape before any kernel exists.
-
-
-@torch.library.custom_op("lumina_kernels::guided_step_fwd", mutates_args=())
+@kernel_op("out")
 def guided_step_fwd(
-    x: Tensor,
-    v: Tensor,
-    weight: Tensor | None,
-    weight_value: float,
-    dt: Tensor | None,
-    dt_value: float,
-    channels: int,
-    backend: str,
-) -> Tensor:
-    """The new state. A value counts where its tensor is None."""
-    kernels = launchers("guided_step", backend)
-    return kernels.guided_step_fwd(x, v, weight, weight_value, dt, dt_value, channels)
-
-
-@guided_step_fwd.register_fake
-def _(x, v, weight, weight_value, dt, dt_value, channels, backend):
+    x: Tensor, v: Tensor, weight: Tensor | None, weight_value: float, dt: Tensor | None,
+    dt_value: float, channels: int,
+) -> Tensor:  # fmt: skip
+    """A value counts where its tensor is None."""
     return x.new_empty(x.shape)

@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
-from lumina_kernels.backend import launchers, resolve
-from lumina_kernels.ops._checks import check_float
+from lumina_kernels.axes import Frequencies, Heads, Positions, Vector
+from lumina_kernels.backend import resolve
+from lumina_kernels.checks import check_float
+from lumina_kernels.kernel_op import kernel_op, like
 from lumina_kernels.ops.norm_modulate import norm_modulate_ref
 from lumina_kernels.ops.rope3d import check_rope3d, rope3d_ref
 
@@ -45,20 +47,16 @@ def qk_norm_rope3d(
         axis: column of `positions` that pair j reads, (K/2,), int32 or int64 in {0, 1, 2}.
         eps: added to the mean square.
         norm: "layer_across_heads", "rms_per_head" or "rms_across_heads".
-        backend: None takes the best one there is; see `lumina_kernels.backend`.
+        backend: None takes the best one available; see `lumina_kernels.backend`.
 
     Returns:
         q and k, normalised and rotated, shapes and dtype kept. The arithmetic is float32 (float64
         for float64), rounded once.
 
     Raises:
-        ValueError: a shape or device does not fit q, a bias comes with an RMS norm, or norm or
-            backend is not one there is.
-        TypeError: a dtype is not as above.
-        NotImplementedError: positions or inv_freq asks for a gradient and `backend` names a
-            kernel. None takes the definition then.
-        RuntimeError, or the device's own failure: an entry of axis is not 0, 1 or 2. The kernels
-            give NaN for it.
+        ValueError, TypeError: a shape, device, dtype or norm is not as above, or a bias comes with
+            an RMS norm.
+        NotImplementedError, RuntimeError: as `rope3d`.
     """
     check_rope3d(q, k, positions, inv_freq, axis)
     parameters = q_weight, q_bias, k_weight, k_bias
@@ -101,76 +99,17 @@ def check_qk_norm(q, k, q_weight, q_bias, k_weight, k_bias, norm) -> None:
             check_float(f"{name}_bias", bias, q.device, (width,))
 
 
-# Registered at import, so that torch.compile knows shapes and gradients before any kernel exists.
-
-
-@torch.library.custom_op("lumina_kernels::qk_norm_rope3d_fwd", mutates_args=())
+@kernel_op("q_out k_out", over="B L")
 def qk_norm_rope3d_fwd(
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor | None,
-    q_bias: Tensor | None,
-    k_weight: Tensor | None,
-    k_bias: Tensor | None,
-    positions: Tensor,
-    inv_freq: Tensor,
-    axis: Tensor,
-    eps: float,
+    q: Heads, k: Heads, q_weight: Vector | None, q_bias: Vector | None, k_weight: Vector | None,
+    k_bias: Vector | None, positions: Positions, inv_freq: Frequencies, axis: Tensor, eps: float,
     norm: str,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """q and k, normalised and rotated."""
-    kernels = launchers("qk_norm_rope3d", backend)
-    parameters = q_weight, q_bias, k_weight, k_bias
-    return kernels.qk_norm_rope3d_fwd(q, k, *parameters, positions, inv_freq, axis, eps, norm)
+) -> tuple[Heads, Heads]:  # fmt: skip
+    return like(q, k)
 
 
-@qk_norm_rope3d_fwd.register_fake
-def _(q, k, *rest):
-    return q.new_empty(q.shape), k.new_empty(k.shape)
-
-
-@torch.library.custom_op("lumina_kernels::qk_norm_rope3d_bwd", mutates_args=())
+@qk_norm_rope3d_fwd.backward("dq dk dq_weight dq_bias dk_weight dk_bias")
 def qk_norm_rope3d_bwd(
-    dq_out: Tensor,
-    dk_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor | None,
-    q_bias: Tensor | None,
-    k_weight: Tensor | None,
-    k_bias: Tensor | None,
-    positions: Tensor,
-    inv_freq: Tensor,
-    axis: Tensor,
-    eps: float,
-    norm: str,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dq_weight, dq_bias, dk_weight and dk_bias; an op returns no None, so the gradient
-    of a parameter that is None is an empty tensor."""
-    kernels = launchers("qk_norm_rope3d", backend)
-    inputs = q, k, q_weight, q_bias, k_weight, k_bias
-    return kernels.qk_norm_rope3d_bwd(dq_out, dk_out, *inputs, positions, inv_freq, axis, eps, norm)
-
-
-@qk_norm_rope3d_bwd.register_fake
-def _(dq_out, dk_out, q, k, q_weight, q_bias, k_weight, k_bias, *rest):
-    inputs = q, k, q_weight, q_bias, k_weight, k_bias
-    none = q.new_empty(0, dtype=torch.float32)
-    return tuple(none.clone() if x is None else x.new_empty(x.shape) for x in inputs)
-
-
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.eps, ctx.norm, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx, dq_out, dk_out):
-    inputs = ctx.saved_tensors
-    grads = qk_norm_rope3d_bwd(dq_out, dk_out, *inputs, ctx.eps, ctx.norm, ctx.backend)
-    present = (None if x is None else grad for x, grad in zip(inputs, grads, strict=False))
-    return *present, None, None, None, None, None, None
-
-
-qk_norm_rope3d_fwd.register_autograd(_backward, setup_context=_setup_context)
+    dq_out, dk_out, q, k, q_weight, q_bias, k_weight, k_bias, positions, inv_freq, axis, eps, norm
+):
+    return like(q, k, q_weight, q_bias, k_weight, k_bias)

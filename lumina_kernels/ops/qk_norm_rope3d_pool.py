@@ -1,10 +1,14 @@
 """Normalised, rotated queries beside keys that are that and averaged over windows, and values."""
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
-from lumina_kernels.backend import launchers, resolve
-from lumina_kernels.ops.context_drop import check_context_drop, context_drop_ref, windows_of
+from lumina_kernels.axes import Frequencies, Heads, PooledHeads, Positions, Vector, Windows
+from lumina_kernels.backend import resolve
+from lumina_kernels.kernel_op import kernel_op, like
+from lumina_kernels.ops.context_drop import check_context_drop, context_drop_ref, pooled
 from lumina_kernels.ops.qk_norm_rope3d import NORMS, check_qk_norm, qk_norm_rope3d_ref
 from lumina_kernels.ops.rope3d import check_rope3d
 
@@ -46,7 +50,7 @@ def qk_norm_rope3d_pool(
         key_mask: True for keys that count, (B, L) bool.
         eps: added to the mean square.
         norm: "layer_across_heads", "rms_per_head" or "rms_across_heads".
-        backend: None takes the best one there is; see `lumina_kernels.backend`.
+        backend: None takes the best one available; see `lumina_kernels.backend`.
 
     Returns:
         q, normalised and rotated, (B, L, H, K); pooled k, that and averaged over the valid tokens
@@ -82,95 +86,20 @@ def qk_norm_rope3d_pool_ref(
     return q_out.to(q.dtype), k_out.to(k.dtype), v_out.to(v.dtype), mask, counts
 
 
-# Registered at import, so that torch.compile knows shapes and gradients before any kernel exists.
-
-
-@torch.library.custom_op("lumina_kernels::qk_norm_rope3d_pool_fwd", mutates_args=())
+@kernel_op("q_out k_out v_out mask counts", over="B")
 def qk_norm_rope3d_pool_fwd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_weight: Tensor | None,
-    q_bias: Tensor | None,
-    k_weight: Tensor | None,
-    k_bias: Tensor | None,
-    positions: Tensor,
-    inv_freq: Tensor,
-    axis: Tensor,
-    grid: list[int],
-    factor: int,
-    key_mask: Tensor | None,
-    eps: float,
-    norm: str,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """q; pooled k and v, their mask and counts."""
-    kernels = launchers("qk_norm_rope3d_pool", backend)
-    inputs = q, k, v, q_weight, q_bias, k_weight, k_bias, positions, inv_freq, axis
-    return kernels.qk_norm_rope3d_pool_fwd(*inputs, grid, factor, key_mask, eps, norm)
+    q: Heads, k: Heads, v: Heads, q_weight: Vector | None, q_bias: Vector | None,
+    k_weight: Vector | None, k_bias: Vector | None, positions: Positions, inv_freq: Frequencies,
+    axis: Tensor, grid: list[int], factor: int, key_mask: Annotated[Tensor, "B L"] | None,
+    eps: float, norm: str,
+) -> tuple[Heads, PooledHeads, PooledHeads, Windows, Windows]:  # fmt: skip
+    return *like(q), *pooled(k, v, grid, factor)
 
 
-@qk_norm_rope3d_pool_fwd.register_fake
-def _(q, k, v, a, b, c, d, positions, inv_freq, axis, grid, factor, *rest):
-    B, _, G, K = k.shape
-    windows = windows_of(grid, factor)
-    k_out, v_out = k.new_empty(B, windows, G, K), v.new_empty(B, windows, G, K)
-    mask = k.new_empty(B, windows, dtype=torch.bool)
-    counts = k.new_empty(B, windows, dtype=torch.float32)
-    return q.new_empty(q.shape), k_out, v_out, mask, counts
-
-
-@torch.library.custom_op("lumina_kernels::qk_norm_rope3d_pool_bwd", mutates_args=())
+@qk_norm_rope3d_pool_fwd.backward("dq dk dv dq_weight dq_bias dk_weight dk_bias")
 def qk_norm_rope3d_pool_bwd(
-    dq_out: Tensor,
-    dk_out: Tensor,
-    dv_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor | None,
-    q_bias: Tensor | None,
-    k_weight: Tensor | None,
-    k_bias: Tensor | None,
-    positions: Tensor,
-    inv_freq: Tensor,
-    axis: Tensor,
-    counts: Tensor,
-    grid: list[int],
-    factor: int,
-    key_mask: Tensor | None,
-    eps: float,
-    norm: str,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv, and the gradients of the parameters, an empty tensor for None."""
-    kernels = launchers("qk_norm_rope3d_pool", backend)
-    douts, parameters = (dq_out, dk_out, dv_out), (q_weight, q_bias, k_weight, k_bias)
-    inputs = q, k, *parameters, positions, inv_freq, axis, counts
-    return kernels.qk_norm_rope3d_pool_bwd(*douts, *inputs, grid, factor, key_mask, eps, norm)
-
-
-@qk_norm_rope3d_pool_bwd.register_fake
-def _(dq_out, dk_out, dv_out, q, k, q_weight, q_bias, k_weight, k_bias, *rest):
-    none = q.new_empty(0, dtype=torch.float32)
-    parameters = q_weight, q_bias, k_weight, k_bias
-    grads = (none.clone() if x is None else x.new_empty(x.shape) for x in parameters)
-    return q.new_empty(q.shape), k.new_empty(k.shape), dv_out.new_empty(k.shape), *grads
-
-
-def _setup_context(ctx, inputs, output):
-    q, k, _, *tensors, ctx.grid, ctx.factor, key_mask, ctx.eps, ctx.norm, ctx.backend = inputs
-    *_, mask, counts = output
-    ctx.mark_non_differentiable(mask, counts)
-    ctx.save_for_backward(q, k, *tensors, counts, key_mask)
-
-
-def _backward(ctx, dq_out, dk_out, dv_out, *_):
-    *tensors, key_mask = ctx.saved_tensors
-    rest = ctx.grid, ctx.factor, key_mask, ctx.eps, ctx.norm, ctx.backend
-    dq, dk, dv, *grads = qk_norm_rope3d_pool_bwd(dq_out, dk_out, dv_out, *tensors, *rest)
-    parameters = zip(tensors[2:6], grads, strict=True)
-    present = (None if parameter is None else grad for parameter, grad in parameters)
-    return dq, dk, dv, *present, *(None,) * 9
-
-
-qk_norm_rope3d_pool_fwd.register_autograd(_backward, setup_context=_setup_context)
+    dq_out, dk_out, dv_out, q, k, q_weight, q_bias, k_weight, k_bias, positions, inv_freq, axis,
+    counts, grid, factor, key_mask, eps, norm,
+):  # fmt: skip
+    dv = dv_out.new_empty(k.shape)
+    return *like(q, k), dv, *like(q_weight, q_bias, k_weight, k_bias)

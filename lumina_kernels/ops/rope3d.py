@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
-from lumina_kernels.backend import launchers, resolve
-from lumina_kernels.ops._checks import check_axes, check_float, check_same_dtype, check_shape
+from lumina_kernels.axes import Frequencies, Heads, Positions
+from lumina_kernels.backend import resolve
+from lumina_kernels.checks import check_axes, check_float, check_same_dtype, check_shape
+from lumina_kernels.kernel_op import kernel_op, like
 
 BACKENDS = ("triton", "cuda", "cpu")
 
@@ -21,9 +23,9 @@ def rope3d(
     """Rotate pair j, the channels (2j, 2j + 1), by phi_j = positions[..., axis[j]] * inv_freq[j].
 
     (a, b) becomes (a cos phi - b sin phi, a sin phi + b cos phi): RoPE (arXiv 2104.09864, Eq. 34)
-    with a coordinate of its own for every pair. `axis` says how the axes share the pairs: 1, 2, 1,
-    2, ... for Lumina-Next images, t, h, w in turn for its video, blocks for Lumina-Image 2.0, Flux
-    and Wan.
+    in which each pair has its own coordinate. `axis` assigns the pairs to the axes: 1, 2, 1, 2, ...
+    for Lumina-Next images, t, h, w alternating for its video, blocks for Lumina-Image 2.0, Flux and
+    Wan.
 
     Args:
         q: queries, (B, L, H, K), K even.
@@ -31,19 +33,18 @@ def rope3d(
         positions: columns (t, h, w), (L, 3) or (B, L, 3), integer or float, in tokens.
         inv_freq: radians per position, (K/2,), or (B, K/2) where each sample has its own.
         axis: column of `positions` that pair j reads, (K/2,), int32 or int64 in {0, 1, 2}.
-        backend: None takes the best one there is; see `lumina_kernels.backend`.
+        backend: None takes the best one available; see `lumina_kernels.backend`.
 
     Returns:
         q and k rotated, shapes and dtype kept. Angles and rotation are float32 (float64 for
         float64), rounded once.
 
     Raises:
-        ValueError: a shape or device does not fit q, or there is no such backend.
-        TypeError: a dtype is not as above.
-        NotImplementedError: positions or inv_freq asks for a gradient and `backend` names a
-            kernel: they differentiate q and k alone. None takes the definition then.
-        RuntimeError, or the device's own failure: an entry of axis is not 0, 1 or 2. The kernels
-            give NaN for it.
+        ValueError, TypeError: a shape, device or dtype is not as above.
+        NotImplementedError: positions or inv_freq requires a gradient and `backend` names a kernel,
+            which differentiates q and k alone; None takes the definition then.
+        RuntimeError, or a failure of the device: an entry of axis is not 0, 1 or 2. The kernels
+            return NaN for it.
     """
     check_rope3d(q, k, positions, inv_freq, axis)
     backend = resolve(backend, BACKENDS, q, k, positions=positions, inv_freq=inv_freq)
@@ -89,40 +90,13 @@ def check_heads(q: Tensor, k: Tensor) -> None:
         raise ValueError(f"q must have an even head_dim to rotate pairs, got {K}")
 
 
-# Registered at import, so that torch.compile knows shapes and gradients before any kernel exists.
-
-
-@torch.library.custom_op("lumina_kernels::rope3d_fwd", mutates_args=())
+@kernel_op("q_out k_out", over="B L H")
 def rope3d_fwd(
-    q: Tensor, k: Tensor, positions: Tensor, inv_freq: Tensor, axis: Tensor, backend: str
-) -> tuple[Tensor, Tensor]:
-    """q and k rotated."""
-    kernels = launchers("rope3d", backend)
-    return kernels.rope3d_fwd(q, k, positions, inv_freq, axis)
+    q: Heads, k: Heads, positions: Positions, inv_freq: Frequencies, axis: Tensor
+) -> tuple[Heads, Heads]:
+    return like(q, k)
 
 
-@torch.library.custom_op("lumina_kernels::rope3d_bwd", mutates_args=())
-def rope3d_bwd(
-    dq_out: Tensor, dk_out: Tensor, positions: Tensor, inv_freq: Tensor, axis: Tensor, backend: str
-) -> tuple[Tensor, Tensor]:
-    """dq and dk: the gradients of the outputs, rotated back."""
-    kernels = launchers("rope3d", backend)
-    return kernels.rope3d_bwd(dq_out, dk_out, positions, inv_freq, axis)
-
-
-@rope3d_fwd.register_fake
-@rope3d_bwd.register_fake
-def _(q, k, positions, inv_freq, axis, backend):
-    return q.new_empty(q.shape), k.new_empty(k.shape)
-
-
-def _setup_context(ctx, inputs, output):
-    *_, ctx.backend = inputs
-    ctx.save_for_backward(*inputs[2:5])
-
-
-def _backward(ctx, dq_out, dk_out):
-    return *rope3d_bwd(dq_out, dk_out, *ctx.saved_tensors, ctx.backend), None, None, None, None
-
-
-rope3d_fwd.register_autograd(_backward, setup_context=_setup_context)
+@rope3d_fwd.backward("dq dk")
+def rope3d_bwd(dq_out, dk_out, positions, inv_freq, axis):
+    return like(dq_out, dk_out)

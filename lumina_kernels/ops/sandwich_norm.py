@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
-from lumina_kernels.backend import launchers, resolve
-from lumina_kernels.ops._checks import check_axes, check_float
+from lumina_kernels.axes import Modulation, Rows, RowStatistic, Vector
+from lumina_kernels.backend import resolve
+from lumina_kernels.checks import check_axes, check_float
+from lumina_kernels.kernel_op import kernel_op, like
 from lumina_kernels.ops.norm_modulate import norm_modulate_ref, per_token
 
 BACKENDS = ("triton", "cuda", "cpu")
@@ -28,17 +30,16 @@ def sandwich_norm(
         residual: input of that layer, (B, L, D).
         weight: RMSNorm scale, (D,).
         gate: adaLN gate before the tanh, one row per sample, (B, D), or per token, (B, L, D).
-            Strided views, as `chunk` gives them, are fine.
+            Strided views, as from `chunk`, are fine.
         eps: added to the mean square.
-        backend: None takes the best one there is; see `lumina_kernels.backend`.
+        backend: None takes the best one available; see `lumina_kernels.backend`.
 
     Returns:
         (B, L, D) in residual.dtype (y may have another). The arithmetic is float32 (float64 for
         float64), rounded once.
 
     Raises:
-        ValueError: a shape or device does not fit y, or there is no such backend.
-        TypeError: an argument is not a floating-point tensor.
+        ValueError, TypeError: a shape, device or dtype is not as above.
     """
     check_sandwich(y, residual, weight, gate)
     backend = resolve(backend, BACKENDS, y, residual, weight, gate)
@@ -64,47 +65,13 @@ def check_sandwich(y: Tensor, residual: Tensor, weight: Tensor, gate: Tensor) ->
     check_float("gate", gate, y.device, (B, D), (B, L, D))
 
 
-# Registered at import, so that torch.compile knows shapes and gradients before any kernel exists.
-
-
-@torch.library.custom_op("lumina_kernels::sandwich_norm_fwd", mutates_args=())
+@kernel_op("out rstd", over="B L")
 def sandwich_norm_fwd(
-    y: Tensor, residual: Tensor, weight: Tensor, gate: Tensor, eps: float, backend: str
-) -> tuple[Tensor, Tensor]:
-    """The output, and rstd (B, L) float32, which the gradient needs."""
-    kernels = launchers("sandwich_norm", backend)
-    return kernels.sandwich_norm_fwd(y, residual, weight, gate, eps)
-
-
-@sandwich_norm_fwd.register_fake
-def _(y, residual, weight, gate, eps, backend):
+    y: Rows, residual: Rows, weight: Vector, gate: Modulation, eps: float
+) -> tuple[Rows, RowStatistic]:
     return residual.new_empty(y.shape), y.new_empty(y.shape[:2], dtype=torch.float32)
 
 
-@torch.library.custom_op("lumina_kernels::sandwich_norm_bwd", mutates_args=())
-def sandwich_norm_bwd(
-    dout: Tensor, y: Tensor, weight: Tensor, gate: Tensor, rstd: Tensor, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dy, dweight and dgate; the gradient of the residual is dout itself."""
-    kernels = launchers("sandwich_norm", backend)
-    return kernels.sandwich_norm_bwd(dout, y, weight, gate, rstd)
-
-
-@sandwich_norm_bwd.register_fake
-def _(dout, y, weight, gate, rstd, backend):
-    return y.new_empty(y.shape), weight.new_empty(weight.shape), gate.new_empty(gate.shape)
-
-
-def _setup_context(ctx, inputs, output):
-    y, _, weight, gate, _, ctx.backend = inputs
-    rstd = output[1]
-    ctx.mark_non_differentiable(rstd)
-    ctx.save_for_backward(y, weight, gate, rstd)
-
-
-def _backward(ctx, dout, _):
-    dy, dweight, dgate = sandwich_norm_bwd(dout, *ctx.saved_tensors, ctx.backend)
-    return dy, dout, dweight, dgate, None, None
-
-
-sandwich_norm_fwd.register_autograd(_backward, setup_context=_setup_context)
+@sandwich_norm_fwd.backward("dy dweight dgate", residual="dout")
+def sandwich_norm_bwd(dout, y, weight, gate, rstd):
+    return like(y, weight, gate)

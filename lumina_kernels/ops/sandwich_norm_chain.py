@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from lumina_kernels.backend import launchers, resolve
-from lumina_kernels.ops._checks import check_float
-from lumina_kernels.ops._gradients import fake_like, from_outputs, to_outputs
+from lumina_kernels.axes import Modulation, Rows, RowStatistic, Vector
+from lumina_kernels.backend import resolve
+from lumina_kernels.checks import check_float
+from lumina_kernels.kernel_op import kernel_op, like
 from lumina_kernels.ops.norm_modulate import norm_modulate_ref
 from lumina_kernels.ops.sandwich_norm import check_sandwich, sandwich_norm_ref
 
@@ -26,8 +27,8 @@ def sandwich_norm_chain(
     """Return new = residual + tanh(gate) * rms_norm(y) * weight, and the next sub-layer's input
     normed = rms_norm(new) * next_weight * (1 + next_scale); None leaves its factor out.
 
-    `normed` comes from the float32 row of `new` before that row is rounded, so in 16 bits it is
-    nearer to the exact value than `norm_modulate(new, ...)`. Both are formulas of Lumina-Next's
+    `normed` is computed from the float32 row of `new`, before that row is rounded, so in 16 bits it
+    is closer to the exact value than `norm_modulate(new, ...)`. Both are formulas of Lumina-Next's
     block (arXiv 2406.18583).
 
     Args:
@@ -38,15 +39,14 @@ def sandwich_norm_chain(
         next_weight: scale of the next pre-norm, (D,), or None.
         next_scale: adaLN scale of the next sub-layer, (B, D) or (B, L, D), or None.
         eps: added to both mean squares.
-        backend: None takes the best one there is; see `lumina_kernels.backend`.
+        backend: None takes the best one available; see `lumina_kernels.backend`.
 
     Returns:
         (new, normed), each (B, L, D) in residual.dtype (y may have another). The arithmetic is
         float32 (float64 for float64), each output rounded once.
 
     Raises:
-        ValueError: a shape or device does not fit y, or there is no such backend.
-        TypeError: an argument is not a floating-point tensor.
+        ValueError, TypeError: a shape, device or dtype is not as above.
     """
     check_sandwich(y, residual, weight, gate)
     B, L, D = y.shape
@@ -69,67 +69,17 @@ def sandwich_norm_chain_ref(y, residual, weight, gate, next_weight, next_scale, 
     return new.to(residual.dtype), normed.to(residual.dtype)
 
 
-# Registered at import, so that torch.compile knows shapes and gradients before any kernel exists.
-
-
-@torch.library.custom_op("lumina_kernels::sandwich_norm_chain_fwd", mutates_args=())
+@kernel_op("new normed rstd next_rstd", over="B L")
 def sandwich_norm_chain_fwd(
-    y: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    gate: Tensor,
-    next_weight: Tensor | None,
-    next_scale: Tensor | None,
-    eps: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """new and normed, and rstd of either norm, (B, L) float32, which the gradients need."""
-    kernels = launchers("sandwich_norm_chain", backend)
-    return kernels.sandwich_norm_chain_fwd(y, residual, weight, gate, next_weight, next_scale, eps)
+    y: Rows, residual: Rows, weight: Vector, gate: Modulation, next_weight: Vector | None,
+    next_scale: Modulation | None, eps: float,
+) -> tuple[Rows, Rows, RowStatistic, RowStatistic]:  # fmt: skip
+    rstd, next_rstd = (y.new_empty(y.shape[:2], dtype=torch.float32) for _ in range(2))
+    return *like(residual, residual), rstd, next_rstd
 
 
-@sandwich_norm_chain_fwd.register_fake
-def _(y, residual, weight, gate, next_weight, next_scale, eps, backend):
-    outs = (residual.new_empty(y.shape) for _ in range(2))
-    return *outs, *(y.new_empty(y.shape[:2], dtype=torch.float32) for _ in range(2))
-
-
-@torch.library.custom_op("lumina_kernels::sandwich_norm_chain_bwd", mutates_args=())
+@sandwich_norm_chain_fwd.backward("dy dresidual dweight dgate dnext_weight dnext_scale")
 def sandwich_norm_chain_bwd(
-    dnew: Tensor,
-    dnormed: Tensor,
-    y: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    gate: Tensor,
-    next_weight: Tensor | None,
-    next_scale: Tensor | None,
-    rstd: Tensor,
-    next_rstd: Tensor,
-    backend: str,
-) -> list[Tensor]:
-    """The gradients of all six tensors."""
-    kernels = launchers("sandwich_norm_chain", backend)
-    grads = kernels.sandwich_norm_chain_bwd(
-        dnew, dnormed, y, residual, weight, gate, next_weight, next_scale, rstd, next_rstd
-    )
-    return to_outputs(grads, y)
-
-
-@sandwich_norm_chain_bwd.register_fake
-def _(dnew, dnormed, y, residual, weight, gate, next_weight, next_scale, rstd, next_rstd, backend):
-    return fake_like(y, residual, weight, gate, next_weight, next_scale)
-
-
-def _setup_context(ctx, inputs, output):
-    *tensors, _, ctx.backend = inputs
-    ctx.mark_non_differentiable(*output[2:])
-    ctx.save_for_backward(*tensors, *output[2:])
-
-
-def _backward(ctx, dnew, dnormed, *_):
-    grads = sandwich_norm_chain_bwd(dnew, dnormed, *ctx.saved_tensors, ctx.backend)
-    return *from_outputs(grads, ctx.saved_tensors[:6]), None, None
-
-
-sandwich_norm_chain_fwd.register_autograd(_backward, setup_context=_setup_context)
+    dnew, dnormed, y, residual, weight, gate, next_weight, next_scale, rstd, next_rstd
+):
+    return like(y, residual, weight, gate, next_weight, next_scale)

@@ -1,13 +1,17 @@
 """The gate of a SwiGLU feed-forward layer."""
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lumina_kernels.backend import launchers, resolve
-from lumina_kernels.ops._checks import check_float, check_floating, check_same_dtype
+from lumina_kernels.backend import resolve
+from lumina_kernels.checks import check_float, check_floating, check_same_dtype
+from lumina_kernels.kernel_op import kernel_op, like
 
 BACKENDS = ("triton", "cuda", "cpu")
+Any = Annotated[Tensor, "..."]
 
 
 def swiglu(a: Tensor, b: Tensor, *, backend: str | None = None) -> Tensor:
@@ -16,17 +20,15 @@ def swiglu(a: Tensor, b: Tensor, *, backend: str | None = None) -> Tensor:
     SwiGLU of Shazeer (arXiv 2002.05202) after its two projections: w2(swiglu(w1 x, w3 x)).
 
     Args:
-        a: gate projection, (B, L, F) or any other shape. Strided views, as `chunk` gives them, are
-            fine.
+        a: gate projection, (B, L, F) or any other shape; strided views, as from `chunk`, are fine.
         b: value projection, same shape and dtype.
-        backend: None takes the best one there is; see `lumina_kernels.backend`.
+        backend: None takes the best one available; see `lumina_kernels.backend`.
 
     Returns:
         shaped as a, in a.dtype. The arithmetic is float32 (float64 for float64), rounded once.
 
     Raises:
-        ValueError: the shapes or devices differ, or there is no such backend.
-        TypeError: an argument is not a floating-point tensor, or the dtypes differ.
+        ValueError, TypeError: the shapes, devices or dtypes differ, or a dtype is not floating.
     """
     check_floating("a", a)
     check_float("b", b, a.device, tuple(a.shape))
@@ -41,40 +43,11 @@ def swiglu_ref(a, b):
     return (F.silu(a.to(acc)) * b.to(acc)).to(a.dtype)
 
 
-# Registered at import, so that torch.compile knows shapes and gradients before any kernel exists.
-
-
-@torch.library.custom_op("lumina_kernels::swiglu_fwd", mutates_args=())
-def swiglu_fwd(a: Tensor, b: Tensor, backend: str) -> Tensor:
-    """The output, contiguous."""
-    kernels = launchers("swiglu", backend)
-    return kernels.swiglu_fwd(a, b)
-
-
-@swiglu_fwd.register_fake
-def _(a, b, backend):
+@kernel_op("out", over="...")
+def swiglu_fwd(a: Any, b: Any) -> Any:
     return a.new_empty(a.shape)
 
 
-@torch.library.custom_op("lumina_kernels::swiglu_bwd", mutates_args=())
-def swiglu_bwd(dout: Tensor, a: Tensor, b: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    """da and db."""
-    kernels = launchers("swiglu", backend)
-    return kernels.swiglu_bwd(dout, a, b)
-
-
-@swiglu_bwd.register_fake
-def _(dout, a, b, backend):
-    return a.new_empty(a.shape), b.new_empty(b.shape)
-
-
-def _setup_context(ctx, inputs, output):
-    a, b, ctx.backend = inputs
-    ctx.save_for_backward(a, b)
-
-
-def _backward(ctx, dout):
-    return *swiglu_bwd(dout, *ctx.saved_tensors, ctx.backend), None
-
-
-swiglu_fwd.register_autograd(_backward, setup_context=_setup_context)
+@swiglu_fwd.backward("da db")
+def swiglu_bwd(dout, a, b):
+    return like(a, b)

@@ -7,10 +7,14 @@ import re
 import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 
 import torch
 from torch.utils.cpp_extension import include_paths, library_paths
+
+from lumina_kernels.kernel_op import KernelOp
+from lumina_kernels.ops import OPS
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
@@ -54,7 +58,7 @@ def kernel_names() -> set[str]:
 def load() -> Host:
     """The ops of all csrc/*.cu under `torch.ops.lumina_kernels_cuda_host`, on CPU tensors."""
     sources = [p for p in sorted(CSRC.glob("*.cu")) if p.stem != "extension"]  # Python's module
-    _define([source.stem for source in sources])
+    _define()
     return Host(build(sources, CSRC))
 
 
@@ -99,15 +103,11 @@ def _digest(*parts):
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-def _define(ops):
-    """The schemas of `lumina_kernels_cpp`, out of the sources that define them."""
+def _define():
+    """The schemas of `lumina_kernels_cpp`, which the kernels' declarations have."""
     library = torch.library.Library(NAMESPACE, "DEF")
     _define.library = library  # its end would undefine them
-    for op in ops:
-        for schema in _schemas(op) if (CSRC / f"{op}.cpp").exists() else ():
-            library.define(schema)
-
-
-def _schemas(op):
-    strings = re.findall(r'm\.def\(\s*((?:"[^"]*"\s*)+)\)', (CSRC / f"{op}.cpp").read_text())
-    return ["".join(re.findall(r'"([^"]*)"', string)) for string in strings]
+    for op in OPS:
+        for declared in vars(import_module(f"lumina_kernels.ops.{op}")).values():
+            if isinstance(declared, KernelOp):
+                library.define(declared.schema)

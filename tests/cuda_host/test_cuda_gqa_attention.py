@@ -304,7 +304,7 @@ def test_registration_and_compile():
     assert len(graphs) == 1
     half = to(inputs, torch.float16)
     args = [half[n] for n in inputs]
-    torch.library.opcheck(gqa_attention_fwd, (*args, None, True, "cuda"))
+    torch.library.opcheck(gqa_attention_fwd.overload, (*args, None, True, "cuda"))
 
 
 def test_ldmatrix_has_no_bank_conflicts(cuda_host):  # noqa: F811

@@ -1,0 +1,228 @@
+"""One declaration per kernel: its annotated signature is the schema, its body the fake."""
+
+import inspect
+from collections.abc import Callable
+from types import UnionType
+from typing import Annotated, Union, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from lumina_kernels import backend
+from lumina_kernels.when_imported import when_imported
+
+# Kept for the life of the process: a library that is freed takes its ops with it.
+_PUBLIC = torch.library.Library("lumina_kernels", "FRAGMENT")
+_NATIVE = torch.library.Library("lumina_kernels_cpp", "FRAGMENT")
+
+
+def kernel_op(outputs: str, over: str = "") -> Callable[[Callable], "KernelOp"]:
+    """Declare the forward kernel of an op.
+
+        Rows = Annotated[Tensor, "B L D"]
+
+        @kernel_op("out", over="B L")
+        def scale_fwd(x: Rows, weight: Annotated[Tensor, "D"]) -> Rows:
+            return x.new_empty(x.shape)
+
+        @scale_fwd.backward("dx dweight")
+        def scale_bwd(dout, x, weight):
+            return like(x, weight)
+
+    Args:
+        outputs: names of the results, separated by spaces.
+        over: dimensions along which DTensor may split the op, by the letters of the annotations.
+    """
+
+    def declare(fake: Callable) -> KernelOp:
+        hints = get_type_hints(fake, include_extras=True)
+        result = hints.pop("return")
+        results = get_args(result) if get_origin(result) is tuple else (result,)
+        return KernelOp(fake, hints, dict(zip(outputs.split(), results, strict=True)), over)
+
+    return declare
+
+
+def like(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Contiguous results, without values, with the shapes and dtypes of `tensors`."""
+    return tuple(None if x is None else x.new_empty(x.shape) for x in tensors)
+
+
+class KernelOp:
+    """`lumina_kernels::<name>`, the op that autograd, torch.compile and DTensor see.
+
+    Its last argument is the name of the backend, whose function of the same name it runs.
+    `lumina_kernels_cpp::<name>`, the same op without that argument, is what C++ and CUDA implement
+    (`m.impl`). Both get the schema and the fake from here.
+
+    An op returns no None: a result that is absent, as a fake or a Triton launcher may return it, is
+    an empty float32 tensor. Made by `kernel_op` and `KernelOp.backward`.
+    """
+
+    def __init__(self, fake: Callable, inputs: dict, outputs: dict, over: str):
+        self.name, self.inputs, self.outputs, self.over = fake.__name__, inputs, outputs, over
+        self._fake, self._gradient = fake, None
+        self.wants = any(name.startswith("needs_") for name in inputs)
+        self._op_file = fake.__module__.rpartition(".")[2]
+        arguments, results = _schema(inputs, outputs)
+        self.schema = f"{self.name}({arguments}) -> {results}"
+        _NATIVE.define(self.schema)
+        _NATIVE._register_fake(self.name, self.fake)
+        tag = torch.Tag.pt2_compliant_tag
+        _PUBLIC.define(f"{self.name}({arguments}, str backend) -> {results}", tags=(tag,))
+        _PUBLIC.impl(self.name, self._run, "CompositeExplicitAutograd")
+        _PUBLIC._register_fake(self.name, lambda *args: self.fake(*args[:-1]))
+        torch.library.register_autograd(
+            f"lumina_kernels::{self.name}", self._backward, setup_context=self._keep, lib=_PUBLIC
+        )
+        self.overload = getattr(torch.ops.lumina_kernels, self.name).default
+        when_imported("torch.distributed.tensor", self._declare_sharding)
+
+    def __call__(self, *args):
+        return self.overload(*args)
+
+    def fake(self, *args):
+        """Results without values."""
+        return _without_none(self._fake(*args), args[0])
+
+    def _run(self, *args):
+        *inputs, name = args
+        if forward_ad._current_level >= 0:
+            self._refuse_tangents(inputs)
+        launch = getattr(backend.launchers(self._op_file, name), self.name)
+        return _without_none(launch(*inputs), inputs[0])
+
+    def _refuse_tangents(self, inputs) -> None:
+        if any(isinstance(x, Tensor) and backend.has_tangent(x) for x in inputs):
+            raise NotImplementedError(
+                f"{self.name} has no forward-mode derivative, backend='torch' has"
+            )
+
+    def backward(self, outputs: str, **same: str) -> Callable[[Callable], "KernelOp"]:
+        """Declare the kernel that computes the gradients of this op, and that it does.
+
+        The parameters of the decorated fake say by name what the kernel needs, with the types they
+        have in the forward: inputs and results of the forward, which are kept for it, `d<result>`
+        for the gradient of a result (None where an optional one is absent), `needs_<input>` for
+        whether that input wants a gradient. A result whose gradient nobody needs is not
+        differentiable.
+
+        Args:
+            outputs: names of the results, `d<input>`.
+            same: input -> name of the parameter that is its gradient as it is.
+        """
+        known = self.inputs | self.outputs
+        known |= {f"d{name}": hint for name, hint in known.items()}
+        known |= {f"needs_{name}": bool for name in self.inputs}
+
+        def declare(fake: Callable) -> KernelOp:
+            inputs = {name: known[name] for name in inspect.signature(fake).parameters}
+            results = {name: known[name] for name in outputs.split()}
+            self._gradient = KernelOp(fake, inputs, results, self.over)
+            self._same = same
+            values = (*self.inputs, "backend", *self.outputs)
+            self._kept = [i for i, name in enumerate(values) if name in (*inputs, "backend")]
+            self._fixed = [i for i, name in enumerate(self.outputs) if f"d{name}" not in inputs]
+            self._kept_names = [values[i] for i in self._kept]
+            return self._gradient
+
+        return declare
+
+    def _keep(self, ctx, inputs, output):
+        """Save what the backward needs."""
+        if self._gradient is None:
+            return
+        outputs = output if isinstance(output, tuple) else (output,)
+        values = (*inputs, *outputs)
+        kept = [values[i] for i in self._kept]
+        ctx.mark_non_differentiable(*[outputs[i] for i in self._fixed])
+        ctx.save_for_backward(*[x if isinstance(x, Tensor) else None for x in kept])
+        ctx.constants = [None if isinstance(x, Tensor) else x for x in kept]
+        ctx.is_absent = [x is None for x in inputs]
+        ctx.outputs_absent = [x.shape == _ABSENT for x in outputs]
+
+    def _backward(self, ctx, *douts):
+        if self._gradient is None:
+            raise NotImplementedError(f"{self.name} has no gradient, backend='torch' has")
+        saved = ctx.saved_tensors  # read once: checkpointing refuses, or computes, a second time
+        kept = [c if x is None else x for x, c in zip(saved, ctx.constants, strict=True)]
+        values = dict(zip(self._kept_names, kept, strict=True))
+        for name, dout, absent in zip(self.outputs, douts, ctx.outputs_absent, strict=True):
+            optional = absent and _is_optional(self.outputs[name])
+            values[f"d{name}"] = None if optional else dout
+        op = self._gradient
+        if op.wants:
+            asked = zip(self.inputs, ctx.needs_input_grad, strict=False)
+            values |= {f"needs_{name}": needed for name, needed in asked}
+        results = op(*[values[name] for name in op.inputs], values["backend"])
+        results = results if isinstance(results, tuple) else (results,)
+        grads = dict(zip(op.outputs, results, strict=True))
+        grads |= {f"d{name}": values[source] for name, source in self._same.items()}
+        names = zip((*self.inputs, "backend"), ctx.is_absent, strict=True)
+        return tuple([None if absent else grads.get(f"d{name}") for name, absent in names])
+
+    def flops(self, formula: Callable) -> Callable:
+        """Decorate what `torch.utils.flop_counter` counts: a function of the shapes of the inputs,
+        as its `register_flop_formula` wants it."""
+
+        def register():
+            from torch.utils.flop_counter import register_flop_formula
+
+            register_flop_formula(self.overload.overloadpacket)(formula)
+
+        when_imported("torch.utils.flop_counter", register)
+        return formula
+
+    def _declare_sharding(self) -> None:
+        from lumina_kernels.sharding import declare
+
+        declare(self)
+
+
+_ABSENT = (0,)
+
+
+def _without_none(results, first: Tensor):
+    if isinstance(results, Tensor):
+        return results
+    return tuple(
+        [first.new_empty(_ABSENT, dtype=torch.float32) if x is None else x for x in results]
+    )
+
+
+def _schema(inputs: dict, outputs: dict) -> tuple[str, str]:
+    """The arguments and the results of an op, in the schema language of PyTorch."""
+    parameters = [
+        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=_plain(hint))
+        for name, hint in inputs.items()
+    ]
+    results = tuple(Tensor for _ in outputs)
+
+    def prototype():
+        pass
+
+    prototype.__signature__ = inspect.Signature(
+        parameters,
+        return_annotation=Tensor if len(results) == 1 else tuple[results],
+    )
+    arguments, results = torch.library.infer_schema(prototype, mutates_args=()).split(" -> ")
+    return arguments[1:-1], results
+
+
+def _is_optional(hint) -> bool:
+    return get_origin(hint) in (Union, UnionType)
+
+
+def _plain(hint):
+    """The type without the letters of its dimensions."""
+    if _is_optional(hint):
+        return _plain(next(x for x in get_args(hint) if x is not type(None))) | None
+    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
+
+
+def axes_of(hint) -> str | None:
+    """The letters of the dimensions of a tensor, "B L D"; None where nothing says them."""
+    if _is_optional(hint):
+        hint = next(x for x in get_args(hint) if x is not type(None))
+    return hint.__metadata__[0] if get_origin(hint) is Annotated else None
