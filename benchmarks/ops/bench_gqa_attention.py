@@ -11,6 +11,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 import lumina_kernels as lk
 from benchmarks.harness.case import Case, Unavailable, as_tuple, ours
 from benchmarks.harness.shapes import BACKWARD_SHAPES, CPU, CUDA, LUMINA_NEXT, OP_SHAPES, QUARTER
+from lumina_kernels.ops.gqa_attention import gqa_attention_flops
 
 SHAPES = (
     # 515 GFLOP take seconds on a CPU.
@@ -53,6 +54,8 @@ def case(shape, device) -> Case:
         return lambda: first_that_runs([with_text(z) for z in make(*arguments)], inputs)
 
     numbers = 2 * B * L * (H + G) * K + 2 * B * T * G * K + H * shape.text
+    unmasked, text = (B, keys, G, K), (B, T, G, K)
+    flops = gqa_attention_flops(inputs["q"].shape, unmasked, unmasked, None, None, text)
     return Case(
         inputs=inputs,
         ours=ours(gqa_attention, device),
@@ -66,7 +69,7 @@ def case(shape, device) -> Case:
         },
         not_equivalent=("sage",),  # its matrix products are in 8 bits
         bytes=None if shape.backward else numbers * inputs["q"].itemsize + (keys < L) * B * L,
-        flops=None if shape.backward else 4 * B * H * L * (keys + T) * K,
+        flops=None if shape.backward else flops,
         backward=shape.backward,
     )
 
