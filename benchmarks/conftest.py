@@ -72,7 +72,7 @@ def pytest_collection_modifyitems(items):
 
 
 def variants_of(module, shape, device) -> tuple[str, ...]:
-    """The file's own `variants`, if it compares something else than implementations, or the usual
+    """The file's own `variants`, if it compares something other than implementations, or the usual
     ones."""
     if hasattr(module, "variants"):
         return module.variants(shape)

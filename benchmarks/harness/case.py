@@ -29,11 +29,12 @@ class Case:
         ours: variant -> function.
         eager: the function as users of PyTorch write it.
         bytes: what a fused kernel moves, that is, each input read once and each output written
-            once; None where bytes are not the limit.
-        flops: FLOPs of the matrix products, without masked keys; None where there are none.
+            once; None where they are not counted.
+        flops: FLOPs of the matrix products, without masked keys; None where there are none, or they
+            are not counted.
         peers: variant -> function without arguments that returns the function. It raises
             Unavailable or ImportError where the peer cannot run.
-        not_equivalent: variants that compute something else than eager does. Their results are not
+        not_equivalent: variants that compute something other than eager does. Their results are not
             compared, and the bytes and FLOPs of the case are not theirs.
         model: a whole network. It is timed as a user calls it, not as a replayed CUDA graph.
         backward: include the gradients of all floating-point inputs.

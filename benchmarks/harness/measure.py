@@ -123,10 +123,8 @@ def matmul_columns(row: Row, flops: int | None, device: str) -> dict:
     """Rates of the variant's matrix products, which take `flops`, and of a large one."""
     if flops is None:
         return dict.fromkeys(("flops", "TFLOP/s", "matmul TFLOP/s", "of matmul"))
-    rate, ceiling = (
-        flops / row.median,
-        2 * matmul_size(device) ** 3 / statistics.median(row.ceilings[MATMUL]),
-    )
+    rate = flops / row.median
+    ceiling = 2 * matmul_size(device) ** 3 / statistics.median(row.ceilings[MATMUL])
     return {
         "flops": flops,
         "TFLOP/s": rate / 1e12,
