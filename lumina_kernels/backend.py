@@ -14,11 +14,15 @@ BACKENDS = ("torch", "triton", "cuda", "cpu")
 # Type of device that a backend's tensors must be on.
 DEVICES = {"triton": "cuda", "cuda": "cuda", "cpu": "cpu"}
 
+# What `backend=None` prefers; an op that measures otherwise gives `resolve` an order of its own.
+BEST_FIRST = ("triton", "cuda", "cpu")
+
 # Process-wide choice, read once; a call's own `backend=` still wins. An empty value is unset.
 DEFAULT = os.environ.get("LUMINA_KERNELS_BACKEND") or None
 
-# Triton's interpreter runs the kernels on the CPU, slowly. It is never taken unasked.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# Backends that an emulator runs on the CPU, slowly, for tests: taken by name only. Triton brings an
+# interpreter.
+EMULATED = {"triton"} if os.environ.get("TRITON_INTERPRET") == "1" else set()
 
 # Backend -> why this process does not have it.
 MISSING: dict[str, str] = {}
@@ -70,7 +74,7 @@ def resolve(
             forward-mode derivative, which None takes "torch" for.
     """
     wanted = _first_that_wants_a_gradient(constants)
-    forward_mode = _any_tangent((*tensors, *constants.values()))
+    forward_mode = any_tangent((*tensors, *constants.values()))
     asked = f"backend {backend!r}"
     if backend is None and DEFAULT is None:
         for name in implemented:
@@ -90,7 +94,7 @@ def resolve(
     if backend in MISSING:
         raise RuntimeError(f"{asked} is not available here: {MISSING[backend]}")
     device = tensors[0].device.type
-    if device != DEVICES[backend] and not (backend == "triton" and INTERPRETED):
+    if device != DEVICES[backend] and not (device == "cpu" and backend in EMULATED):
         hint = " (or TRITON_INTERPRET=1, for tests)" if backend == "triton" else ""
         raise ValueError(f"{asked} needs tensors on {DEVICES[backend]}{hint}, got {device}")
     if _any_float64(tensors):
@@ -115,15 +119,12 @@ def _first_that_wants_a_gradient(constants) -> str | None:
     return None
 
 
-def has_tangent(tensor: Tensor) -> bool:
-    """Whether forward-mode AD follows the tensor; to be asked inside a dual level only."""
-    return forward_ad.unpack_dual(tensor).tangent is not None
-
-
-def _any_tangent(tensors) -> bool:
+def any_tangent(values) -> bool:
+    """Whether forward-mode AD follows a tensor among `values`."""
     if forward_ad._current_level < 0:
         return False
-    return any(isinstance(tensor, Tensor) and has_tangent(tensor) for tensor in tensors)
+    tensors = (x for x in values if isinstance(x, Tensor))
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 def _any_float64(tensors) -> bool:

@@ -7,7 +7,7 @@ from typing import Annotated, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch._library.autograd import Info, make_autograd_impl
 
 from lumina_kernels import backend
 from lumina_kernels.when_imported import when_imported
@@ -64,6 +64,7 @@ class KernelOp:
         self.name, self.inputs, self.outputs, self.over = fake.__name__, inputs, outputs, over
         self._fake, self._gradient = fake, None
         self.wants = any(name.startswith("needs_") for name in inputs)
+        self.__module__ = fake.__module__
         self._op_file = fake.__module__.rpartition(".")[2]
         arguments, results = _schema(inputs, outputs)
         self.schema = f"{self.name}({arguments}) -> {results}"
@@ -73,14 +74,24 @@ class KernelOp:
         _PUBLIC.define(f"{self.name}({arguments}, str backend) -> {results}", tags=(tag,))
         _PUBLIC.impl(self.name, self._run, "CompositeExplicitAutograd")
         _PUBLIC._register_fake(self.name, lambda *args: self.fake(*args[:-1]))
-        torch.library.register_autograd(
-            f"lumina_kernels::{self.name}", self._backward, setup_context=self._keep, lib=_PUBLIC
-        )
         self.overload = getattr(torch.ops.lumina_kernels, self.name).default
+        # As torch.library.register_autograd does, which would drop tangents without a word.
+        self._reverse_mode = make_autograd_impl(self.overload, Info(self._backward, self._keep))
+        _PUBLIC.impl(self.name, self._autograd, "Autograd", with_keyset=True)
         when_imported("torch.distributed.tensor", self._declare_sharding)
 
     def __call__(self, *args):
         return self.overload(*args)
+
+    def __reduce__(self):
+        return self.name  # as a function: copies and pickles are the op itself
+
+    @property
+    def differentiable(self) -> frozenset[str]:
+        """Names of the inputs that have a gradient."""
+        if self._gradient is None:
+            return frozenset()
+        return frozenset((*(name[1:] for name in self._gradient.outputs), *self._same))
 
     def fake(self, *args):
         """Results without values."""
@@ -88,16 +99,15 @@ class KernelOp:
 
     def _run(self, *args):
         *inputs, name = args
-        if forward_ad._current_level >= 0:
-            self._refuse_tangents(inputs)
         launch = getattr(backend.launchers(self._op_file, name), self.name)
         return _without_none(launch(*inputs), inputs[0])
 
-    def _refuse_tangents(self, inputs) -> None:
-        if any(isinstance(x, Tensor) and backend.has_tangent(x) for x in inputs):
+    def _autograd(self, keyset, *args):
+        if backend.any_tangent(args):
             raise NotImplementedError(
                 f"{self.name} has no forward-mode derivative, backend='torch' has"
             )
+        return self._reverse_mode(keyset, *args)
 
     def backward(self, outputs: str, **same: str) -> Callable[[Callable], "KernelOp"]:
         """Declare the kernel that computes the gradients of this op, and that it does.

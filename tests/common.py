@@ -1,5 +1,6 @@
 """What the tests of all ops share: the accuracy rule, gradients, the compile check."""
 
+import shutil
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
@@ -12,11 +13,11 @@ from lumina_kernels.backend import MISSING
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Kernels that can run here: on a CPU Triton's run in its interpreter.
+# Kernels that can run here: on a CPU Triton's run in its interpreter and CUDA's on the host.
 BACKENDS = tuple(
     name
-    for name in (("triton", "cuda") if DEVICE == "cuda" else ("triton", "cpu"))
-    if name not in MISSING
+    for name in (("triton", "cuda") if DEVICE == "cuda" else ("triton", "cpu", "cuda"))
+    if name not in MISSING or (name == "cuda" and DEVICE == "cpu" and shutil.which("g++"))
 )
 # Triton's interpreter cuts float32 off to bfloat16 instead of rounding it: on a CPU float16 stands
 # in for it.
@@ -45,10 +46,11 @@ def assert_as_accurate(name, out, low, high):
         assert error <= budget, f"{name}: {measure} error {error:.3g}, allowed {budget:.3g}"
 
 
-def run(fn, inputs):
-    """Outputs of fn(**inputs) and, for fixed cotangents, the gradients of its floating inputs."""
+def run(fn, inputs, wrt=None):
+    """Outputs of fn(**inputs) and, for fixed cotangents, the gradients of its floating inputs, or
+    of those named by `wrt`."""
     leaves = {
-        name: value.detach().requires_grad_() if _is_float(value) else value
+        name: value.detach().requires_grad_() if _is_leaf(name, value, wrt) else value
         for name, value in inputs.items()
     }
     outs = fn(**leaves)
@@ -58,11 +60,17 @@ def run(fn, inputs):
     # Whole eighths are the same number in every dtype.
     douts = [torch.arange(out.numel()).mul(7).remainder(17).sub(8).div(8) for out in differentiable]
     douts = [dout.view(out.shape).to(out) for dout, out in zip(douts, differentiable, strict=True)]
-    floats = {name: leaf for name, leaf in leaves.items() if _is_float(leaf)}
-    grads = torch.autograd.grad(
-        differentiable, list(floats.values()), douts, materialize_grads=True
-    )
-    return results | {f"d{name}": grad for name, grad in zip(floats, grads, strict=True)}
+    floats = {name: leaf for name, leaf in leaves.items() if _is_leaf(name, leaf, wrt)}
+    if not differentiable:
+        return results
+    torch.autograd.backward(differentiable, douts)
+    grads = {name: leaf.grad for name, leaf in floats.items()}
+    zeros = {name: torch.zeros_like(floats[name]) for name in grads if grads[name] is None}
+    return results | {f"d{name}": grad for name, grad in (grads | zeros).items()}
+
+
+def _is_leaf(name, value, wrt):
+    return is_float(value) and (wrt is None or name in wrt)
 
 
 def assert_same_in_float64(fn, independent, inputs):
@@ -76,8 +84,8 @@ def assert_same_in_float64(fn, independent, inputs):
 
 def assert_accurate(fn, eager, inputs, dtype):
     """`fn` keeps the accuracy rule in `dtype` on the float64 `inputs`, gradients included."""
-    rounded = {n: v.to(dtype) if _is_float(v) else v for n, v in inputs.items()}
-    widened = {n: v.double() if _is_float(v) else v for n, v in rounded.items()}
+    rounded = {n: v.to(dtype) if is_float(v) else v for n, v in inputs.items()}
+    widened = {n: v.double() if is_float(v) else v for n, v in rounded.items()}
     out, low, high = run(fn, rounded), run(eager, rounded), run(eager, widened)
     for name in high:
         assert_as_accurate(name, out[name], low[name], high[name])
@@ -131,13 +139,13 @@ class _Calls(TorchDispatchMode):
 
 
 def _leaf(arg, requires_grad):
-    if not _is_float(arg):
+    if not is_float(arg):
         return arg
     return arg.detach().clone().requires_grad_(requires_grad)
 
 
 def _to(value, dtype):
-    return value.to(dtype) if _is_float(value) else value
+    return value.to(dtype) if is_float(value) else value
 
 
 def _to_float32(inputs):
@@ -146,16 +154,16 @@ def _to_float32(inputs):
 
 def assert_strided_is_same(fn, inputs):
     """Views with gaps between the rows give what contiguous tensors give, in every bit."""
-    strided = {n: _with_gaps(v) if _is_float(v) else v for n, v in inputs.items()}
+    strided = {n: with_gaps(v) if is_float(v) else v for n, v in inputs.items()}
     assert_equal_results(run(fn, strided), run(fn, inputs))
 
 
-def assert_compiles(fn, *examples):
+def assert_compiles(fn, *examples, wrt=None):
     """One dynamic graph without breaks serves all `examples`, with the eager bits and gradients."""
     graphs = []
     fast = compiled(fn, graphs)
     for inputs in examples:
-        assert_equal_results(run(fast, inputs), run(fn, inputs))
+        assert_equal_results(run(fast, inputs, wrt), run(fn, inputs, wrt))
     assert len(graphs) == 1, f"{len(graphs)} graphs for {len(examples)} examples"
 
 
@@ -170,13 +178,13 @@ def compiled(fn, graphs):
     return torch.compile(fn, fullgraph=True, dynamic=True, backend=keep)
 
 
-def assert_threads_change_nothing(fn, inputs):
+def assert_threads_change_nothing(fn, inputs, wrt=None):
     """One, two and three threads give the same bits, gradients included."""
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append(run(fn, inputs))
+            results.append(run(fn, inputs, wrt))
     finally:
         torch.set_num_threads(threads)
     assert_equal_results(results[1], results[0])
@@ -202,11 +210,14 @@ def raises(error, match, fn, inputs, **changed):
         fn(**{**inputs, **changed})
 
 
-def _is_float(value):
+def is_float(value):
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
-def _with_gaps(tensor):
+def with_gaps(tensor):
+    """A view with the same values, whose rows do not follow each other; of a number, itself."""
+    if tensor.ndim == 0:
+        return tensor
     wide = torch.cat((tensor, torch.full_like(tensor, torch.nan)), -1)
     return wide[..., : tensor.shape[-1]]
 

@@ -55,9 +55,9 @@ def test_a_backend_is_taken_or_refused(monkeypatch):
 
 
 def test_triton_on_a_cpu_is_the_interpreter(monkeypatch):
-    monkeypatch.setattr(backend, "INTERPRETED", True)
+    monkeypatch.setattr(backend, "EMULATED", {"triton"})
     assert resolve("triton", ("triton",), HERE) == "triton"
-    monkeypatch.setattr(backend, "INTERPRETED", False)
+    monkeypatch.setattr(backend, "EMULATED", set())
     with pytest.raises(ValueError, match="needs tensors on cuda .or TRITON_INTERPRET=1.*, got cpu"):
         resolve("triton", ("triton",), HERE)
 
@@ -80,7 +80,7 @@ def test_the_default_is_for_calls_that_name_none(monkeypatch):
 
 @pytest.mark.parametrize("name", ("triton", "cpu"))
 def test_kernels_do_not_differentiate_constants(name, monkeypatch):
-    monkeypatch.setattr(backend, "INTERPRETED", True)
+    monkeypatch.setattr(backend, "EMULATED", {"triton"})
     constant = torch.ones(2, requires_grad=True)
     assert resolve(None, ("cpu",), HERE, cos=constant) == "torch"
     assert resolve(None, ("cpu",), HERE, cos=constant.detach(), weight=1.0, k=None) == "cpu"

@@ -7,7 +7,7 @@ from lumina_kernels import backend, doctor
 
 def test_it_says_what_each_op_takes_and_why_not_another(monkeypatch):
     monkeypatch.setattr(backend, "DEFAULT", None)
-    monkeypatch.setattr(backend, "INTERPRETED", False)
+    monkeypatch.setattr(backend, "EMULATED", set())
     monkeypatch.setattr(backend, "MISSING", {})
     text = doctor.report()
     assert torch.__version__ in text

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from triton.runtime import driver
 
-from lumina_kernels.backend import INTERPRETED
+from lumina_kernels.backend import EMULATED
 from lumina_kernels.triton._rows import blocks
 from lumina_kernels.triton._tune import AUTOTUNE, fastest, magnitude
 from lumina_kernels.triton.gqa_attention_bwd import (
@@ -174,7 +174,7 @@ def _config(kind: str, K: int, dtype: torch.dtype, bias: bool, more: bool) -> di
     spilled register. BLOCK_M query rows, BLOCK_N keys; EDGE keys where there is masking; SCAN tiles
     of BLOCK_N keys to a word of bits. `more`: takes more registers, for another reason than a bias.
     """
-    arch = 0 if INTERPRETED else driver.active.get_current_target().arch
+    arch = 0 if "triton" in EMULATED else driver.active.get_current_target().arch
     return _config_on(arch, kind, K, dtype, bias, more)
 
 

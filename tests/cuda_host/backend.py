@@ -21,7 +21,7 @@ def cuda_on_host():
         return getattr(torch.ops, NAMESPACE) if name == "cuda" else found(op, name)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(backend.DEVICES, "cuda", "cpu")
+        patch.setattr(backend, "EMULATED", {*backend.EMULATED, "cuda"})
         patch.delitem(backend.MISSING, "cuda", raising=False)
         patch.setattr(backend, "launchers", launchers)
         yield host
