@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lumina_kernels.triton._rope import (
+from lumina_kernels.triton._rotation import (
     add,
     cut,
     heads_of,
@@ -18,7 +18,7 @@ from lumina_kernels.triton._rope import (
     store_row,
     zeros,
 )
-from lumina_kernels.triton._rows import blocks
+from lumina_kernels.triton._tiles import blocks
 
 
 @triton.jit

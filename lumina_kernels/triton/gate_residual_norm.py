@@ -5,14 +5,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lumina_kernels.triton._modulation import (
+from lumina_kernels.triton._norm import (
     modulate,
     modulate_bwd,
     modulation_grads,
     norm_bwd,
     store_sums,
 )
-from lumina_kernels.triton._rows import (
+from lumina_kernels.triton._tiles import (
     backward_tile,
     blocks,
     contiguous,

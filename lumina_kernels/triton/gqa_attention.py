@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.runtime import driver
 
 from lumina_kernels.backend import INTERPRETED
-from lumina_kernels.triton._rows import blocks
+from lumina_kernels.triton._tiles import blocks
 from lumina_kernels.triton._tune import AUTOTUNE, fastest, magnitude
 from lumina_kernels.triton.gqa_attention_bwd import (
     gqa_attention_dkv_kernel,

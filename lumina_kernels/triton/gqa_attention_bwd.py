@@ -18,7 +18,7 @@ Kept besides inputs and output: those 8 bits a value (16-bit dtypes only) and tw
 import triton
 import triton.language as tl
 
-from lumina_kernels.triton.gqa_attention_tiles import (
+from lumina_kernels.triton.gqa_attention_walk import (
     LOG2E,
     add_product,
     bias_tile,

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from lumina_kernels.triton.gqa_attention_tiles import (
+from lumina_kernels.triton.gqa_attention_walk import (
     add_parts,
     add_product,
     bias_tile,

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lumina_kernels.triton._modulation import sum_partials
-from lumina_kernels.triton._rope import (
+from lumina_kernels.triton._norm import sum_partials
+from lumina_kernels.triton._rotation import (
     add,
     cut,
     frequencies_of,
@@ -32,7 +32,7 @@ from lumina_kernels.triton._rope import (
     turns_of,
     zeros,
 )
-from lumina_kernels.triton._rows import blocks, contiguous
+from lumina_kernels.triton._tiles import blocks, contiguous
 from lumina_kernels.triton.context_drop import mask_of, window_of
 
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lumina_kernels.triton._rope import (
+from lumina_kernels.triton._rotation import (
     add,
     cut,
     frequencies_of,
@@ -26,7 +26,7 @@ from lumina_kernels.triton._rope import (
     turns_of,
     zeros,
 )
-from lumina_kernels.triton._rows import contiguous
+from lumina_kernels.triton._tiles import contiguous
 from lumina_kernels.triton.context_drop import (
     context_drop_bwd,
     mask_of,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lumina_kernels.triton._rope import (
+from lumina_kernels.triton._rotation import (
     cut,
     heads_of,
     in_units,

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lumina_kernels.triton._rows import blocks, program_chunk, rows_of
+from lumina_kernels.triton._tiles import blocks, program_chunk, rows_of
 
 BLOCK = 1024  # 8 values a lane: 16 bytes in 16 bits
 

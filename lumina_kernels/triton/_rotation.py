@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lumina_kernels.triton._rows import blocks
+from lumina_kernels.triton._tiles import blocks
 
 
 @cache

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lumina_kernels.triton._rows import (
+from lumina_kernels.triton._tiles import (
     blocks,
     contiguous,
     load_modulation,
