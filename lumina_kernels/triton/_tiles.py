@@ -1,88 +1,43 @@
-"""What the kernels over rows of D values share.
+"""Tiles: two-dimensional values of any size, held in registers as a tuple of Triton blocks.
 
-A row is held as two parts of LO and HI values, powers of two as Triton asks for: 2304 is
-2048 + 256, where the next power of two would idle 44 % of the lanes. Rows are numbered within a
-sample.
+A Triton block has sides that are powers of two. Rounding 72 columns up to 128, or 2304 up to 4096,
+would idle 44 % of the lanes, so a tile cuts its sides: 72 columns are a block of 64 and one of 8.
+The cuts of a side are a constexpr tuple of (start, width), named after the side: DS cuts D, KS cuts
+K, HS and GS cut the heads H and G. The blocks of a tile are listed one band of rows after another.
+A last block may overhang its side; that padding is loaded as zeros and never stored.
+
+Tensors with strides come as tuples, (pointer, stride of b, of l, ...); see `_arguments`.
 """
 
 from functools import cache
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 
 @cache
-def forward_tile(D: int) -> dict:
-    """Sizes of the tile of rows that a program of a forward holds, up to 80 values a lane.
-
-    Several rows share the modulation that a program loads, and where a part of one row is too
-    narrow for its warps to read 16 bytes a lane, that part of several rows is not.
-    """
-    LO, HI = _parts(D)
-    num_warps, ROWS = 4, 1
-    while LO + HI > 80 * 32 * num_warps and num_warps < 16:
-        num_warps *= 2
-    while 2 * ROWS * (LO + HI) <= 80 * 32 * num_warps and ROWS < 64:
-        ROWS *= 2
-    return {"D": D, "LO": LO, "HI": HI, "ROWS": ROWS, "num_warps": num_warps}
-
-
-@cache
-def backward_tile(D: int) -> dict:
-    """The same of a backward: one row at a time, as sums over rows and four to six tensors share
-    the registers, up to 20 values a lane. Left alone, ptxas spills one or two of these to fit one
-    more program on a processor."""
-    LO, HI = _parts(D)
-    num_warps = 1
-    while LO + HI > 20 * 32 * num_warps and num_warps < 16:
-        num_warps *= 2
-    maxnreg = min(255, 65536 // (32 * num_warps))
-    return {"D": D, "LO": LO, "HI": HI, "num_warps": num_warps, "maxnreg": maxnreg}
-
-
-def rows_per_program(rows: int) -> int:
-    """How many of all rows a program of a backward adds up before it writes its partial sums: so
-    many that the sums are a small part of the traffic, unless there are too few rows to keep a GPU
-    busy."""
-    return 16 if rows >= 4096 else 4
+def cut(n: int) -> tuple[tuple[int, int], ...]:
+    """(start, width) of the fewest powers of two that hold n values with at most n/10 idle."""
+    cuts, start = (), 0
+    while True:
+        padded = 1 << (n - start - 1).bit_length()
+        if (start + padded) * 10 <= n * 11:
+            return (*cuts, (start, padded))
+        width = 1 << (n - start).bit_length() - 1
+        cuts, start = (*cuts, (start, width)), start + width
 
 
 def blocks(count: int, size: int) -> int:
-    """How many blocks of `size` hold `count`; triton.cdiv takes the host 2 us."""
+    """Number of blocks of `size` that hold `count`; triton.cdiv takes the host 2 us."""
     return -(-count // size)
 
 
-def _parts(D: int) -> tuple[int, int]:
-    LO = 1 << max(D - 1, 1).bit_length() - 1
-    return LO, 1 << max(D - LO - 1, 0).bit_length()
-
-
-def rows_of(tensor: Tensor | None) -> tuple[Tensor | None, int, int | None]:
-    """A (B, L, D) or (B, D) tensor with no gaps within its rows, and its steps in b and l; the
-    latter is None for one row per sample."""
-    if tensor is None:
-        return None, 0, None
-    if tensor.stride(-1) != 1:
-        tensor = tensor.contiguous()
-    return tensor, tensor.stride(0), None if tensor.ndim == 2 else tensor.stride(1)
-
-
-def contiguous(vector: Tensor | None) -> Tensor | None:
-    """The same, and None for None."""
-    return None if vector is None else vector.contiguous()
-
-
-@triton.jit
-def program_rows(L, ROWS: tl.constexpr):
-    """The sample of this program, and its rows in that sample, (ROWS, 1)."""
-    b, first = program_chunk(L, ROWS)
-    return b, first + tl.arange(0, ROWS)[:, None]
+# Which part of the work is this program's.
 
 
 @triton.jit
 def program_chunk(L, chunk):
-    """The sample of this program, and the first of its `chunk` rows (or values) in it."""
+    """This program's sample, and the first of its `chunk` rows (or values) there."""
     chunks = tl.cdiv(L, chunk)
     program = tl.program_id(0).to(tl.int64)
     b = program // chunks
@@ -90,93 +45,290 @@ def program_chunk(L, chunk):
 
 
 @triton.jit
-def _part(rows, L, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
-    """Columns of one part, and which of its values there are."""
-    columns = START + tl.arange(0, WIDTH)[None, :]
-    there = rows < L
-    if START + WIDTH > D:
-        there = there & (columns < D)
-    return columns, there
+def program_rows(L, ROWS: tl.constexpr):
+    """This program's sample, and its rows there, (ROWS, 1)."""
+    b, first = program_chunk(L, ROWS)
+    return b, first + tl.arange(0, ROWS)[:, None]
 
 
 @triton.jit
-def load_rows(ptr, step, rows, L, LO: tl.constexpr, HI: tl.constexpr, D: tl.constexpr):
-    """Both parts of some rows in float32, zeros where there is nothing."""
-    columns, there = _part(rows, L, 0, LO, D)
-    lo = tl.load(ptr + rows * step + columns, mask=there, other=0.0)
-    columns, there = _part(rows, L, LO, HI, D)
-    hi = tl.load(ptr + rows * step + columns, mask=there, other=0.0)
-    return lo.to(tl.float32), hi.to(tl.float32)
+def split_token(number, L):
+    """Of a token numbered through all samples: that number, its sample, and its number there, as
+    int64."""
+    b = number // L
+    return number.to(tl.int64), b.to(tl.int64), (number - b * L).to(tl.int64)
+
+
+# Loads and stores.
 
 
 @triton.jit
-def load_vector(ptr, LO: tl.constexpr, HI: tl.constexpr, D: tl.constexpr):
-    """Both parts of D values in float32, (1, LO) and (1, HI)."""
-    return load_rows(ptr, 0, tl.zeros((1, 1), tl.int64), 1, LO, HI, D)
-
-
-@triton.jit
-def load_modulation(ptr, step, rows, L, LO: tl.constexpr, HI: tl.constexpr, D: tl.constexpr):
-    """Both parts of a modulation in float32: of one row where a sample has one."""
-    if step is None:
-        return load_vector(ptr, LO, HI, D)
+def _mask_columns(mask, columns, N):
+    """`mask` of rows, None for all of them, without the columns from N on."""
+    if mask is None:
+        return columns < N
     else:
-        return load_rows(ptr, step, rows, L, LO, HI, D)
+        return mask & (columns < N)
 
 
 @triton.jit
-def store_rows(ptr, lo, hi, rows, L, LO: tl.constexpr, HI: tl.constexpr, D: tl.constexpr):
-    """Both parts to a contiguous (L, D), rounded to its dtype."""
-    columns, there = _part(rows, L, 0, LO, D)
-    tl.store(ptr + rows * D + columns, lo.to(ptr.dtype.element_ty), mask=there)
-    columns, there = _part(rows, L, LO, HI, D)
-    tl.store(ptr + rows * D + columns, hi.to(ptr.dtype.element_ty), mask=there)
+def load_tile(ptr, rows, mask, N: tl.constexpr, NS: tl.constexpr):
+    """One band of rows of N values, in their own dtype. `rows`: offsets of the rows from `ptr`,
+    (M, 1) or a number. Rows outside `mask`, (M, 1), are zeros; None: there are none."""
+    tile = ()
+    for j in tl.static_range(len(NS)):
+        columns = NS[j][0] + tl.arange(0, NS[j][1])[None, :]
+        ptrs = ptr + rows + columns
+        if NS[j][0] + NS[j][1] > N:
+            tile = tile + (tl.load(ptrs, mask=_mask_columns(mask, columns, N), other=0.0),)
+        elif mask is None:
+            tile = tile + (tl.load(ptrs),)
+        else:
+            tile = tile + (tl.load(ptrs, mask=mask, other=0.0),)
+    return tile
 
 
 @triton.jit
-def row_sum(lo, hi):
-    """Sums over the rows, (ROWS, 1)."""
-    return (tl.sum(lo, 1) + tl.sum(hi, 1))[:, None]
+def store_tile(ptr, tile, rows, mask, N: tl.constexpr, NS: tl.constexpr):
+    """The reverse of `load_tile`, rounded to the dtype of `ptr`."""
+    for j in tl.static_range(len(NS)):
+        columns = NS[j][0] + tl.arange(0, NS[j][1])[None, :]
+        block = tile[j].to(ptr.dtype.element_ty)
+        ptrs = ptr + rows + columns
+        if NS[j][0] + NS[j][1] > N:
+            tl.store(ptrs, block, mask=_mask_columns(mask, columns, N))
+        else:
+            tl.store(ptrs, block, mask=mask)
 
 
 @triton.jit
-def tanh(x):
-    """(1 - e) / (1 + e) with e = exp(-2|x|); near 0, where 1 - e cancels, the Padé approximant
-    [5/4], 3e-9 off at most."""
-    size = tl.abs(x)
-    e = tl.exp(-2.0 * size)
-    square = x * x
-    near = size < 0.6
-    above = tl.where(near, size * (945 + square * (105 + square)), 1 - e)
-    below = tl.where(near, 945 + square * (420 + square * 15), 1 + e)
-    return tl.where(x < 0, -above, above) / below
+def load_vector(ptr, N: tl.constexpr, NS: tl.constexpr):
+    """N values in float32, as one row."""
+    return to_float32(load_tile(ptr, 0, None, N, NS))
 
 
 @triton.jit
-def _normalise_part(
-    x, mean, rstd, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, LAYER: tl.constexpr
+def load_rows(x, b, rows, L, D: tl.constexpr, DS: tl.constexpr):
+    """Rows of a (B, L, D) tensor in float32, zeros from L on. Of a (B, D) tensor, whose stride of l
+    is None, the one row of the sample."""
+    ptr, stride_b, stride_l = x
+    ptr += b * stride_b
+    if stride_l is None:
+        return load_vector(ptr, D, DS)
+    else:
+        return to_float32(load_tile(ptr, rows * stride_l, rows < L, D, DS))
+
+
+@triton.jit
+def store_rows(ptr, tile, b, rows, L, D: tl.constexpr, DS: tl.constexpr):
+    """Rows of a contiguous (B, L, D) tensor."""
+    store_tile(ptr + b * L * D, tile, rows * D, rows < L, D, DS)
+
+
+@triton.jit
+def load_row_values(ptr, b, rows, L):
+    """One value per row, of a contiguous (B, L) tensor."""
+    return tl.load(ptr + b * L + rows, mask=rows < L, other=0.0)
+
+
+@triton.jit
+def store_row_values(ptr, values, b, rows, L):
+    """The reverse of `load_row_values`."""
+    tl.store(ptr + b * L + rows, values, mask=rows < L)
+
+
+@triton.jit
+def load_heads(
+    ptr, stride, H: tl.constexpr, K: tl.constexpr, HS: tl.constexpr, KS: tl.constexpr, valid=None
 ):
-    if LAYER:
-        x = x - mean
-        if START + WIDTH > D:
-            x = tl.where(START + tl.arange(0, WIDTH)[None, :] < D, x, 0.0)
-    return x * rstd
+    """H rows of K values, `stride` apart, in float32; zeros where not `valid`."""
+    tile = ()
+    for i in tl.static_range(len(HS)):
+        h = HS[i][0] + tl.arange(0, HS[i][1])[:, None]
+        if valid is not None:
+            mask = h < tl.where(valid, H, 0)  # `& valid` fails in the interpreter
+            tile = tile + load_tile(ptr, h * stride, mask, K, KS)
+        elif HS[i][0] + HS[i][1] > H:
+            tile = tile + load_tile(ptr, h * stride, h < H, K, KS)
+        else:
+            tile = tile + load_tile(ptr, h * stride, None, K, KS)
+    return to_float32(tile)
 
 
 @triton.jit
-def normalise(
-    lo, hi, mean, rstd, LO: tl.constexpr, HI: tl.constexpr, D: tl.constexpr, LAYER: tl.constexpr
+def store_heads(
+    ptr, tile, stride, H: tl.constexpr, K: tl.constexpr, HS: tl.constexpr, KS: tl.constexpr
 ):
-    """(x - mean) * rstd, or x * rstd; 0 beyond column D."""
-    lo = _normalise_part(lo, mean, rstd, 0, LO, D, LAYER)
-    return lo, _normalise_part(hi, mean, rstd, LO, HI, D, LAYER)
+    """The reverse of `load_heads`."""
+    for i in tl.static_range(len(HS)):
+        h = HS[i][0] + tl.arange(0, HS[i][1])[:, None]
+        if HS[i][0] + HS[i][1] > H:
+            store_tile(ptr, band(tile, i, KS), h * stride, h < H, K, KS)
+        else:
+            store_tile(ptr, band(tile, i, KS), h * stride, None, K, KS)
 
 
 @triton.jit
-def norm_statistics(
-    lo, hi, eps, LO: tl.constexpr, HI: tl.constexpr, D: tl.constexpr, LAYER: tl.constexpr
+def load_token(
+    x, b, index, UNIT: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
+    HS: tl.constexpr, KS: tl.constexpr, valid=None,
+):  # fmt: skip
+    """All heads of one token of a (B, L, H, K) tensor, whose strides come in units of UNIT."""
+    ptr, stride_b, stride_l, stride_h = x
+    ptr += (b * stride_b + index * stride_l) * UNIT
+    return load_heads(ptr, stride_h * UNIT, H, K, HS, KS, valid)
+
+
+@triton.jit
+def store_token(
+    ptr, tile, number, H: tl.constexpr, K: tl.constexpr, HS: tl.constexpr, KS: tl.constexpr
 ):
-    """mean (0 for an RMS norm) and 1 / sqrt(mean square + eps) of the rows, (ROWS, 1)."""
-    mean = row_sum(lo, hi) / D if LAYER else tl.zeros((lo.shape[0], 1), tl.float32)
-    lo, hi = normalise(lo, hi, mean, 1.0, LO, HI, D, LAYER)
-    return mean, tl.rsqrt(row_sum(lo * lo, hi * hi) / D + eps)
+    """All heads of one token of a contiguous tensor."""
+    store_heads(ptr + number * (H * K), tile, K, H, K, HS, KS)
+
+
+@triton.jit
+def load_valid(mask, b, index):
+    """Whether token `index` of sample b is valid."""
+    ptr, stride_b, stride_l = mask
+    return tl.load(ptr + b * stride_b + index * stride_l) != 0
+
+
+# Arithmetic, block by block.
+
+
+@triton.jit
+def zeros(HS: tl.constexpr, KS: tl.constexpr):
+    """A tile of float32 zeros."""
+    tile = ()
+    for i in tl.static_range(len(HS)):
+        for j in tl.static_range(len(KS)):
+            tile = tile + (tl.full((HS[i][1], KS[j][1]), 0.0, tl.float32),)
+    return tile
+
+
+@triton.jit
+def zero_row(DS: tl.constexpr):
+    """One row of float32 zeros."""
+    return zeros(((0, 1),), DS)
+
+
+@triton.jit
+def band(tile, i: tl.constexpr, KS: tl.constexpr):
+    """The blocks of band i of rows."""
+    blocks = ()
+    for j in tl.static_range(len(KS)):
+        blocks = blocks + (tile[i * len(KS) + j],)
+    return blocks
+
+
+@triton.jit
+def to_float32(tile):
+    """The tile in float32."""
+    out = ()
+    for n in tl.static_range(len(tile)):
+        out = out + (tile[n].to(tl.float32),)
+    return out
+
+
+@triton.jit
+def add(a, b):
+    """a + b"""
+    out = ()
+    for n in tl.static_range(len(a)):
+        out = out + (a[n] + b[n],)
+    return out
+
+
+@triton.jit
+def subtract(a, b):
+    """a - b"""
+    out = ()
+    for n in tl.static_range(len(a)):
+        out = out + (a[n] - b[n],)
+    return out
+
+
+@triton.jit
+def multiply(a, b):
+    """a * b"""
+    out = ()
+    for n in tl.static_range(len(a)):
+        out = out + (a[n] * b[n],)
+    return out
+
+
+@triton.jit
+def shift_by(tile, value):
+    """tile + value, a number or (M, 1)."""
+    out = ()
+    for n in tl.static_range(len(tile)):
+        out = out + (tile[n] + value,)
+    return out
+
+
+@triton.jit
+def scale_by(tile, factor):
+    """tile * factor, a number or (M, 1)."""
+    out = ()
+    for n in tl.static_range(len(tile)):
+        out = out + (tile[n] * factor,)
+    return out
+
+
+@triton.jit
+def select(tile, valid):
+    """The tile where `valid`, a number or (M, 1), else zeros; all of it for None. A selection, as
+    what is not valid may be NaN."""
+    out = ()
+    for n in tl.static_range(len(tile)):
+        if valid is None:
+            out = out + (tile[n],)
+        else:
+            out = out + (tl.where(valid, tile[n], 0.0),)
+    return out
+
+
+@triton.jit
+def clear_padding(
+    tile, H: tl.constexpr, K: tl.constexpr, HS: tl.constexpr, KS: tl.constexpr
+):  # fmt: skip
+    """The tile with zeros from row H and from column K on."""
+    out = ()
+    for i in tl.static_range(len(HS)):
+        for j in tl.static_range(len(KS)):
+            block = tile[i * len(KS) + j]
+            if HS[i][0] + HS[i][1] > H:
+                block = tl.where(HS[i][0] + tl.arange(0, HS[i][1])[:, None] < H, block, 0.0)
+            if KS[j][0] + KS[j][1] > K:
+                block = tl.where(KS[j][0] + tl.arange(0, KS[j][1])[None, :] < K, block, 0.0)
+            out = out + (block,)
+    return out
+
+
+@triton.jit
+def sum_columns(tile):
+    """The sum of each row of one band, (M,)."""
+    total = tl.sum(tile[0], 1)
+    for j in tl.static_range(1, len(tile)):
+        total += tl.sum(tile[j], 1)
+    return total
+
+
+@triton.jit
+def dot_rows(a, b):
+    """a bᵀ of two bands, (rows of a, rows of b). ieee: float32 is not cut to tf32."""
+    out = tl.dot(a[0], tl.trans(b[0]), input_precision="ieee")
+    for j in tl.static_range(1, len(a)):
+        out = tl.dot(a[j], tl.trans(b[j]), out, input_precision="ieee")
+    return out
+
+
+@triton.jit
+def add_dot(acc, p, b):
+    """acc + p b, p a block that is rounded to the dtype of the band b."""
+    p = p.to(b[0].dtype)
+    out = ()
+    for j in tl.static_range(len(b)):
+        out = out + (tl.dot(p, b[j], acc[j], input_precision="ieee"),)
+    return out

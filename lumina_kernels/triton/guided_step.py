@@ -18,20 +18,21 @@ def guided_step_fwd_kernel(
     x + dt * cond for the others"""
     b, first = program_chunk(N, BLOCK)
     i = first + tl.arange(0, BLOCK)
-    there = i < N
-    x = tl.load(x_ptr + b * N + i, mask=there).to(tl.float32)
-    cond = tl.load(v_ptr + b * N + i, mask=there).to(tl.float32)
-    uncond = tl.load(v_ptr + (B + b) * N + i, mask=there).to(tl.float32)
+    mask = i < N
+    x = tl.load(x_ptr + b * N + i, mask=mask).to(tl.float32)
+    cond = tl.load(v_ptr + b * N + i, mask=mask).to(tl.float32)
+    uncond = tl.load(v_ptr + (B + b) * N + i, mask=mask).to(tl.float32)
     if weight_ptr is not None:
         weight = tl.load(weight_ptr).to(tl.float32)
     if dt_ptr is not None:
         dt = tl.load(dt_ptr).to(tl.float32)
     u = tl.where(i < guided, uncond + weight * (cond - uncond), cond)
-    tl.store(out_ptr + b * N + i, (x + dt * u).to(out_ptr.dtype.element_ty), mask=there)
+    tl.store(out_ptr + b * N + i, (x + dt * u).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def guided_step_fwd(x, v, weight, weight_value, dt, dt_value, channels) -> Tensor:
-    """Shaped as x. `weight` and `dt` are read on the device where they are tensors there."""
+    """The new state, shaped as x. `weight` and `dt`: tensors, which the kernel reads without the
+    host waiting for them, or None for the numbers beside them."""
     out = x.new_empty(x.shape)
     if out.numel() == 0:
         return out
