@@ -108,7 +108,9 @@ def inspect(op: str, arch: int, head_dim: int, dtype: str) -> list[dict]:
     from triton.runtime.errors import OutOfResources
 
     kernels = import_module(f"lumina_kernels.triton.{op}")
-    useful = head_dim / sum(kernels.head_parts(head_dim)) if hasattr(kernels, "head_parts") else 1.0
+    useful = 1.0
+    if hasattr(kernels, "head_cuts"):
+        useful = head_dim / sum(width for _, width in kernels.head_cuts(head_dim))
     rows = []
     for call, launch in kernels.aot_calls(head_dim, DTYPES[dtype]):
         with offline(arch) as compiled:

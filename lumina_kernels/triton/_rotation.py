@@ -60,7 +60,7 @@ def sincos(x):
 def cos_sin_of(
     positions, inv_freq, axis_ptr, b, index, SIGN: tl.constexpr, K: tl.constexpr, KS: tl.constexpr
 ):
-    """(cos, sin) of SIGN * position[axis[j]] * inv_freq[j], (1, .), for the pairs j of each cut of K.
+    """(cos, sin) of SIGN * position[axis[j]] * inv_freq[j] for the pairs j of a cut, one per cut.
 
     positions: (pointer, stride of b, of l, of the column); inv_freq: (pointer, stride of b). NaN
     where the axis is not 0, 1 or 2.

@@ -73,12 +73,13 @@ def _mask_columns(mask, columns, N):
 
 @triton.jit
 def load_tile(ptr, rows, mask, N: tl.constexpr, NS: tl.constexpr):
-    """One band of rows of N values, in their own dtype. `rows`: offsets of the rows from `ptr`,
-    (M, 1) or a number. Rows outside `mask`, (M, 1), are zeros; None: there are none."""
+    """One band of rows of N values, in their own dtype; zeros for rows outside `mask`, (M, 1), None
+    for all. They start at `ptr + rows`, both (M, 1) or one for all. The columns are added to `rows`
+    first, so that int32 offsets take no 64-bit registers where many tiles share them."""
     tile = ()
     for j in tl.static_range(len(NS)):
         columns = NS[j][0] + tl.arange(0, NS[j][1])[None, :]
-        ptrs = ptr + rows + columns
+        ptrs = ptr + (rows + columns)
         if NS[j][0] + NS[j][1] > N:
             tile = tile + (tl.load(ptrs, mask=_mask_columns(mask, columns, N), other=0.0),)
         elif mask is None:
@@ -94,7 +95,7 @@ def store_tile(ptr, tile, rows, mask, N: tl.constexpr, NS: tl.constexpr):
     for j in tl.static_range(len(NS)):
         columns = NS[j][0] + tl.arange(0, NS[j][1])[None, :]
         block = tile[j].to(ptr.dtype.element_ty)
-        ptrs = ptr + rows + columns
+        ptrs = ptr + (rows + columns)
         if NS[j][0] + NS[j][1] > N:
             tl.store(ptrs, block, mask=_mask_columns(mask, columns, N))
         else:
@@ -116,13 +117,13 @@ def load_rows(x, b, rows, L, D: tl.constexpr, DS: tl.constexpr):
     if stride_l is None:
         return load_vector(ptr, D, DS)
     else:
-        return to_float32(load_tile(ptr, rows * stride_l, rows < L, D, DS))
+        return to_float32(load_tile(ptr + rows * stride_l, 0, rows < L, D, DS))
 
 
 @triton.jit
 def store_rows(ptr, tile, b, rows, L, D: tl.constexpr, DS: tl.constexpr):
     """Rows of a contiguous (B, L, D) tensor."""
-    store_tile(ptr + b * L * D, tile, rows * D, rows < L, D, DS)
+    store_tile(ptr + b * L * D + rows * D, tile, 0, rows < L, D, DS)
 
 
 @triton.jit
@@ -147,11 +148,11 @@ def load_heads(
         h = HS[i][0] + tl.arange(0, HS[i][1])[:, None]
         if valid is not None:
             mask = h < tl.where(valid, H, 0)  # `& valid` fails in the interpreter
-            tile = tile + load_tile(ptr, h * stride, mask, K, KS)
+            tile = tile + load_tile(ptr + h * stride, 0, mask, K, KS)
         elif HS[i][0] + HS[i][1] > H:
-            tile = tile + load_tile(ptr, h * stride, h < H, K, KS)
+            tile = tile + load_tile(ptr + h * stride, 0, h < H, K, KS)
         else:
-            tile = tile + load_tile(ptr, h * stride, None, K, KS)
+            tile = tile + load_tile(ptr + h * stride, 0, None, K, KS)
     return to_float32(tile)
 
 
@@ -163,9 +164,9 @@ def store_heads(
     for i in tl.static_range(len(HS)):
         h = HS[i][0] + tl.arange(0, HS[i][1])[:, None]
         if HS[i][0] + HS[i][1] > H:
-            store_tile(ptr, band(tile, i, KS), h * stride, h < H, K, KS)
+            store_tile(ptr + h * stride, band(tile, i, KS), 0, h < H, K, KS)
         else:
-            store_tile(ptr, band(tile, i, KS), h * stride, None, K, KS)
+            store_tile(ptr + h * stride, band(tile, i, KS), 0, None, K, KS)
 
 
 @triton.jit

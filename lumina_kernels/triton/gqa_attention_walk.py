@@ -1,23 +1,21 @@
-"""What the forward and the backward kernels of gqa_attention share: rows, tiles, masks.
+"""What the forward and the backward kernels of gqa_attention share: query rows, keys, and the walk
+over the tiles of keys that have a valid one.
 
 Rows. The R = H / G query heads of one key/value head are packed with the tokens: row m is token
 m // R, head g*R + m % R. One tile of keys and values serves them all.
 
-head_dim. A tile is held as two parts of LO and HI columns, powers of two that tensor cores take
-(72 = 64 + 16, 96 = 64 + 32), where the next power of two would waste up to half of the products.
-Columns from K on are zeros and are never read. HI = 0: K is a power of two, there is one part.
-The parts are a tuple, (lo, hi) or (lo,).
+Branches. The keys of the tokens and those of the text come as tuples (k, v, mask, number of keys,
+scale): k and v are heads (pointer, stride of b, of l, of h), the mask is int8, (pointer, stride of
+b) or None, with the keys of a sample next to each other.
 
-Strides come divided by ALIGN, so that the compiler knows what they are multiples of: a head of 72
-values starts at a multiple of 16 bytes, but Triton by itself sees a stride that is not a multiple
-of 16 values and would read value by value.
-
-A tensor of heads comes as a tuple (pointer, step in b, in l, in h). Offsets within a tile are
-int32, which the launcher sees to; those of tiles are int64.
+Strides come in units of UNIT, see `_arguments.in_units`. Offsets within a tile are int32, which the
+launcher sees to; those of tiles are int64.
 """
 
 import triton
 import triton.language as tl
+
+from lumina_kernels.triton._tiles import load_tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -32,11 +30,11 @@ def program_block(blocks, G):
 
 @triton.jit
 def row_numbers(block, n_rows, axis: tl.constexpr, BLOCK: tl.constexpr):
-    """Numbers of this block's rows, (BLOCK,), and which of them there are.
+    """Numbers of this block's rows, (BLOCK,), and which of them exist.
 
-    Grids have one axis, so that program_id(1) and (2) are 0. That the compiler does not know: with
-    another `axis` it computes the numbers anew where they are needed again after a loop, and does
-    not keep them, and all that follows from them, in registers meanwhile.
+    Grids have one axis, so program_id(1) and (2) are 0, but the compiler does not know that. With
+    another `axis` after a loop it computes the numbers a second time there, instead of keeping
+    them, and all that follows from them, in registers through the loop.
     """
     rows = block * BLOCK + tl.arange(0, BLOCK)
     if axis:
@@ -45,224 +43,94 @@ def row_numbers(block, n_rows, axis: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def packed_rows(x, start, b, g, R: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
-    """Pointer and offsets (BLOCK,) of the rows from `start` on of a tensor of query heads."""
-    ptr, step_b, step_l, step_h = x
+def load_queries(
+    x, start, mask, b, g, R: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
+    K: tl.constexpr, KS: tl.constexpr,
+):  # fmt: skip
+    """BLOCK rows from `start` on of a tensor of query heads, zeros outside `mask`, (BLOCK,)."""
+    ptr, stride_b, stride_l, stride_h = x
     first = start // R
-    ptr += (b * step_b + g * R * step_h + first.to(tl.int64) * step_l) * ALIGN
+    ptr += (b * stride_b + g * R * stride_h + first.to(tl.int64) * stride_l) * UNIT
     rows = start + tl.arange(0, BLOCK)
-    return ptr, (rows // R - first) * (step_l * ALIGN) + rows % R * (step_h * ALIGN)
+    offsets = (rows // R - first) * (stride_l * UNIT) + rows % R * (stride_h * UNIT)
+    return load_tile(ptr, offsets[:, None], mask[:, None], K, KS)
 
 
 @triton.jit
-def _keys_of(x, b, g, ALIGN: tl.constexpr):
-    """Pointer to the first key of one head, and the step from key to key."""
-    ptr, step_b, step_l, step_h = x
-    return ptr + (b * step_b + g * step_h) * ALIGN, step_l * ALIGN
+def _first_key(x, b, g, UNIT: tl.constexpr):
+    ptr, stride_b, stride_l, stride_h = x
+    return ptr + (b * stride_b + g * stride_h) * UNIT, stride_l * UNIT
 
 
 @triton.jit
-def keys_of(k, v, b, g, ALIGN: tl.constexpr):
-    """Keys and values of one head for load_keys. Values that lie as the keys do come without steps
-    and share the registers of the offsets."""
-    v_ptr, step_b, step_l, step_h = v
-    if step_l is None:
-        v = (v_ptr, k[1], k[2], k[3])
-    return _keys_of(k, b, g, ALIGN), _keys_of(v, b, g, ALIGN)
-
-
-@triton.jit
-def _part(ptr, rows, there, START: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr):
-    columns = START + tl.arange(0, WIDTH)[None, :]
-    ptrs = ptr + (rows[:, None] + columns)
-    if START + WIDTH > K:
-        if there is None:
-            return tl.load(ptrs, mask=columns < K, other=0.0)
-        else:
-            return tl.load(ptrs, mask=there[:, None] & (columns < K), other=0.0)
-    elif there is None:
-        return tl.load(ptrs)
-    else:
-        return tl.load(ptrs, mask=there[:, None], other=0.0)
-
-
-@triton.jit
-def load_parts(ptr, rows, there, K: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr):
-    """Both parts of some rows, (BLOCK, LO) and (BLOCK, HI); zeros in rows that are not there."""
-    lo = _part(ptr, rows, there, 0, LO, K)
-    if HI:
-        return lo, _part(ptr, rows, there, LO, HI, K)
-    else:
-        return (lo,)
+def keys_of(branch, b, g, UNIT: tl.constexpr):
+    """Keys and values of one head for `load_keys`: (pointer to the first, stride) of each. Values
+    laid out as the keys come without strides and share the registers of the offsets."""
+    k, v = branch[0], branch[1]
+    if v[1] is None:
+        v = (v[0], k[1], k[2], k[3])
+    return _first_key(k, b, g, UNIT), _first_key(v, b, g, UNIT)
 
 
 @triton.jit
 def load_keys(
-    keys, start, there, BLOCK: tl.constexpr, K: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr
-):
-    """Both parts of BLOCK keys from `start` on; all of them are there, or `there` says which."""
-    ptr, step = keys
-    ptr += tl.cast(start, tl.int64) * step
-    return load_parts(ptr, tl.arange(0, BLOCK) * step, there, K, LO, HI)
-
-
-@triton.jit
-def store_parts(ptr, parts, rows, there, K: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr):
-    """The parts to rows of K values each, rounded to the dtype of `ptr`."""
-    columns = tl.arange(0, LO)[None, :]
-    ptrs = ptr + rows[:, None] * K + columns
-    tl.store(ptrs, parts[0].to(ptr.dtype.element_ty), mask=there[:, None] & (columns < K))
-    if HI:
-        columns = LO + tl.arange(0, HI)[None, :]
-        ptrs = ptr + rows[:, None] * K + columns
-        tl.store(ptrs, parts[1].to(ptr.dtype.element_ty), mask=there[:, None] & (columns < K))
-
-
-@triton.jit
-def _error(x, dtype: tl.constexpr):
-    rounded = x.to(dtype).to(tl.float32)
-    half: tl.constexpr = 2**-8 if dtype == tl.bfloat16 else 2**-11
-    most = tl.abs(rounded) * half
-    part = tl.where(most > 0, (x - rounded) / most, 0.0)
-    return tl.floor(tl.minimum(tl.maximum(part, -1.0), 1.0) * 127 + 0.5).to(tl.int8)
-
-
-@triton.jit
-def rounding_error(parts, dtype: tl.constexpr):
-    """What the parts lose when they are rounded to 16 bits, in 127ths of the most they can lose."""
-    if len(parts) == 2:
-        return _error(parts[0], dtype), _error(parts[1], dtype)
+    keys, start, inside, BLOCK: tl.constexpr, K: tl.constexpr, KS: tl.constexpr
+):  # fmt: skip
+    """BLOCK keys from `start` on, zeros for those not `inside`; None: all of them exist."""
+    ptr, stride = keys
+    ptr += tl.cast(start, tl.int64) * stride
+    offsets = tl.arange(0, BLOCK)[:, None] * stride
+    if inside is None:
+        return load_tile(ptr, offsets, None, K, KS)
     else:
-        return (_error(parts[0], dtype),)
-
-
-@triton.jit
-def _with_error(rounded, error):
-    half: tl.constexpr = 2**-8 if rounded.dtype == tl.bfloat16 else 2**-11
-    x = rounded.to(tl.float32)
-    return x + error.to(tl.float32) * (tl.abs(x) * (half / 127))
-
-
-@triton.jit
-def with_error(parts, error):
-    """The parts before they were rounded, about 7 bits more of them."""
-    lo = _with_error(parts[0], error[0])
-    if len(parts) == 2:
-        return lo, _with_error(parts[1], error[1])
-    else:
-        return (lo,)
-
-
-@triton.jit
-def sum_products(a, b):
-    """sum a b of each row, over all of K."""
-    out = tl.sum(a[0].to(tl.float32) * b[0].to(tl.float32), 1)
-    if len(a) == 2:
-        out += tl.sum(a[1].to(tl.float32) * b[1].to(tl.float32), 1)
-    return out
-
-
-@triton.jit
-def dot_rows(a, b):
-    """a bᵀ over all of K, (rows of a, rows of b). ieee: float32 is not cut to tf32."""
-    out = tl.dot(a[0], tl.trans(b[0]), input_precision="ieee")
-    if len(a) == 2:
-        out = tl.dot(a[1], tl.trans(b[1]), out, input_precision="ieee")
-    return out
-
-
-@triton.jit
-def add_product(acc, p, b):
-    """acc + p b, p rounded to the dtype of b."""
-    p = p.to(b[0].dtype)
-    lo = tl.dot(p, b[0], acc[0], input_precision="ieee")
-    if len(acc) == 2:
-        return lo, tl.dot(p, b[1], acc[1], input_precision="ieee")
-    else:
-        return (lo,)
-
-
-@triton.jit
-def add_parts(a, b):
-    if len(a) == 2:
-        return a[0] + b[0], a[1] + b[1]
-    else:
-        return (a[0] + b[0],)
-
-
-@triton.jit
-def zero_parts(BLOCK: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr):
-    lo = tl.zeros((BLOCK, LO), tl.float32)
-    if HI:
-        return lo, tl.zeros((BLOCK, HI), tl.float32)
-    else:
-        return (lo,)
-
-
-@triton.jit
-def scale_parts(parts, by):
-    """The parts times one factor per row."""
-    if len(parts) == 2:
-        return parts[0] * by[:, None], parts[1] * by[:, None]
-    else:
-        return (parts[0] * by[:, None],)
-
-
-@triton.jit
-def select_parts(parts, valid):
-    """The parts, 0 in the rows that are not valid."""
-    lo = tl.where(valid[:, None], parts[0], 0.0)
-    if len(parts) == 2:
-        return lo, tl.where(valid[:, None], parts[1], 0.0)
-    else:
-        return (lo,)
+        return load_tile(ptr, offsets, inside[:, None], K, KS)
 
 
 @triton.jit
 def walk_tiles(
-    STEP: tl.constexpr, state, context, mask, b, n_keys,
-    K: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr, R: tl.constexpr,
-    BLOCK: tl.constexpr, EDGE: tl.constexpr, SCAN: tl.constexpr,
+    STEP: tl.constexpr, state, context, mask, b, n_keys, K: tl.constexpr, KS: tl.constexpr,
+    R: tl.constexpr, BLOCK: tl.constexpr, EDGE: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
     """state = STEP(state, context, tile, ...) for all tiles of BLOCK keys that have a valid one.
 
-    Those that are wholly valid come first, without any masking; then the others, in steps of EDGE
-    keys, so that masking takes no more registers than the large tiles do. Tiles without a valid
-    key are not touched. EDGE = BLOCK, for few keys: all tiles take the masked loop, to have one
-    loop less.
+    Wholly valid tiles come first, without any masking; then the others, in steps of EDGE keys, so
+    that masking takes no more registers than the large tiles do. Tiles without a valid key are not
+    touched. EDGE = BLOCK, for few keys: all tiles take the masked loop, which saves the other one.
     """
     if mask is None:
         first = 0
         if EDGE < BLOCK:
             n_full = n_keys // BLOCK
             state = _loop(STEP, state, context, None, n_keys, 0, n_full, 0,
-                          K, LO, HI, R, BLOCK, BLOCK, False)  # fmt: skip
+                          K, KS, R, BLOCK, BLOCK, False)  # fmt: skip
             first = n_full * BLOCK
         state = _loop(STEP, state, context, None, n_keys, first, tl.cdiv(n_keys - first, EDGE), 0,
-                      K, LO, HI, R, EDGE, EDGE, True)  # fmt: skip
+                      K, KS, R, EDGE, EDGE, True)  # fmt: skip
     else:
-        ptr, step = mask
-        ptr += b * step
+        ptr, stride_b = mask
+        ptr += b * stride_b
         for first in range(0, n_keys, SCAN * BLOCK):
             full, some, n_full, n_some = _scan_mask(ptr, first, n_keys, BLOCK, SCAN)
             if EDGE < BLOCK:
                 state = _loop(STEP, state, context, ptr, n_keys, first, n_full, full,
-                              K, LO, HI, R, BLOCK, BLOCK, False)  # fmt: skip
+                              K, KS, R, BLOCK, BLOCK, False)  # fmt: skip
             else:
                 some |= full
                 n_some += n_full
             state = _loop(STEP, state, context, ptr, n_keys, first, n_some * (BLOCK // EDGE), some,
-                          K, LO, HI, R, BLOCK, EDGE, True)  # fmt: skip
+                          K, KS, R, BLOCK, EDGE, True)  # fmt: skip
     return state
 
 
 @triton.jit
 def _loop(
     STEP: tl.constexpr, state, context, mask_ptr, n_keys, first, count, bits,
-    K: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr, R: tl.constexpr,
+    K: tl.constexpr, KS: tl.constexpr, R: tl.constexpr,
     BLOCK: tl.constexpr, PART: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """`count` steps of PART keys: those of the tiles that `bits` names or, without a mask, all."""
+    """`count` steps of PART keys: those of the tiles named by `bits`, or of all without a mask.
+
+    STEP takes a tile as (mask pointer or None, its first key, number of all keys)."""
     for i in range(count):
         if mask_ptr is None:
             start = first + i * PART
@@ -276,13 +144,13 @@ def _loop(
                 start += part * PART
                 low = tl.where(part == BLOCK // PART - 1, low, 0)
             bits ^= low
-        state = STEP(state, context, (mask_ptr, start, n_keys), K, LO, HI, R, PART, MASKED)
+        state = STEP(state, context, (mask_ptr, start, n_keys), K, KS, R, PART, MASKED)
     return state
 
 
 @triton.jit
 def valid_keys(tile, columns, inside):
-    """Which keys of a tile with masked ones count."""
+    """Which keys of a tile with masked ones are valid."""
     if tile[0] is None:
         return inside
     else:
@@ -291,10 +159,11 @@ def valid_keys(tile, columns, inside):
 
 @triton.jit
 def _scan_mask(mask_ptr, first, n_keys, BLOCK: tl.constexpr, SCAN: tl.constexpr):
-    """Which of the next SCAN tiles of keys are wholly valid (bits), which partly, and the counts.
+    """Which of the next SCAN tiles of keys are wholly valid and which partly, as bits of a word,
+    and how many are.
 
-    Words of bits in registers: no list in memory, no kernel of its own, nothing waits for the
-    host. Keys beyond the last count as masked.
+    Words in registers need no list in memory, no kernel that makes it, and no wait for the host.
+    Keys beyond the last count as masked.
     """
     tiles = tl.arange(0, SCAN)
     keys = first + tiles[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -308,26 +177,26 @@ def _scan_mask(mask_ptr, first, n_keys, BLOCK: tl.constexpr, SCAN: tl.constexpr)
 
 
 @triton.jit
-def bias_tile(bias, b, g, rows, keys, there, R: tl.constexpr):
-    """Bias times log2(e) of some rows and keys, which may be given as (M, 1) and (1, N) or turned.
-    0 where there is nothing."""
-    ptr, step_b, step_h, step_l, step_key = bias
-    ptr += b * step_b + g * R * step_h
-    ptrs = ptr + (rows // R).to(tl.int64) * step_l + (rows % R).to(tl.int64) * step_h
-    values = tl.load(ptrs + keys.to(tl.int64) * step_key, mask=there, other=0.0)
+def bias_tile(bias, b, g, rows, keys, mask, R: tl.constexpr):
+    """Bias times log2(e) of some rows and keys, given as (M, 1) and (1, N) or transposed; zeros
+    outside `mask`. bias: (pointer, stride of b, of h, of l, of the key)."""
+    ptr, stride_b, stride_h, stride_l, stride_key = bias
+    ptr += b * stride_b + g * R * stride_h
+    ptrs = ptr + (rows // R).to(tl.int64) * stride_l + (rows % R).to(tl.int64) * stride_h
+    values = tl.load(ptrs + keys.to(tl.int64) * stride_key, mask=mask, other=0.0)
     return values.to(tl.float32) * LOG2E
 
 
 @triton.jit
-def load_lse(lse_ptr, at, there):
-    """lse of some rows; +inf for one without a key and for what is no row: its P is 0."""
-    lse = tl.load(lse_ptr + at, mask=there, other=float("inf"))
+def load_lse(lse_ptr, rows, mask):
+    """lse of some rows; +inf, which makes P = 0, for rows without a key and outside `mask`."""
+    lse = tl.load(lse_ptr + rows, mask=mask, other=float("inf"))
     return tl.where(lse == -float("inf"), float("inf"), lse)
 
 
 @triton.jit
 def tanh_gate(ptr, heads):
-    """tanh(gate) of some heads. Near 0, where 1 - e cancels, by its series."""
+    """tanh(gate) of some heads. Near 0, where 1 - e cancels, it is its series."""
     x = tl.load(ptr + heads).to(tl.float32)
     e = tl.exp(-2 * tl.abs(x))
     far = (1 - e) / (1 + e)

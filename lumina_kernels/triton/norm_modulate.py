@@ -82,7 +82,7 @@ def norm_modulate_fwd(x, weight, bias, scale, shift, eps, kind) -> tuple[Tensor,
 
 
 def norm_modulate_bwd(dout, x, weight, bias, scale, shift, statistics) -> tuple[Tensor | None, ...]:
-    """dx (B, L, D), and dweight, dbias, dscale, dshift, shaped as their parameters; None for None."""
+    """dx, dweight, dbias, dscale and dshift, shaped as their inputs; None for None."""
     B, L, D = x.shape
     dx = x.new_empty(B, L, D)
     if dx.numel() == 0:

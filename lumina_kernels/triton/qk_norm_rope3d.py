@@ -291,7 +291,7 @@ def heads_bwd(
 
 
 def parameter_grads(q_partial, k_partial, parameters, H, G, K, norm) -> tuple[Tensor | None, ...]:
-    """Gradients of the weights and biases of q and k from the sums of `heads_bwd`, None for None."""
+    """Gradients of the weights and biases from the sums of `heads_bwd`, None for None."""
     grads = tuple(None if p is None else p.new_empty(p.shape) for p in parameters)
     if any(grad is not None for grad in grads):
         width = K if norm == "rms_per_head" else max(H, G) * K

@@ -90,7 +90,7 @@ def rope_table_kernel(
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
     HS: tl.constexpr, GS: tl.constexpr, KS: tl.constexpr,
 ):  # fmt: skip
-    """x -> x * cos + rot(x) * sin for q and k; BACKWARD: the gradient of x from that of the result"""
+    """x -> x * cos + rot(x) * sin for q and k; BACKWARD: from the gradient of that, x's gradient"""
     number, b, index = split_token(tl.program_id(0), L)
     cos_ptr, cos_b, cos_l = cos
     cos_ptr += (b * cos_b + index * cos_l) * UNIT

@@ -70,7 +70,10 @@ def sandwich(n, residual, weight_ptr, gate, b, rows, L, D: tl.constexpr, DS: tl.
     weight = load_vector(weight_ptr, D, DS)
     gate = load_rows(gate, b, rows, L, D, DS)
     residual = load_rows(residual, b, rows, L, D, DS)
-    return add(residual, multiply(tanh_tile(gate), multiply(n, weight)))
+    out = ()
+    for j in tl.static_range(len(n)):
+        out = out + (residual[j] + tanh(gate[j]) * (n[j] * weight[j]),)
+    return out
 
 
 @triton.jit
