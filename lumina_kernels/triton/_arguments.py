@@ -41,21 +41,22 @@ def heads_of(x: Tensor | None) -> tuple | None:
 
 
 def table_of(table: Tensor) -> tuple:
-    """(table, stride of b, of l) of rows without gaps, (B, L, K), or (L, K) for all samples."""
+    """The same for rows that the heads share, (B, L, K), or (L, K) for all samples; 0 for h."""
     if table.stride(-1) != 1:
         table = table.contiguous()
-    return table, 0 if table.ndim == 2 else table.stride(0), table.stride(-2)
+    return table, 0 if table.ndim == 2 else table.stride(0), table.stride(-2), 0
 
 
-def in_units(*arguments: tuple | None) -> tuple[list[tuple | None], int]:
-    """The arguments with their strides divided by a common divisor, at most 16, and the divisor.
+def in_units(*heads: tuple | None) -> tuple[list[tuple | None], int]:
+    """The heads with their strides divided by a common divisor, at most 16, and the divisor.
 
     Of a stride of 72 Triton sees only that 16 does not divide it, and would load value by value.
     The divisor, 8, goes to the kernel as a constant that says how far loads can be wide."""
-    unit = math.gcd(16, *(stride for x in arguments if x is not None for stride in x[1:]))
-    if unit == 1:
-        return list(arguments), 1
-    return [x and (x[0], *(stride // unit for stride in x[1:])) for x in arguments], unit
+    unit = 16
+    for x in heads:
+        if x is not None:
+            unit = math.gcd(unit, x[1], x[2], x[3])
+    return [x and (x[0], x[1] // unit, x[2] // unit, x[3] // unit) for x in heads], unit
 
 
 def mask_of(mask: Tensor | None) -> tuple | None:

@@ -45,14 +45,15 @@ def gqa_attention_fwd(
         return out, error, lse, text_lse
     heads, unit = in_units(*map(heads_of, (q, k, v, text_k, text_v)))
     q, k, v, text_k, text_v = heads
-    options = _options("fwd", K, out.dtype, bias is not None, k[1:] != v[1:])
+    tokens = _branch(k, v, key_mask, scale * LOG2E)
+    text = _branch(text_k, text_v, text_mask, K**-0.5 * LOG2E)
+    options = _options("fwd", K, out.dtype, bias is not None, _has_two_layouts(tokens))
 
     def launch(options):
         grid = (blocks(L * H // G, options["BLOCK_M"]) * G * B,)
         gqa_attention_fwd_kernel[grid](
-            q, _branch(k, v, key_mask, scale * LOG2E),
-            _branch(text_k, text_v, text_mask, K**-0.5 * LOG2E), text_gate,
-            _bias(bias, (B, H, L, L_kv)), out, error if with_error else None, lse, text_lse, L, G,
+            q, tokens, text, text_gate, _bias(bias, (B, H, L, L_kv)),
+            out, error if with_error else None, lse, text_lse, L, G,
             R=H // G, UNIT=unit, POSITIVE=scale >= 0, **options,
         )  # fmt: skip
 
@@ -87,12 +88,11 @@ def gqa_attention_bwd(
     else:
         heads, unit = in_units(*map(heads_of, (dout, q, k, v, text_k, text_v)))
         dout, q, k, v, text_k, text_v = heads
-        given = (
-            dout, q, _branch(k, v, key_mask, scale), _branch(text_k, text_v, text_mask, K**-0.5),
-            text_gate, _bias(bias, (B, H, L, L_kv)),
-        )  # fmt: skip
+        tokens = _branch(k, v, key_mask, scale)
+        text = _branch(text_k, text_v, text_mask, K**-0.5)
+        given = dout, q, tokens, text, text_gate, _bias(bias, (B, H, L, L_kv))
         constants = {"R": H // G, "UNIT": unit}
-        options = _options("dq", K, dq.dtype, bias is not None, k[1:] != v[1:])
+        options = _options("dq", K, dq.dtype, bias is not None, _has_two_layouts(tokens))
 
         def launch_dq(options):
             grid = (blocks(L * H // G, options["BLOCK_M"]) * G * B,)
@@ -133,6 +133,11 @@ def _branch(k: tuple | None, v: tuple | None, mask: Tensor | None, scale: float)
     if v[1:] == k[1:]:
         v = (v[0], None, None, None)
     return k, v, _mask(mask), k[0].shape[1], scale
+
+
+def _has_two_layouts(branch: tuple) -> bool:
+    """Whether the strides of v are not those of k."""
+    return branch[1][1] is not None
 
 
 def _mask(mask: Tensor | None) -> tuple | None:

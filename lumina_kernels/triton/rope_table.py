@@ -84,7 +84,7 @@ def _rotate_token(
 @triton.jit
 def rope_table_kernel(
     q, k,  # heads: (pointer, stride of b, of l, of h), k or None
-    cos, sin,  # tables: (pointer, stride of b, of l)
+    cos, sin,  # the same, shared by the heads
     q_out_ptr, k_out_ptr, L,
     UNIT: tl.constexpr, BACKWARD: tl.constexpr, HALF: tl.constexpr,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
@@ -92,9 +92,9 @@ def rope_table_kernel(
 ):  # fmt: skip
     """x -> x * cos + rot(x) * sin for q and k; BACKWARD: from the gradient of that, x's gradient"""
     number, b, index = split_token(tl.program_id(0), L)
-    cos_ptr, cos_b, cos_l = cos
+    cos_ptr, cos_b, cos_l, _ = cos
     cos_ptr += (b * cos_b + index * cos_l) * UNIT
-    sin_ptr, sin_b, sin_l = sin
+    sin_ptr, sin_b, sin_l, _ = sin
     sin_ptr += (b * sin_b + index * sin_l) * UNIT
     _rotate_token(
         q, cos_ptr, sin_ptr, q_out_ptr, number, b, index, UNIT, BACKWARD, HALF, H, K, HS, KS
