@@ -1,10 +1,10 @@
-"""Compile the Triton kernels for GPUs that are not here, and read the machine code.
+"""Compile the Triton kernels for GPUs this machine does not have, and read the machine code.
 
     python -m lumina_kernels.aot --arch 90 --op gqa_attention --head-dim 72 --json report.json
 
-Every launcher runs as it would on a GPU, with the specialisations and configurations of a real call
-at the shapes of a model, but on a driver that compiles and launches nothing. What is reported is
-counted in the machine code by the disassembler that comes with Triton; nothing is timed.
+Every launcher runs at the shapes of a model, with the specialisations and configurations it would
+have on that GPU, but on a driver that compiles kernels and launches none. The figures are counted
+in what the disassembler that comes with Triton prints; nothing is timed.
 """
 
 import argparse
@@ -34,8 +34,8 @@ ARCHS = (80, 90, 100, 120)
 HEAD_DIMS = (24, 40, 48, 64, 72, 80, 88, 96, 112, 120, 128)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-# FLOPs of one tensor-core instruction of a warp, by its m, n and k in the machine code. On Hopper
-# HGMMA is one of four warps; Blackwell's UTCHMMA has its shape in a descriptor, not in its name.
+# The names of tensor-core instructions tell m, n and k, and so their FLOPs. HMMA is issued by one
+# warp, Hopper's HGMMA by four; Blackwell's UTCHMMA has its shape in a descriptor instead.
 _HMMA = re.compile(r"\bHMMA\.(16)(8)(8|16)\.")
 _HGMMA = re.compile(r"\bHGMMA\.(64)x(\d+)x(\d+)\.")
 _DOT = re.compile(r"tt\.dot .*: tensor<(\d+)x(\d+)x\w+> \* tensor<\d+x(\d+)x\w+>")
@@ -44,9 +44,9 @@ _ACCESS = re.compile(r"\b(LDG|STG|LDGSTS)\.E((?:\.\w+)*)")
 
 
 class OfflineDriver:
-    """A Triton driver of a GPU that is not here: it compiles, loads nothing and launches nothing.
+    """A Triton driver for a GPU that is not there: kernels are compiled, not loaded or launched.
 
-    The device number is the architecture, as Triton keeps what it compiled by device.
+    The device number is the architecture, because Triton caches compiled kernels by device.
     """
 
     def __init__(self, arch: int):
@@ -76,11 +76,11 @@ class OfflineDriver:
 
 @contextmanager
 def offline(arch: int):
-    """Kernels that are launched within are compiled for `arch` and not run; yields the list of the
-    new ones, each the files of its stages by name: "x.ttir", "x.cubin", "x.json", ...
+    """Kernels launched in this context are compiled for `arch` and not run. Yields a list of those
+    not compiled before, each as the files of its stages by name: "x.ttir", "x.cubin", "x.json", ...
 
     Raises:
-        RuntimeError: Triton's interpreter is on, which compiles nothing.
+        RuntimeError: Triton's interpreter is on, and it compiles nothing.
     """
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("TRITON_INTERPRET=1 is set, and the interpreter compiles nothing")
@@ -106,14 +106,16 @@ def offline(arch: int):
 def inspect(op: str, arch: int, head_dim: int, dtype: str) -> list[dict]:
     """Compile the kernels of one op at one shape and return a row of figures for each.
 
-    registers, stack (bytes a thread; spilled values and arrays), shared (bytes a block), warps;
+    registers, stack (bytes per thread; spilled values and arrays), shared (bytes per block), warps;
     loads and stores: share of the bytes of global memory in accesses of 16 bytes or more;
     mma: tensor-core instructions by kind; useful: share of their FLOPs that is not padding.
     """
     from triton.runtime.errors import OutOfResources
 
     kernels = import_module(f"lumina_kernels.triton.{op}")
-    useful = head_dim / sum(kernels.head_parts(head_dim)) if hasattr(kernels, "head_parts") else 1.0
+    useful = 1.0
+    if hasattr(kernels, "head_cuts"):
+        useful = head_dim / sum(width for _, width in kernels.head_cuts(head_dim))
     rows = []
     sizes = Sizes(
         grid=(1, 16, 16), T=64, H=32, G=8, K=head_dim, F=96 * head_dim, dtype=DTYPES[dtype]
@@ -124,7 +126,7 @@ def inspect(op: str, arch: int, head_dim: int, dtype: str) -> list[dict]:
             with offline(arch) as compiled:
                 try:
                     launch()
-                except OutOfResources as error:  # reported as a row, not the end of the run
+                except OutOfResources as error:  # a row of the report; the run goes on
                     rows.append(_row(op, arch, head_dim, dtype, call, error=str(error)))
             for files in compiled:
                 paths = {Path(file).suffix: Path(path) for file, path in files.items()}
@@ -160,7 +162,7 @@ def _row(op, arch, head_dim, dtype, call, **figures) -> dict:
 
 
 def _read(files: dict[str, Path], useful: float) -> dict:
-    """`useful`: share of the products of the kernel's own tiles that is not padding."""
+    """The figures of one kernel. `useful`: share of its tiles' products that is not padding."""
     metadata = json.loads(files[".json"].read_text())
     usage = tool("cuobjdump", "--dump-resource-usage", files[".cubin"])
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
@@ -178,7 +180,7 @@ def _read(files: dict[str, Path], useful: float) -> dict:
         "loads": _wide_share(code, ("LDG", "LDGSTS")),
         "stores": _wide_share(code, ("STG",)),
         "mma": mma,
-        # Blackwell's instructions do not tell their size: there it is what the kernel asks for.
+        # Blackwell's instructions do not carry their size; what the kernel asks for is all we know.
         "useful": useful * min(1, wanted / issued) if mma and issued else useful if mma else None,
     }
 
@@ -195,7 +197,7 @@ def _tensor_cores(code: str, warps: int) -> tuple[dict[str, int], int]:
 
 
 def _wide_share(code: str, kinds: tuple[str, ...]) -> float | None:
-    """Share of the bytes that move 16 or more at a time and lane, None where none move."""
+    """Share of the bytes that a lane moves 16 or more at a time; None if no bytes move."""
     accesses = Counter()
     for kind, suffix in _ACCESS.findall(code):
         if kind in kinds:
@@ -206,7 +208,7 @@ def _wide_share(code: str, kinds: tuple[str, ...]) -> float | None:
 
 
 def tool(name: str, *args) -> str:
-    """What one of NVIDIA's tools that Triton brings prints."""
+    """The output of one of NVIDIA's tools that come with Triton."""
     import triton
 
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
@@ -214,7 +216,7 @@ def tool(name: str, *args) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print a table, write it as JSON where asked to; 1 if a kernel does not compile."""
+    """Print a table and, with --json, write it to a file; 1 if a kernel does not compile."""
     parser = argparse.ArgumentParser(
         prog="python -m lumina_kernels.aot", description=__doc__.split("\n")[0]
     )
@@ -257,7 +259,7 @@ def _inspect(task):
     op, arch, head_dim, dtype = task
     try:
         return inspect(op, arch, head_dim, dtype)
-    except Exception as error:  # a compiler's failure belongs into the table, with the others
+    except Exception as error:  # a compiler's crash is a row of the report
         return [_row(op, arch, head_dim, dtype, "", error=f"{type(error).__name__}: {error}")]
 
 

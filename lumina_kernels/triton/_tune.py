@@ -1,4 +1,4 @@
-"""With LUMINA_KERNELS_AUTOTUNE=1 a launcher searches for its configuration instead of a table."""
+"""LUMINA_KERNELS_AUTOTUNE=1: a launcher measures configurations instead of trusting its table."""
 
 import math
 import os
@@ -9,16 +9,17 @@ from triton.testing import do_bench
 
 AUTOTUNE = os.environ.get("LUMINA_KERNELS_AUTOTUNE") == "1"
 
-# What was found in this process.
+# The fastest configurations found in this process.
 _found: dict[tuple, dict] = {}
 
 
 def fastest(
     key: tuple, config: dict, changes: Iterable[dict], launch: Callable[[dict], None]
 ) -> dict:
-    """`config`, or with LUMINA_KERNELS_AUTOTUNE=1 the fastest of it and its `changes`, each of them
-    launched for some milliseconds when `key` is first seen. That waits for the GPU: search before a
-    CUDA graph is recorded. `launch` must give the same result again."""
+    """`config`, or with LUMINA_KERNELS_AUTOTUNE=1 the fastest of it and its variants, `changes`.
+
+    Each is launched for some milliseconds when `key` is first seen. That waits for the GPU, so
+    search before a CUDA graph is recorded. `launch` must be repeatable."""
     if not AUTOTUNE:
         return config
     if key not in _found:
@@ -30,10 +31,10 @@ def fastest(
 def _milliseconds(launch: Callable[[dict], None], config: dict) -> float:
     try:
         return do_bench(lambda: launch(config), return_mode="median")
-    except OutOfResources:  # more shared memory than there is
+    except OutOfResources:  # more shared memory than the device has
         return math.inf
 
 
 def magnitude(n: int) -> int:
-    """Sizes that share a configuration: those of one power of two."""
+    """Sizes up to the next power of two share a configuration."""
     return n.bit_length()

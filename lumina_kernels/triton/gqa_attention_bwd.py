@@ -5,12 +5,12 @@ Per branch, with P = exp2(s - lse) and w = 1 (self) or tanh(gate) (text):
     dP = dout vᵀ,  e = sum P dP = dout . (P v),  dS = w P (dP - e),
     dq += scale dS k,  dk = scale dSᵀ q,  dv = w Pᵀ dout,  dgate = (1 - tanh²) sum e_text
 
-A row's e is that of its own branch, and out is the sum of both. The text is short, so e_text is
-summed over its keys once more, and e_self = dout . out - tanh(gate) e_text: no second output is
-kept for the backward. But out is rounded, and an error of e, times the mean of the keys, is an
-error of dq that does not shrink as the keys become more, while dq itself does: 7 % of dq in
-bfloat16 at 4096 keys whose mean is as large as their deviation, 0.2 % with 8 bits more of out.
-So the forward keeps those bits where there will be a backward.
+Each branch has its own e, but out is the sum of both. The text is short, so e_text is summed over
+its keys again, and e_self = dout . out - tanh(gate) e_text: no second output is kept for the
+backward. But out is rounded. An error of e, times the mean of the keys, is an error of dq that does
+not shrink with the number of keys, while dq itself does: 7 % of dq in bfloat16 at 4096 keys whose
+mean is as large as their deviation, 0.2 % with 8 more bits of out. So the forward keeps those bits
+where there will be a backward.
 
 Kept besides inputs and output: those 8 bits a value (16-bit dtypes only) and two lse a row.
 """
@@ -18,95 +18,104 @@ Kept besides inputs and output: those 8 bits a value (16-bit dtypes only) and tw
 import triton
 import triton.language as tl
 
-from lumina_kernels.triton.gqa_attention_tiles import (
-    LOG2E,
-    add_product,
-    bias_tile,
+from lumina_kernels.triton._tiles import (
+    add_dot,
     dot_rows,
+    load_tile,
+    multiply,
+    scale_by,
+    select,
+    store_tile,
+    sum_columns,
+    to_float32,
+    zeros,
+)
+from lumina_kernels.triton.gqa_attention_walk import (
+    LOG2E,
+    bias_tile,
     keys_of,
     load_keys,
     load_lse,
-    load_parts,
-    packed_rows,
+    load_queries,
     program_block,
     row_numbers,
-    scale_parts,
-    select_parts,
-    store_parts,
-    sum_products,
     tanh_gate,
     valid_keys,
     walk_tiles,
-    with_error,
-    zero_parts,
 )
 
 
 @triton.jit
 def gqa_attention_dq_kernel(
-    dout, q, k, v, key_mask, text_k, text_v, text_mask, text_gate_ptr, bias,  # as in the forward
+    dout, q, tokens, text, text_gate_ptr, bias,  # as in the forward, but the scales as they are
     out_ptr, error_ptr, lse_ptr, text_lse_ptr,
     dq_ptr, delta_ptr, text_delta_ptr,  # (B, L, H, K); e of both branches, (B, G, L, R)
     dbias_ptr,  # (B, H, L, L_kv) zeros, or None
-    L, L_kv, T, G, scale, text_scale,
-    K: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr, R: tl.constexpr, ALIGN: tl.constexpr,
+    L, G, K: tl.constexpr, KS: tl.constexpr, R: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
     """dq = scale dS k + scale_text dS_text k_text, dbias = dS, and e of both branches."""
     n_rows = L * R
     block, g, b = program_block(tl.cdiv(n_rows, BLOCK_M), G)
-    rows, there = row_numbers(block, n_rows, 0, BLOCK_M)
+    rows, exist = row_numbers(block, n_rows, 0, BLOCK_M)
     stats = (b * G + g) * n_rows + rows
-    out_rows = (b * L + rows // R) * G * R + g * R + rows % R
+    out_rows = ((b * L + rows // R) * G * R + g * R + rows % R)[:, None] * K
 
-    ptr, offsets = packed_rows(dout, block * BLOCK_M, b, g, R, ALIGN, BLOCK_M)
-    dout_parts = load_parts(ptr, offsets, there, K, LO, HI)
-    out = load_parts(out_ptr, out_rows * K, there, K, LO, HI)
+    dout_tile = load_queries(dout, block * BLOCK_M, exist, b, g, R, UNIT, BLOCK_M, K, KS)
+    out = load_tile(out_ptr, out_rows, exist[:, None], K, KS)
     if error_ptr is not None:
-        error = load_parts(error_ptr, out_rows * K, there, K, LO, HI)
-        delta = sum_products(dout_parts, with_error(out, error))
-    else:
-        delta = sum_products(dout_parts, out)
-    ptr, offsets = packed_rows(q, block * BLOCK_M, b, g, R, ALIGN, BLOCK_M)
-    q_parts = load_parts(ptr, offsets, there, K, LO, HI)
+        error = load_tile(error_ptr, out_rows, exist[:, None], K, KS)
+        out = _add_error(out, error)
+    delta = sum_columns(multiply(to_float32(dout_tile), to_float32(out)))
+    q_tile = load_queries(q, block * BLOCK_M, exist, b, g, R, UNIT, BLOCK_M, K, KS)
     where = (b, g, rows, n_rows)
-    ours = (q_parts, dout_parts)
 
-    if text_k is not None:
-        keys = keys_of(text_k, text_v, b, g, ALIGN)
-        t_lse = load_lse(text_lse_ptr, stats, there)
-        text = (ours, keys, t_lse, text_scale * LOG2E, None, where)
+    if text is not None:
+        keys = keys_of(text, b, g, UNIT)
+        text_lse = load_lse(text_lse_ptr, stats, exist)
+        text_context = (q_tile, dout_tile, keys, text_lse, text[4] * LOG2E, None, where)
         e = walk_tiles(
-            _add_delta, tl.zeros((BLOCK_M,), tl.float32), text,
-            text_mask, b, T, K, LO, HI, R, EDGE, EDGE, SCAN,
+            _add_delta, tl.zeros((BLOCK_M,), tl.float32), text_context,
+            text[2], b, text[3], K, KS, R, EDGE, EDGE, SCAN,
         )  # fmt: skip
-        tl.store(text_delta_ptr + stats, e, mask=there)
+        tl.store(text_delta_ptr + stats, e, mask=exist)
         gate = tanh_gate(text_gate_ptr, g * R + rows % R)
         delta -= gate * e
 
-    tl.store(delta_ptr + stats, delta, mask=there)
-    lse = load_lse(lse_ptr, stats, there)
-    keys = keys_of(k, v, b, g, ALIGN)
-    branch = (ours, keys, lse, scale * LOG2E, bias, where)
+    tl.store(delta_ptr + stats, delta, mask=exist)
+    lse = load_lse(lse_ptr, stats, exist)
+    keys = keys_of(tokens, b, g, UNIT)
+    scale = tokens[4]
+    context = (q_tile, dout_tile, keys, lse, scale * LOG2E, bias, where)
     acc = walk_tiles(
-        _add_dq, zero_parts(BLOCK_M, LO, HI), (branch, delta, None, dbias_ptr, G),
-        key_mask, b, L_kv, K, LO, HI, R, BLOCK_N, EDGE, SCAN,
+        _add_dq, zeros(((0, BLOCK_M),), KS), (context, delta, None, dbias_ptr, G),
+        tokens[2], b, tokens[3], K, KS, R, BLOCK_N, EDGE, SCAN,
     )  # fmt: skip
-    acc = scale_parts(acc, tl.full((BLOCK_M,), 1.0, tl.float32) * scale)
-    if text_k is not None:
+    acc = scale_by(acc, scale)
+    if text is not None:
         acc = walk_tiles(
-            _add_dq, acc, (text, e, gate * text_scale, None, G),
-            text_mask, b, T, K, LO, HI, R, EDGE, EDGE, SCAN,
+            _add_dq, acc, (text_context, e, gate * text[4], None, G),
+            text[2], b, text[3], K, KS, R, EDGE, EDGE, SCAN,
         )  # fmt: skip
-    rows, there = row_numbers(block, n_rows, 1, BLOCK_M)
-    out_rows = (b * L + rows // R) * G * R + g * R + rows % R
-    store_parts(dq_ptr, acc, out_rows, there, K, LO, HI)
+    rows, exist = row_numbers(block, n_rows, 1, BLOCK_M)
+    out_rows = ((b * L + rows // R) * G * R + g * R + rows % R)[:, None] * K
+    store_tile(dq_ptr, acc, out_rows, exist[:, None], K, KS)
+
+
+@triton.jit
+def _add_error(out, error):
+    """The output before it was rounded, to about 7 more bits."""
+    half: tl.constexpr = 2**-8 if out[0].dtype == tl.bfloat16 else 2**-11
+    exact = ()
+    for j in tl.static_range(len(out)):
+        x = out[j].to(tl.float32)
+        exact = exact + (x + error[j].to(tl.float32) * (tl.abs(x) * (half / 127)),)
+    return exact
 
 
 @triton.jit
 def _weights(
-    branch, tile,
-    K: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr, R: tl.constexpr,
+    context, tile, K: tl.constexpr, KS: tl.constexpr, R: tl.constexpr,
     BLOCK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """P and dP of one tile of keys, and the keys."""
@@ -114,27 +123,25 @@ def _weights(
     inside = None
     if MASKED:
         inside = columns < tile[2]
-    ours, keys, lse, scale_log2, bias, where = branch
-    q, dout = ours
+    q, dout, keys, lse, scale_log2, bias, where = context
     k, v = keys
-    k = load_keys(k, tile[1], inside, BLOCK, K, LO, HI)
+    k = load_keys(k, tile[1], inside, BLOCK, K, KS)
     s = dot_rows(q, k) * scale_log2
     if bias is not None:
         b, g, rows, n_rows = where
-        there = (rows < n_rows)[:, None] & (columns < tile[2])[None, :]
-        s += bias_tile(bias, b, g, rows[:, None], columns[None, :], there, R)
+        exist = (rows < n_rows)[:, None] & (columns < tile[2])[None, :]
+        s += bias_tile(bias, b, g, rows[:, None], columns[None, :], exist, R)
     p = tl.exp2(s - lse[:, None])
-    return p, dot_rows(dout, load_keys(v, tile[1], inside, BLOCK, K, LO, HI)), k
+    return p, dot_rows(dout, load_keys(v, tile[1], inside, BLOCK, K, KS)), k
 
 
 @triton.jit
 def _add_delta(
-    e, branch, tile,
-    K: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr, R: tl.constexpr,
+    e, context, tile, K: tl.constexpr, KS: tl.constexpr, R: tl.constexpr,
     BLOCK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """e + sum P dP over one tile."""
-    p, dp, _ = _weights(branch, tile, K, LO, HI, R, BLOCK, MASKED)
+    p, dp, _ = _weights(context, tile, K, KS, R, BLOCK, MASKED)
     columns = tile[1] + tl.arange(0, BLOCK)
     inside = None
     if MASKED:
@@ -145,8 +152,7 @@ def _add_delta(
 
 @triton.jit
 def _add_dq(
-    acc, context, tile,
-    K: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr, R: tl.constexpr,
+    acc, context, tile, K: tl.constexpr, KS: tl.constexpr, R: tl.constexpr,
     BLOCK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """dq + dS k over one tile; dS itself is the gradient of the bias."""
@@ -155,7 +161,7 @@ def _add_dq(
     if MASKED:
         inside = columns < tile[2]
     branch, delta, weight, dbias_ptr, G = context
-    p, dp, k = _weights(branch, tile, K, LO, HI, R, BLOCK, MASKED)
+    p, dp, k = _weights(branch, tile, K, KS, R, BLOCK, MASKED)
     ds = p * (dp - delta[:, None])
     if MASKED:  # masked keys may be anything, P inf or NaN
         valid = valid_keys(tile, columns, inside)
@@ -163,86 +169,83 @@ def _add_dq(
     if weight is not None:
         ds *= weight[:, None]
     if dbias_ptr is not None:
-        b, g, rows, n_rows = branch[5]
-        there = (rows < n_rows)[:, None] & (columns < tile[2])[None, :]
-        at = ((b * G + g) * R + rows % R) * (n_rows // R) + rows // R
-        ptrs = dbias_ptr + at[:, None] * tile[2] + columns[None, :]
-        tl.store(ptrs, ds.to(dbias_ptr.dtype.element_ty), mask=there)
-    return add_product(acc, ds, k)
+        b, g, rows, n_rows = branch[6]
+        exist = (rows < n_rows)[:, None] & (columns < tile[2])[None, :]
+        dbias_rows = ((b * G + g) * R + rows % R) * (n_rows // R) + rows // R
+        ptrs = dbias_ptr + dbias_rows[:, None] * tile[2] + columns[None, :]
+        tl.store(ptrs, ds.to(dbias_ptr.dtype.element_ty), mask=exist)
+    return add_dot(acc, ds, k)
 
 
 @triton.jit
 def gqa_attention_dkv_kernel(
-    dout, q, k, v, key_mask, text_k, text_v, text_mask, text_gate_ptr, bias,  # as in the forward
+    dout, q, tokens, text, text_gate_ptr, bias,  # as for dq
     lse_ptr, text_lse_ptr, delta_ptr, text_delta_ptr,
     dk_ptr, dv_ptr, dtext_k_ptr, dtext_v_ptr,  # (B, L_kv, G, K), (B, T, G, K)
-    L, L_kv, T, G, scale, text_scale,
-    K: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr, R: tl.constexpr, ALIGN: tl.constexpr,
+    L, G, K: tl.constexpr, KS: tl.constexpr, R: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one tile of keys, of the text (first) or of the tokens."""
-    text_blocks = tl.cdiv(T, BLOCK_N)
-    block, g, b = program_block(text_blocks + tl.cdiv(L_kv, BLOCK_N), G)
+    text_blocks = 0
+    if text is not None:
+        text_blocks = tl.cdiv(text[3], BLOCK_N)
+    block, g, b = program_block(text_blocks + tl.cdiv(tokens[3], BLOCK_N), G)
     if block < text_blocks:
-        if text_k is not None:
+        if text is not None:
             _dkv(
-                dout, q, text_k, text_v, text_mask, None, text_gate_ptr, text_lse_ptr,
-                text_delta_ptr, dtext_k_ptr, dtext_v_ptr, block, b, g, G, L * R, T, text_scale,
-                K, LO, HI, R, ALIGN, BLOCK_M, BLOCK_N,
+                dout, q, text, None, text_gate_ptr, text_lse_ptr, text_delta_ptr, dtext_k_ptr,
+                dtext_v_ptr, block, b, g, G, L * R, K, KS, R, UNIT, BLOCK_M, BLOCK_N,
             )  # fmt: skip
     else:
         _dkv(
-            dout, q, k, v, key_mask, bias, None, lse_ptr,
-            delta_ptr, dk_ptr, dv_ptr, block - text_blocks, b, g, G, L * R, L_kv, scale,
-            K, LO, HI, R, ALIGN, BLOCK_M, BLOCK_N,
+            dout, q, tokens, bias, None, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+            block - text_blocks, b, g, G, L * R, K, KS, R, UNIT, BLOCK_M, BLOCK_N,
         )  # fmt: skip
 
 
 @triton.jit
 def _dkv(
-    dout, q, k, v, mask, bias, gate_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
-    block, b, g, G, n_rows, n_keys, scale,
-    K: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr, R: tl.constexpr, ALIGN: tl.constexpr,
+    dout, q, branch, bias, gate_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, block, b, g, G, n_rows,
+    K: tl.constexpr, KS: tl.constexpr, R: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The loop over all rows that read these keys, turned: scores are (keys, rows).
+    """The loop over all rows that read these keys. Scores are transposed here, (keys, rows).
 
     What a masked key gets stays within its own row of dk and dv, so the loop does no masking: the
     result is replaced by 0 at the end. A tile without a valid key skips the loop."""
+    _, _, mask, n_keys, scale = branch
     columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = columns < n_keys
     valid = inside
     end = n_rows
     if mask is not None:
-        mask_ptr, mask_step = mask
-        valid = tl.load(mask_ptr + b * mask_step + columns, mask=inside, other=0) != 0
+        mask_ptr, stride_b = mask
+        valid = tl.load(mask_ptr + b * stride_b + columns, mask=inside, other=0) != 0
         end = tl.where(tl.max(valid.to(tl.int32), 0) > 0, n_rows, 0)
-    k, v = keys_of(k, v, b, g, ALIGN)
-    k_parts = load_keys(k, block * BLOCK_N, inside, BLOCK_N, K, LO, HI)
-    v_parts = load_keys(v, block * BLOCK_N, inside, BLOCK_N, K, LO, HI)
-    dk = zero_parts(BLOCK_N, LO, HI)
-    dv = zero_parts(BLOCK_N, LO, HI)
+    k, v = keys_of(branch, b, g, UNIT)
+    k_tile = load_keys(k, block * BLOCK_N, inside, BLOCK_N, K, KS)
+    v_tile = load_keys(v, block * BLOCK_N, inside, BLOCK_N, K, KS)
+    dk = zeros(((0, BLOCK_N),), KS)
+    dv = zeros(((0, BLOCK_N),), KS)
     stats = (b * G + g) * n_rows
     for start in range(0, end, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
-        there = rows < n_rows
-        ptr, offsets = packed_rows(q, start, b, g, R, ALIGN, BLOCK_M)
-        q_parts = load_parts(ptr, offsets, there, K, LO, HI)
-        lse = load_lse(lse_ptr, stats + rows, there)
-        s = dot_rows(k_parts, q_parts) * (scale * LOG2E)
+        exist = rows < n_rows
+        q_tile = load_queries(q, start, exist, b, g, R, UNIT, BLOCK_M, K, KS)
+        lse = load_lse(lse_ptr, stats + rows, exist)
+        s = dot_rows(k_tile, q_tile) * (scale * LOG2E)
         if bias is not None:
-            both = inside[:, None] & there[None, :]
+            both = inside[:, None] & exist[None, :]
             s += bias_tile(bias, b, g, rows[None, :], columns[:, None], both, R)
         p = tl.exp2(s - lse[None, :])
         if gate_ptr is not None:
             p *= tanh_gate(gate_ptr, g * R + rows % R)[None, :]
-        ptr, offsets = packed_rows(dout, start, b, g, R, ALIGN, BLOCK_M)
-        dout_parts = load_parts(ptr, offsets, there, K, LO, HI)
-        dv = add_product(dv, p, dout_parts)
-        delta = tl.load(delta_ptr + stats + rows, mask=there, other=0.0)
-        ds = p * (dot_rows(v_parts, dout_parts) - delta[None, :])
-        dk = add_product(dk, ds, q_parts)
-    out_rows = (b * n_keys + columns) * G + g
-    dk = scale_parts(dk, tl.full((BLOCK_N,), 1.0, tl.float32) * scale)
-    store_parts(dk_ptr, select_parts(dk, valid), out_rows, inside, K, LO, HI)
-    store_parts(dv_ptr, select_parts(dv, valid), out_rows, inside, K, LO, HI)
+        dout_tile = load_queries(dout, start, exist, b, g, R, UNIT, BLOCK_M, K, KS)
+        dv = add_dot(dv, p, dout_tile)
+        delta = tl.load(delta_ptr + stats + rows, mask=exist, other=0.0)
+        ds = p * (dot_rows(v_tile, dout_tile) - delta[None, :])
+        dk = add_dot(dk, ds, q_tile)
+    out_rows = ((b * n_keys + columns) * G + g)[:, None] * K
+    dk = scale_by(dk, scale)
+    store_tile(dk_ptr, select(dk, valid[:, None]), out_rows, inside[:, None], K, KS)
+    store_tile(dv_ptr, select(dv, valid[:, None]), out_rows, inside[:, None], K, KS)

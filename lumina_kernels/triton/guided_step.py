@@ -1,11 +1,10 @@
 """Triton kernel of guided_step: two halves of the velocity and the state in, the new state out."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lumina_kernels.triton._rows import blocks, program_chunk
+from lumina_kernels.triton._tiles import blocks, program_chunk
 
 BLOCK = 1024  # 8 values a lane: 16 bytes in 16 bits
 
@@ -18,20 +17,21 @@ def guided_step_fwd_kernel(
     x + dt * cond for the others"""
     b, first = program_chunk(N, BLOCK)
     i = first + tl.arange(0, BLOCK)
-    there = i < N
-    x = tl.load(x_ptr + b * N + i, mask=there).to(tl.float32)
-    cond = tl.load(v_ptr + b * N + i, mask=there).to(tl.float32)
-    uncond = tl.load(v_ptr + (B + b) * N + i, mask=there).to(tl.float32)
+    mask = i < N
+    x = tl.load(x_ptr + b * N + i, mask=mask).to(tl.float32)
+    cond = tl.load(v_ptr + b * N + i, mask=mask).to(tl.float32)
+    uncond = tl.load(v_ptr + (B + b) * N + i, mask=mask).to(tl.float32)
     if weight_ptr is not None:
         weight = tl.load(weight_ptr).to(tl.float32)
     if dt_ptr is not None:
         dt = tl.load(dt_ptr).to(tl.float32)
     u = tl.where(i < guided, uncond + weight * (cond - uncond), cond)
-    tl.store(out_ptr + b * N + i, (x + dt * u).to(out_ptr.dtype.element_ty), mask=there)
+    tl.store(out_ptr + b * N + i, (x + dt * u).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def guided_step_fwd(x, v, weight, weight_value, dt, dt_value, channels) -> Tensor:
-    """Shaped as x. `weight` and `dt` are read on the device where they are tensors there."""
+    """The new state, shaped as x. `weight` and `dt`: tensors, which the kernel reads without the
+    host waiting for them, or None for the numbers beside them."""
     out = x.new_empty(x.shape)
     if out.numel() == 0:
         return out
@@ -42,9 +42,3 @@ def guided_step_fwd(x, v, weight, weight_value, dt, dt_value, channels) -> Tenso
         channels * (N // C), BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return out
-
-
-def aot_calls(head_dim, dtype):
-    """A launch at a model's shape, for `lumina_kernels.aot`; the width does not matter."""
-    x, v = torch.empty(2, 4, 128, 128, dtype=dtype), torch.empty(4, 4, 128, 128, dtype=dtype)
-    yield "fwd", lambda: guided_step_fwd(x, v, None, 4.0, None, 0.1, 3)

@@ -5,133 +5,96 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lumina_kernels.triton._modulation import (
+from lumina_kernels.triton._arguments import contiguous, rows_of
+from lumina_kernels.triton._norm import (
+    backward_options,
+    forward_options,
     modulate,
     modulate_bwd,
     modulation_grads,
     norm_bwd,
-    store_sums,
-)
-from lumina_kernels.triton._rows import (
-    backward_tile,
-    blocks,
-    contiguous,
-    forward_tile,
-    load_rows,
-    norm_statistics,
     normalise,
+    normalise_again,
+    rows_per_program,
+    rstd_and_mean,
+    store_sums,
+    zeros_of,
+)
+from lumina_kernels.triton._tiles import (
+    blocks,
+    load_rows,
     program_chunk,
     program_rows,
-    rows_of,
-    rows_per_program,
     store_rows,
+    zero_row,
 )
 
 
 @triton.jit
 def norm_modulate_fwd_kernel(
-    x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, out_ptr, rstd_ptr, mean_ptr,
-    x_b, x_l, scale_b, scale_l, shift_b, shift_l, L, eps,
-    D: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr, ROWS: tl.constexpr, LAYER: tl.constexpr,
+    x, weight_ptr, bias_ptr, scale, shift,  # rows: (pointer, stride of b, of l)
+    out_ptr, rstd_ptr, mean_ptr,  # mean None: an RMS norm
+    L, eps, D: tl.constexpr, DS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """out = ((x - mean) * rstd * weight + bias) * (1 + scale) + shift"""
     b, rows = program_rows(L, ROWS)
-    x0, x1 = load_rows(x_ptr + b * x_b, x_l, rows, L, LO, HI, D)
-    mean, rstd = norm_statistics(x0, x1, eps, LO, HI, D, LAYER)
-    n0, n1 = normalise(x0, x1, mean, rstd, LO, HI, D, LAYER)
-    scale = None if scale_ptr is None else scale_ptr + b * scale_b
-    shift = None if shift_ptr is None else shift_ptr + b * shift_b
-    out0, out1 = modulate(
-        n0, n1, weight_ptr, bias_ptr, scale, scale_l, shift, shift_l, rows, L, LO, HI, D
-    )
-    store_rows(out_ptr + b * L * D, out0, out1, rows, L, LO, HI, D)
-    tl.store(rstd_ptr + b * L + rows, rstd, mask=rows < L)
-    if LAYER:
-        tl.store(mean_ptr + b * L + rows, mean, mask=rows < L)
+    n = normalise(load_rows(x, b, rows, L, D, DS), eps, rstd_ptr, mean_ptr, b, rows, L, D, DS)
+    out = modulate(n, weight_ptr, bias_ptr, scale, shift, b, rows, L, D, DS)
+    store_rows(out_ptr, out, b, rows, L, D, DS)
 
 
 @triton.jit
 def norm_modulate_bwd_kernel(
-    dout_ptr, x_ptr, weight_ptr, bias_ptr, scale_ptr, rstd_ptr, mean_ptr,
-    dx_ptr, dscale_ptr, partial_ptr, dout_b, dout_l, x_b, x_l, scale_b, scale_l, L, chunk,
-    D: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr, LAYER: tl.constexpr,
+    dout, x, weight_ptr, bias_ptr, scale, rstd_ptr, mean_ptr,
+    dx_ptr, dscale_ptr, partial_ptr, L, chunk, D: tl.constexpr, DS: tl.constexpr,
 ):  # fmt: skip
     """With n = (x - mean) * rstd, d = dout * (1 + scale) * weight:
-    dx = rstd * (d - mean(d) - n * mean(d * n)); partial: sums over `chunk` rows, `modulate_bwd`."""
+    dx = rstd * (d - mean(d) - n * mean(d * n)); partial: `modulate_bwd`'s sums over `chunk` rows.
+    """
     b, first = program_chunk(L, chunk)
-    dn_sum = (tl.zeros((1, LO), tl.float32), tl.zeros((1, HI), tl.float32))
-    d_sum = (tl.zeros((1, LO), tl.float32), tl.zeros((1, HI), tl.float32))
-    scale = None if scale_ptr is None else scale_ptr + b * scale_b
-    dscale = None if dscale_ptr is None else dscale_ptr + b * L * D
+    dn_sum, d_sum = zero_row(DS), zero_row(DS)
     for row in range(first, tl.minimum(first + chunk, L)):
         rows = row + tl.zeros((1, 1), tl.int64)
-        d0, d1 = load_rows(dout_ptr + b * dout_b, dout_l, rows, L, LO, HI, D)
-        x0, x1 = load_rows(x_ptr + b * x_b, x_l, rows, L, LO, HI, D)
-        rstd = tl.load(rstd_ptr + b * L + rows, mask=rows < L, other=0.0)
-        mean = tl.load(mean_ptr + b * L + rows, mask=rows < L, other=0.0) if LAYER else 0.0
-        n0, n1 = normalise(x0, x1, mean, rstd, LO, HI, D, LAYER)
-        d0, d1, dn_sum, d_sum = modulate_bwd(
-            d0, d1, n0, n1, dn_sum, d_sum, weight_ptr, bias_ptr, scale, scale_l, dscale, rows, L,
-            LO, HI, D,
-        )  # fmt: skip
-        dx0, dx1 = norm_bwd(d0, d1, n0, n1, rstd, D, LAYER)
-        store_rows(dx_ptr + b * L * D, dx0, dx1, rows, L, LO, HI, D)
-    partial_ptr += tl.program_id(0).to(tl.int64) * 2 * D
-    store_sums(partial_ptr, dn_sum, LO, HI, D)
-    store_sums(partial_ptr + D, d_sum, LO, HI, D)
+        d = load_rows(dout, b, rows, L, D, DS)
+        x_row = load_rows(x, b, rows, L, D, DS)
+        n, rstd = normalise_again(x_row, rstd_ptr, mean_ptr, b, rows, L, D, DS)
+        d, dn_sum, d_sum = modulate_bwd(
+            d, n, dn_sum, d_sum, weight_ptr, bias_ptr, scale, dscale_ptr, b, rows, L, D, DS
+        )
+        dx = norm_bwd(d, n, rstd, D, mean_ptr is not None)
+        store_rows(dx_ptr, dx, b, rows, L, D, DS)
+    store_sums(partial_ptr, 2, (dn_sum, d_sum), D, DS)
 
 
 def norm_modulate_fwd(x, weight, bias, scale, shift, eps, kind) -> tuple[Tensor, Tensor]:
-    """out (B, L, D), and the statistics: rstd and, of a LayerNorm, the mean, (1 or 2, B, L)."""
+    """out (B, L, D), and the statistics: rstd and, for a LayerNorm, the mean, (1 or 2, B, L)."""
     B, L, D = x.shape
     out = x.new_empty(B, L, D)
     statistics = x.new_empty(1 + (kind == "layer"), B, L, dtype=torch.float32)
     if out.numel() == 0:
         return out, statistics
-    x, x_b, x_l = rows_of(x)
-    scale, scale_b, scale_l = rows_of(scale)
-    shift, shift_b, shift_l = rows_of(shift)
-    tile = forward_tile(D)
-    norm_modulate_fwd_kernel[(B * blocks(L, tile["ROWS"]),)](
-        x, contiguous(weight), contiguous(bias), scale, shift, out, statistics[0], statistics[-1],
-        x_b, x_l, scale_b, scale_l, shift_b, shift_l, L, eps,
-        LAYER=kind == "layer", **tile, enable_fp_fusion=True,
+    options = forward_options(D)
+    norm_modulate_fwd_kernel[(B * blocks(L, options["ROWS"]),)](
+        rows_of(x), contiguous(weight), contiguous(bias), rows_of(scale), rows_of(shift),
+        out, *rstd_and_mean(statistics), L, eps, **options,
     )  # fmt: skip
     return out, statistics
 
 
-def norm_modulate_bwd(dout, x, weight, bias, scale, shift, statistics) -> list[Tensor | None]:
-    """dx (B, L, D), and dweight, dbias, dscale, dshift, shaped as what they belong to or None."""
+def norm_modulate_bwd(dout, x, weight, bias, scale, shift, statistics) -> tuple[Tensor | None, ...]:
+    """dx, dweight, dbias, dscale and dshift, shaped as their inputs; None for None."""
     B, L, D = x.shape
     dx = x.new_empty(B, L, D)
     if dx.numel() == 0:
-        parameters = (weight, bias, scale, shift)
-        return [dx, *(None if p is None else p.new_zeros(p.shape) for p in parameters)]
-    tile = backward_tile(D)
+        return dx, *zeros_of(weight, bias, scale, shift)
     chunk = rows_per_program(B * L)
     chunks = blocks(L, chunk)
     partial = x.new_empty(B, chunks, 2, D, dtype=torch.float32)
-    dscale = scale.new_empty(B, L, D) if scale is not None and scale.ndim == 3 else None
-    rows, dout_b, dout_l = rows_of(dout)
-    x, x_b, x_l = rows_of(x)
-    scale_rows, scale_b, scale_l = rows_of(scale)
+    per_token = scale is not None and scale.ndim == 3
+    dscale = scale.new_empty(B, L, D) if per_token else None
     norm_modulate_bwd_kernel[(B * chunks,)](
-        rows, x, contiguous(weight), contiguous(bias), scale_rows, statistics[0], statistics[-1],
-        dx, dscale, partial, dout_b, dout_l, x_b, x_l, scale_b, scale_l, L, chunk,
-        LAYER=len(statistics) == 2, **tile, enable_fp_fusion=True,
+        rows_of(dout), rows_of(x), contiguous(weight), contiguous(bias), rows_of(scale),
+        *rstd_and_mean(statistics), dx, dscale, partial, L, chunk, **backward_options(D),
     )  # fmt: skip
-    grads = modulation_grads(partial, weight, bias, scale, shift, dout)
-    return [dx, *grads] if dscale is None else [dx, *grads[:2], dscale, grads[3]]
-
-
-def aot_calls(head_dim, dtype):
-    """Launches at a model's shapes, for `lumina_kernels.aot`: Next-DiT's norm, and DiT's."""
-    D = 32 * head_dim
-    x, weight = torch.empty(2, 64, D, dtype=dtype), torch.empty(D, dtype=dtype)
-    scale, shift, *_ = torch.empty(2, 4 * D, dtype=dtype).chunk(4, 1)
-    statistics = torch.empty(2, 2, 64)
-    rms, layer = (weight, None, scale, None), (None, None, scale, shift)
-    yield "rms fwd", lambda: norm_modulate_fwd(x, *rms, 1e-5, "rms")
-    yield "rms bwd", lambda: norm_modulate_bwd(x, x, *rms, statistics[:1])
-    yield "layer fwd", lambda: norm_modulate_fwd(x, *layer, 1e-5, "layer")
-    yield "layer bwd", lambda: norm_modulate_bwd(x, x, *layer, statistics)
+    dweight, dbias, dscale_sum, dshift = modulation_grads(partial, weight, bias, scale, shift, dout)
+    return dx, dweight, dbias, dscale if per_token else dscale_sum, dshift

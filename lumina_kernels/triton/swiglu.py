@@ -1,51 +1,60 @@
 """Triton kernels of swiglu, elementwise over rows that may have gaps between them."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lumina_kernels.triton._rows import blocks, program_chunk, rows_of
+from lumina_kernels.triton._arguments import rows_of
+from lumina_kernels.triton._tiles import blocks, program_chunk
 
 BLOCK = 1024  # 8 values a lane: 16 bytes in 16 bits
 
 
 @triton.jit
-def swiglu_fwd_kernel(a_ptr, b_ptr, out_ptr, a_row, b_row, F, BLOCK: tl.constexpr):
-    """out = a / (1 + exp(-a)) * b"""
-    row, first = program_chunk(F, BLOCK)
-    columns = first + tl.arange(0, BLOCK)
-    there = columns < F
-    a = tl.load(a_ptr + row * a_row + columns, mask=there).to(tl.float32)
-    b = tl.load(b_ptr + row * b_row + columns, mask=there).to(tl.float32)
-    out = a / (1 + tl.exp(-a)) * b
-    tl.store(out_ptr + row * F + columns, out.to(out_ptr.dtype.element_ty), mask=there)
+def _load(x, row, columns, mask):
+    """Values of a row in float32, of rows (pointer, stride)."""
+    ptr, stride = x
+    return tl.load(ptr + row * stride + columns, mask=mask).to(tl.float32)
 
 
 @triton.jit
-def swiglu_bwd_kernel(
-    dout_ptr, a_ptr, b_ptr, da_ptr, db_ptr, dout_row, a_row, b_row, F, BLOCK: tl.constexpr
-):
+def _store(ptr, values, columns, mask):
+    """The reverse, of a row that starts at `ptr`."""
+    tl.store(ptr + columns, values.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def swiglu_fwd_kernel(a, b, out_ptr, F, BLOCK: tl.constexpr):
+    """out = a / (1 + exp(-a)) * b"""
+    row, first = program_chunk(F, BLOCK)
+    columns = first + tl.arange(0, BLOCK)
+    mask = columns < F
+    a = _load(a, row, columns, mask)
+    b = _load(b, row, columns, mask)
+    _store(out_ptr + row * F, a / (1 + tl.exp(-a)) * b, columns, mask)
+
+
+@triton.jit
+def swiglu_bwd_kernel(dout, a, b, da_ptr, db_ptr, F, BLOCK: tl.constexpr):
     """With s = 1 / (1 + exp(-a)): da = dout * b * s * (1 + a * (1 - s)),  db = dout * a * s"""
     row, first = program_chunk(F, BLOCK)
     columns = first + tl.arange(0, BLOCK)
-    there = columns < F
-    dout = tl.load(dout_ptr + row * dout_row + columns, mask=there).to(tl.float32)
-    a = tl.load(a_ptr + row * a_row + columns, mask=there).to(tl.float32)
-    b = tl.load(b_ptr + row * b_row + columns, mask=there).to(tl.float32)
+    mask = columns < F
+    dout = _load(dout, row, columns, mask)
+    a = _load(a, row, columns, mask)
+    b = _load(b, row, columns, mask)
     s = 1 / (1 + tl.exp(-a))
-    da = dout * b * s * (1 + a * (1 - s))
-    tl.store(da_ptr + row * F + columns, da.to(da_ptr.dtype.element_ty), mask=there)
-    tl.store(db_ptr + row * F + columns, (dout * a * s).to(db_ptr.dtype.element_ty), mask=there)
+    _store(da_ptr + row * F, dout * b * s * (1 + a * (1 - s)), columns, mask)
+    _store(db_ptr + row * F, dout * a * s, columns, mask)
 
 
 def swiglu_fwd(a, b) -> Tensor:
-    """Shaped as a."""
+    """out, shaped as a."""
     out = a.new_empty(a.shape)
     if out.numel() > 0:
-        (a, b), steps, rows, F = _as_rows(a, b)
+        (a, b), rows, F = _as_rows(a, b)
         swiglu_fwd_kernel[(rows * blocks(F, BLOCK),)](
-            a, b, out, *steps, F, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True
+            a, b, out, F, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True
         )
     return out
 
@@ -54,30 +63,19 @@ def swiglu_bwd(dout, a, b) -> tuple[Tensor, Tensor]:
     """da and db."""
     da, db = a.new_empty(a.shape), b.new_empty(a.shape)
     if da.numel() > 0:
-        (dout, a, b), steps, rows, F = _as_rows(dout, a, b)
+        (dout, a, b), rows, F = _as_rows(dout, a, b)
         swiglu_bwd_kernel[(rows * blocks(F, BLOCK),)](
-            dout, a, b, da, db, *steps, F, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True
+            dout, a, b, da, db, F, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True
         )
     return da, db
 
 
-def _as_rows(*tensors) -> tuple[list[Tensor], list[int], int, int]:
-    """The tensors as (rows, F), their steps from row to row, rows and F: a single row where none
-    has gaps, else the rows of the last dimension, copied only where those have gaps themselves."""
+def _as_rows(*tensors: Tensor) -> tuple[list[tuple[Tensor, int]], int, int]:
+    """(tensor, stride) of each as rows (rows, F), and both sizes. Tensors without gaps are a single
+    row; others keep their last dimension, and are copied if that has gaps itself."""
     if all(tensor.is_contiguous() for tensor in tensors):
-        shape = (1, tensors[0].numel())
-    else:
-        shape = (-1, tensors[0].shape[-1])
-    tensors, steps, _ = zip(*(rows_of(tensor.reshape(shape)) for tensor in tensors), strict=True)
-    return list(tensors), list(steps), *tensors[0].shape
-
-
-def aot_calls(head_dim, dtype):
-    """Launches at a model's shapes, for `lumina_kernels.aot`: two tensors, and halves of one."""
-    F = 96 * head_dim
-    a = torch.empty(2, 64, F, dtype=dtype)
-    halves = torch.empty(2, 64, 2 * F, dtype=dtype).chunk(2, -1)
-    yield "fwd", lambda: swiglu_fwd(a, a)
-    yield "bwd", lambda: swiglu_bwd(a, a, a)
-    yield "halves fwd", lambda: swiglu_fwd(*halves)
-    yield "halves bwd", lambda: swiglu_bwd(a, *halves)
+        F = tensors[0].numel()
+        return [(tensor, F) for tensor in tensors], 1, F
+    F = tensors[0].shape[-1]
+    rows = [rows_of(tensor.reshape(-1, F))[:2] for tensor in tensors]
+    return rows, len(rows[0][0]), F

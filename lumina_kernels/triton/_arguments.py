@@ -1,0 +1,75 @@
+"""Tensors as arguments of kernels: tuples of the tensor and its strides, None for None.
+
+Triton knows of each integer in a tuple whether it is 1 and whether 16 divides it, as it does of
+plain arguments, and picks the width of loads by that.
+"""
+
+import math
+
+from torch import Tensor
+
+
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    """The tensor without gaps."""
+    return None if tensor is None else tensor.contiguous()
+
+
+def rows_of(x: Tensor | None) -> tuple | None:
+    """(x, stride of b, of l) of rows without gaps, (B, L, D); None for the stride of l of (B, D),
+    one row per sample."""
+    if x is None:
+        return None
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    return x, x.stride(0), None if x.ndim == 2 else x.stride(1)
+
+
+def heads_of(x: Tensor | None) -> tuple | None:
+    """(x, stride of b, of l, of h) of heads without gaps, (B, L, H, K).
+
+    The strides of a token and of its heads fit offsets of 32 bits; a tensor with longer ones is
+    copied."""
+    if x is None:
+        return None
+    B, L, H, _ = x.shape
+    stride_b, stride_l, stride_h, stride_k = x.stride()
+    if stride_k != 1 or stride_l >= 2**24 or H * stride_h >= 2**31:
+        x = x.contiguous()
+        stride_b, stride_l, stride_h, _ = x.stride()
+    # The stride of an axis of one element is never taken and may be any number.
+    return x, stride_b if B > 1 else 0, stride_l if L > 1 else 0, stride_h if H > 1 else 0
+
+
+def table_of(table: Tensor) -> tuple:
+    """The same for rows that the heads share, (B, L, K), or (L, K) for all samples; 0 for h."""
+    if table.stride(-1) != 1:
+        table = table.contiguous()
+    return table, 0 if table.ndim == 2 else table.stride(0), table.stride(-2), 0
+
+
+def in_units(*heads: tuple | None) -> tuple[list[tuple | None], int]:
+    """The heads with their strides divided by a common divisor, at most 16, and the divisor.
+
+    Of a stride of 72 Triton sees only that 16 does not divide it, and would load value by value.
+    The divisor, 8, goes to the kernel as a constant that says how far loads can be wide."""
+    unit = 16
+    for x in heads:
+        if x is not None:
+            unit = math.gcd(unit, x[1], x[2], x[3])
+    return [x and (x[0], x[1] // unit, x[2] // unit, x[3] // unit) for x in heads], unit
+
+
+def mask_of(mask: Tensor | None) -> tuple | None:
+    """(mask, stride of b, of l), (B, L)."""
+    return None if mask is None else (mask, *mask.stride())
+
+
+def positions_of(positions: Tensor) -> tuple:
+    """(positions, stride of b, of l, of the column), (B, L, 3), or (L, 3) for all samples."""
+    return positions, 0 if positions.ndim == 2 else positions.stride(0), *positions.stride()[-2:]
+
+
+def frequencies_of(inv_freq: Tensor) -> tuple:
+    """(frequencies, stride of b) without gaps, (B, K/2), or (K/2,) for all samples."""
+    inv_freq = inv_freq.contiguous()
+    return inv_freq, 0 if inv_freq.ndim == 1 else inv_freq.stride(0)

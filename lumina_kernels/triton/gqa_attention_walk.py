@@ -1,0 +1,206 @@
+"""What the forward and the backward kernels of gqa_attention share: query rows, keys, and the walk
+over the tiles of keys that have a valid one.
+
+Rows. The R = H / G query heads of one key/value head are packed with the tokens: row m is token
+m // R, head g*R + m % R. One tile of keys and values serves them all.
+
+Branches. The keys of the tokens and those of the text come as tuples (k, v, mask, number of keys,
+scale): k and v are heads (pointer, stride of b, of l, of h), the mask is int8, (pointer, stride of
+b) or None, with the keys of a sample next to each other.
+
+Strides come in units of UNIT, see `_arguments.in_units`. Offsets within a tile are int32, which the
+launcher sees to; those of tiles are int64.
+"""
+
+import triton
+import triton.language as tl
+
+from lumina_kernels.triton._tiles import load_tile
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def program_block(blocks, G):
+    """Block, key/value head and sample of this program; blocks of one head are neighbours."""
+    program = tl.program_id(0).to(tl.int64)
+    head = program // blocks
+    return (program - head * blocks).to(tl.int32), head % G, head // G
+
+
+@triton.jit
+def row_numbers(block, n_rows, axis: tl.constexpr, BLOCK: tl.constexpr):
+    """Numbers of this block's rows, (BLOCK,), and which of them exist.
+
+    Grids have one axis, so program_id(1) and (2) are 0, but the compiler does not know that. With
+    another `axis` after a loop it computes the numbers a second time there, instead of keeping
+    them, and all that follows from them, in registers through the loop.
+    """
+    rows = block * BLOCK + tl.arange(0, BLOCK)
+    if axis:
+        rows += tl.program_id(axis)
+    return rows, rows < n_rows
+
+
+@triton.jit
+def load_queries(
+    x, start, mask, b, g, R: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
+    K: tl.constexpr, KS: tl.constexpr,
+):  # fmt: skip
+    """BLOCK rows from `start` on of a tensor of query heads, zeros outside `mask`, (BLOCK,)."""
+    ptr, stride_b, stride_l, stride_h = x
+    first = start // R
+    ptr += (b * stride_b + g * R * stride_h + first.to(tl.int64) * stride_l) * UNIT
+    rows = start + tl.arange(0, BLOCK)
+    offsets = (rows // R - first) * (stride_l * UNIT) + rows % R * (stride_h * UNIT)
+    return load_tile(ptr, offsets[:, None], mask[:, None], K, KS)
+
+
+@triton.jit
+def _first_key(x, b, g, UNIT: tl.constexpr):
+    ptr, stride_b, stride_l, stride_h = x
+    return ptr + (b * stride_b + g * stride_h) * UNIT, stride_l * UNIT
+
+
+@triton.jit
+def keys_of(branch, b, g, UNIT: tl.constexpr):
+    """Keys and values of one head for `load_keys`: (pointer to the first, stride) of each. Values
+    laid out as the keys come without strides and share the registers of the offsets."""
+    k, v = branch[0], branch[1]
+    if v[1] is None:
+        v = (v[0], k[1], k[2], k[3])
+    return _first_key(k, b, g, UNIT), _first_key(v, b, g, UNIT)
+
+
+@triton.jit
+def load_keys(
+    keys, start, inside, BLOCK: tl.constexpr, K: tl.constexpr, KS: tl.constexpr
+):  # fmt: skip
+    """BLOCK keys from `start` on, zeros for those not `inside`; None: all of them exist."""
+    ptr, stride = keys
+    ptr += tl.cast(start, tl.int64) * stride
+    offsets = tl.arange(0, BLOCK)[:, None] * stride
+    if inside is None:
+        return load_tile(ptr, offsets, None, K, KS)
+    else:
+        return load_tile(ptr, offsets, inside[:, None], K, KS)
+
+
+@triton.jit
+def walk_tiles(
+    STEP: tl.constexpr, state, context, mask, b, n_keys, K: tl.constexpr, KS: tl.constexpr,
+    R: tl.constexpr, BLOCK: tl.constexpr, EDGE: tl.constexpr, SCAN: tl.constexpr,
+):  # fmt: skip
+    """state = STEP(state, context, tile, ...) for all tiles of BLOCK keys that have a valid one.
+
+    Wholly valid tiles come first, without any masking; then the others, in steps of EDGE keys, so
+    that masking takes no more registers than the large tiles do. Tiles without a valid key are not
+    touched. EDGE = BLOCK, for few keys: all tiles take the masked loop, which saves the other one.
+    """
+    if mask is None:
+        first = 0
+        if EDGE < BLOCK:
+            n_full = n_keys // BLOCK
+            state = _loop(STEP, state, context, None, n_keys, 0, n_full, 0,
+                          K, KS, R, BLOCK, BLOCK, False)  # fmt: skip
+            first = n_full * BLOCK
+        state = _loop(STEP, state, context, None, n_keys, first, tl.cdiv(n_keys - first, EDGE), 0,
+                      K, KS, R, EDGE, EDGE, True)  # fmt: skip
+    else:
+        ptr, stride_b = mask
+        ptr += b * stride_b
+        for first in range(0, n_keys, SCAN * BLOCK):
+            full, some, n_full, n_some = _scan_mask(ptr, first, n_keys, BLOCK, SCAN)
+            if EDGE < BLOCK:
+                state = _loop(STEP, state, context, ptr, n_keys, first, n_full, full,
+                              K, KS, R, BLOCK, BLOCK, False)  # fmt: skip
+            else:
+                some |= full
+                n_some += n_full
+            state = _loop(STEP, state, context, ptr, n_keys, first, n_some * (BLOCK // EDGE), some,
+                          K, KS, R, BLOCK, EDGE, True)  # fmt: skip
+    return state
+
+
+@triton.jit
+def _loop(
+    STEP: tl.constexpr, state, context, mask_ptr, n_keys, first, count, bits,
+    K: tl.constexpr, KS: tl.constexpr, R: tl.constexpr,
+    BLOCK: tl.constexpr, PART: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """`count` steps of PART keys: those of the tiles named by `bits`, or of all without a mask.
+
+    STEP takes a tile as (mask pointer or None, its first key, number of all keys)."""
+    for i in range(count):
+        if mask_ptr is None:
+            start = first + i * PART
+        else:
+            # The lowest bit's index is the exponent of a float32.
+            low = bits & -bits
+            index = ((low.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 255) - 127
+            start = first + index * BLOCK
+            if PART < BLOCK:
+                part = i % (BLOCK // PART)
+                start += part * PART
+                low = tl.where(part == BLOCK // PART - 1, low, 0)
+            bits ^= low
+        state = STEP(state, context, (mask_ptr, start, n_keys), K, KS, R, PART, MASKED)
+    return state
+
+
+@triton.jit
+def valid_keys(tile, columns, inside):
+    """Which keys of a tile with masked ones are valid."""
+    if tile[0] is None:
+        return inside
+    else:
+        return tl.load(tile[0] + columns, mask=inside, other=0) != 0
+
+
+@triton.jit
+def _scan_mask(mask_ptr, first, n_keys, BLOCK: tl.constexpr, SCAN: tl.constexpr):
+    """Which of the next SCAN tiles of keys are wholly valid and which partly, as bits of a word,
+    and how many are.
+
+    Words in registers need no list in memory, no kernel that makes it, and no wait for the host.
+    Keys beyond the last count as masked.
+    """
+    tiles = tl.arange(0, SCAN)
+    keys = first + tiles[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    valid = tl.load(mask_ptr + keys, mask=keys < n_keys, other=0).to(tl.int32)
+    full = tl.min(valid, 1)
+    some = tl.max(valid, 1) - full
+    shifts = tiles.to(tl.int64)
+    full_bits = tl.sum(full.to(tl.int64) << shifts, 0)
+    some_bits = tl.sum(some.to(tl.int64) << shifts, 0)
+    return full_bits, some_bits, tl.sum(full, 0), tl.sum(some, 0)
+
+
+@triton.jit
+def bias_tile(bias, b, g, rows, keys, mask, R: tl.constexpr):
+    """Bias times log2(e) of some rows and keys, given as (M, 1) and (1, N) or transposed; zeros
+    outside `mask`. bias: (pointer, stride of b, of h, of l, of the key)."""
+    ptr, stride_b, stride_h, stride_l, stride_key = bias
+    ptr += b * stride_b + g * R * stride_h
+    ptrs = ptr + (rows // R).to(tl.int64) * stride_l + (rows % R).to(tl.int64) * stride_h
+    values = tl.load(ptrs + keys.to(tl.int64) * stride_key, mask=mask, other=0.0)
+    return values.to(tl.float32) * LOG2E
+
+
+@triton.jit
+def load_lse(lse_ptr, rows, mask):
+    """lse of some rows; +inf, which makes P = 0, for rows without a key and outside `mask`."""
+    lse = tl.load(lse_ptr + rows, mask=mask, other=float("inf"))
+    return tl.where(lse == -float("inf"), float("inf"), lse)
+
+
+@triton.jit
+def tanh_gate(ptr, heads):
+    """tanh(gate) of some heads. Near 0, where 1 - e cancels, it is its series."""
+    x = tl.load(ptr + heads).to(tl.float32)
+    e = tl.exp(-2 * tl.abs(x))
+    far = (1 - e) / (1 + e)
+    far = tl.where(x < 0, -far, far)
+    s = x * x
+    near = x * (1 + s * (-1 / 3 + s * (2 / 15 + s * (-17 / 315 + s * (62 / 2835)))))
+    return tl.where(tl.abs(x) < 0.25, near, far)
