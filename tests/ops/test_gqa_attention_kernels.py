@@ -1,6 +1,6 @@
 """gqa_attention on every backend. In Triton's interpreter tiles are 16 x 16 and masks are read two
-tiles at a time, so that few keys make many tiles; on the CPU tiles have 96 keys and 64 rows, in CUDA
-64, 32 or 16 keys."""
+tiles at a time, so that few keys make many tiles; on the CPU tiles have 96 keys and 64 rows, in
+CUDA 64, 32 or 16 keys."""
 
 from functools import partial
 
