@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
 install: .venv/installed
 
-.venv/installed: setup.py pyproject.toml $(wildcard csrc/*) .venv/torch
+.venv/installed: setup.py pyproject.toml $(wildcard csrc/* csrc/*/* csrc/*/lib/*) .venv/torch
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and "Python >= 3.10 is needed, $(PYTHON) is %d.%d" % v[:2] or 0)'
 	@echo "Installing $(TORCH) and this package into .venv (minutes, the first time)"
 	@$(PYTHON) -m venv .venv
@@ -33,7 +33,7 @@ test: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/* tests/cuda_host/*.h tests/cuda_host/*.c*)
+	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.h csrc/*/*.* csrc/*/lib/*.* tests/cuda_host/*.h tests/cuda_host/*.c*)
 
 bench: install
 	$(BIN)/python -m benchmarks.report --quick --out report

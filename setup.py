@@ -22,10 +22,10 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.absolute()
 ARCHS = "8.0;9.0a;10.0a;12.0"
 TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # 2.10, the oldest torch that is served
-CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall"]
+CXX_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall"]
 CXX_FLAGS += ["-Wno-psabi", "-Wno-unknown-pragmas"]
 CXX_FLAGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # of GCC 12's own AVX-512 header
-NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-warn-spills"]
+NVCC_FLAGS = ["-O3", "-std=c++20", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-warn-spills"]
 
 
 def asked(name: str) -> bool:
@@ -81,7 +81,7 @@ def extensions() -> list[Extension]:
 
 
 def _extension(name: str, suffix: str) -> Extension:
-    files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").iterdir())
+    files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*"))
     sources = [path for path in files if path.endswith(suffix)]
     headers = [path for path in files if path.endswith("h")]
     return Extension(f"lumina_kernels.{name}", sources, depends=headers, py_limited_api=True)

@@ -1,12 +1,13 @@
-"""pytest's part of the benchmarks: a test is one variant of a case.
+"""pytest's part of the benchmarks: one test for each variant of a case.
 
     pytest benchmarks --benchmark-only -k quick
-    pytest benchmarks/bench_swiglu.py --benchmark-json=swiglu.json --device cpu
+    pytest benchmarks/ops/bench_swiglu.py --benchmark-json=swiglu.json --device cpu
 
-A `bench_<op>.py` has SHAPES, PEERS (variants besides ours, eager and torch.compile) and a function
-that makes the `Case` of a shape. pytest-benchmark calls one function over and over; the variants of
-a case have to take turns. So the first test of a case measures all of them, with
-`benchmarks/measure.py`, and pytest-benchmark reads their times off a clock that repeats them.
+A `bench_<name>.py` has SHAPES, PEERS (variants besides ours, eager and torch.compile) and a
+function that makes the `Case` of a shape. pytest-benchmark times one function at a time, whereas
+the variants of a case have to run in interleaved rounds. So the first test of a case measures all
+of them (`benchmarks/harness/measure.py`), and pytest-benchmark reads the times from a clock that
+replays them.
 """
 
 import json
@@ -16,8 +17,10 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from benchmarks.machine import describe
-from benchmarks.measure import Absent, columns, keep_freed_memory, measure, variants
+from benchmarks.harness.case import Unavailable, variant_names
+from benchmarks.harness.machine import describe
+from benchmarks.harness.measure import columns, measure
+from benchmarks.harness.memory import keep_freed_memory
 
 
 def pytest_addoption(parser):
@@ -36,7 +39,7 @@ def pytest_configure(config):
 
 
 def pytest_generate_tests(metafunc):
-    """A test for each shape of this device and each variant, in this order."""
+    """A test for each shape of this device and each variant, grouped by shape."""
     if "compare" not in metafunc.fixturenames:
         return
     device, module = metafunc.config.option.device, metafunc.module
@@ -52,7 +55,8 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(items):
-    """Every file's first shapes first: where the budget ends, every op has been measured."""
+    """The first shape of every file, then the second ones: when the budget runs out, every op has
+    been measured."""
     order = {}
     for item in items:
         shapes = order.setdefault(item.path, [])
@@ -68,10 +72,11 @@ def pytest_collection_modifyitems(items):
 
 
 def variants_of(module, shape, device) -> tuple[str, ...]:
-    """Those of a file that compares something else than implementations, else the usual ones."""
+    """The file's own `variants`, if it compares something other than implementations, or the usual
+    ones."""
     if hasattr(module, "variants"):
         return module.variants(shape)
-    return variants(device, module.PEERS, shape.quick)
+    return variant_names(device, module.PEERS, shape.quick)
 
 
 def marks(shape) -> list:
@@ -79,7 +84,7 @@ def marks(shape) -> list:
 
 
 class Clock:
-    """Stands still but for what `advance` adds."""
+    """A clock that only `advance` moves."""
 
     __name__ = "interleaved"
 
@@ -94,12 +99,12 @@ class Clock:
 
 
 clock = Clock()
-measured = {}  # the case that was measured last: (file, shape) -> its rows by variant
+measured = {}  # only the last case: (file, shape) -> the case and its rows by variant
 
 
 @pytest.fixture
 def compare(request, benchmark, shape, variant):
-    """A function that takes what makes the case, and gives pytest-benchmark this variant's row."""
+    """A function that takes the file's `case` and hands this variant's row to pytest-benchmark."""
     option, key = request.config.option, (request.path, shape)
     names = variants_of(request.module, shape, option.device)
 
@@ -107,18 +112,18 @@ def compare(request, benchmark, shape, variant):
         if key not in measured:
             budget = option.budget
             if budget is not None and time.monotonic() - request.config.started > budget:
-                pytest.skip(f"the {budget:.0f} seconds of --budget were over")
+                pytest.skip(f"the {budget:.0f} seconds of --budget had passed")
             measured.clear()
             torch.manual_seed(0)
             try:
                 case = make_case(shape, option.device)
                 rows = measure(case, option.device, option.seconds, shape.quick)
                 measured[key] = case, rows
-            except Exception as error:  # of all its variants alike
+            except Exception as error:  # every variant of the case fails with it
                 measured[key] = None, dict.fromkeys(names, error)
         case, rows = measured[key]
         row = rows[variant]
-        if isinstance(row, (Absent, ImportError)):
+        if isinstance(row, (Unavailable, ImportError)):
             pytest.skip(str(row))
         if isinstance(row, Exception):
             raise row
@@ -138,7 +143,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 
 
 def pytest_collection_finish(session):
-    """--rows: what is about to be measured, and on what machine."""
+    """--rows: the tests that are about to run, and the machine."""
     device = session.config.option.device
     ids = [item.nodeid for item in session.items]
     _append(session.config, {"machine": describe(device), "device": device, "tests": ids})
@@ -146,7 +151,7 @@ def pytest_collection_finish(session):
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
-    """--rows: how a test ended, with its row if it has one."""
+    """--rows: the outcome of a test, with its row if it has one."""
     report = (yield).get_result()
     if report.when == "setup" and report.passed or report.when == "teardown" and not report.failed:
         return

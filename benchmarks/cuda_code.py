@@ -1,8 +1,8 @@
 """Registers, stack and shared memory of the CUDA kernels as built: python -m benchmarks.cuda_code
 
-Read from the machine code in lumina_kernels._C_cuda, by a tool that triton brings; no GPU needed.
-Shared memory is the static part. A stack of 32 bytes is the slow path of sincosf for huge angles;
-spilled registers would make nvcc warn when the library is built (-warn-spills).
+Read from the machine code in lumina_kernels._C_cuda with cuobjdump, which triton ships; no GPU is
+needed. Shared memory is the static part. A stack of 32 bytes belongs to the slow path of sincosf
+for huge angles; for spilled registers nvcc warns when the library is built (-warn-spills).
 """
 
 import argparse
@@ -13,16 +13,18 @@ from lumina_kernels.aot import tool
 
 
 def kernels() -> list[dict]:
-    """A row for each kernel and architecture: arch, kernel, arguments, registers, stack, shared."""
+    """One row for each kernel and architecture: arch, kernel, template arguments, registers of a
+    thread, bytes of stack, bytes of shared memory."""
     library = find_spec("lumina_kernels._C_cuda")
     if library is None:
         raise FileNotFoundError("lumina_kernels._C_cuda is not built, it needs nvcc")
     usage = tool("cuobjdump", "--dump-resource-usage", library.origin)
+    function = re.compile(r" Function _ZN14lumina_kernels4cuda\d+(\w+?_kernel)(I\w+?EE)?")
     rows, arch = [], None
     for line in usage.splitlines():
         if found := re.match(r"arch = sm_(\w+)", line):
             arch = found[1]
-        elif found := re.match(r" Function _ZN14lumina_kernels\d+(\w+?_kernel)(I\w+?EE)?", line):
+        elif found := function.match(line):
             name = found[1], ", ".join(re.findall(r"[a-zE](\d+)E", found[2] or ""))
         elif found := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", line):
             registers, stack, shared = map(int, found.groups())
@@ -32,8 +34,11 @@ def kernels() -> list[dict]:
 
 
 def useful_fraction(head_dim: int) -> float:
-    """Of the multiply-adds of attention's tensor-core instructions, those that are not padding:
-    products with keys go in steps of 16 columns, products with values in steps of 8."""
+    """Fraction of the multiply-adds of attention's tensor-core instructions that is not padding.
+
+    The head dimension is padded to a multiple of 16 in products with keys, and to a multiple of 8
+    in products with values.
+    """
     steps = -(-head_dim // 16) * 16, -(-head_dim // 8) * 8
     return 2 * head_dim / sum(steps)
 

@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# On a machine with a GPU, torch, triton, pytest, pytest-benchmark and matplotlib: builds the kernels,
-# runs the GPU tests, writes the speed report into DIR. No network; at most nine minutes.
+# Builds the kernels, runs the GPU tests and writes the speed report into DIR, in at most nine minutes.
 #   [PYTHON=python3] [LUMINA_COMMIT=hash] benchmarks/gpu_report.sh DIR
-# Ends with 1 where the build, a test or a row failed, after all that could be done was done.
+# Needs a GPU, torch, triton, pytest, pytest-benchmark and matplotlib, but no network. A step that fails
+# does not stop the later ones; the exit code is 1 if the build, a test or a row of the report failed.
 set -euo pipefail
 [ $# = 1 ] || { echo "usage: benchmarks/gpu_report.sh DIR" >&2; exit 2; }
 mkdir -p "$1/logs"
 out=$(cd "$1" && pwd)
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-total=540 # seconds
+total=540 # seconds, of all steps
 failed=()
 
 step() { echo "== $1 (${SECONDS} s)"; }
 
-# The GPU's own architecture, as setup.py writes it.
+# The architecture of this GPU, in the form that setup.py takes.
 arch=$("$python" - <<'PYTHON'
 import sys
 
@@ -33,15 +33,16 @@ step "build for sm_$arch"
 TORCH_CUDA_ARCH_LIST=$arch timeout 180 "$python" setup.py -q build_ext --inplace \
     >"$out/logs/build.txt" 2>&1 || failed+=("the build")
 
-# The accuracy of every op's GPU kernels in float32 (dtype0, dtype3) and bfloat16 (dtype2, dtype5),
-# not float16; a process a file, so that compilers and launches fill the cores.
+# The accuracy tests of every op's GPU kernels in float32 (dtype0, dtype3) and bfloat16 (dtype2, dtype5)
+# but not float16. Each file runs in a process of its own, so that compilers and launches use all cores.
 step "tests"
 chosen='accura and (triton or cuda) and not dtype1 and not dtype4 and (not float16 or bfloat16)'
 tests=()
 for path in lumina_kernels/ops/[a-z]*.py; do
     op=$(basename "$path" .py)
-    kernels=tests/test_${op}_kernels.py
-    if [ -e "$kernels" ]; then tests+=("$kernels"); else tests+=("tests/test_$op.py"); fi
+    file=$(find tests -name "test_${op}_kernels.py")
+    file=${file:-$(find tests -name "test_$op.py")}
+    if [ -n "$file" ]; then tests+=("$file"); else failed+=("$op has no tests"); fi
 done
 run_tests() { # file
     local name
@@ -55,17 +56,18 @@ for file in "${tests[@]}"; do
     jobs+=($!)
 done
 for i in "${!jobs[@]}"; do
-    wait "${jobs[$i]}" || failed+=("${tests[$i]} (exit code $?)") # 124: not done in time
+    wait "${jobs[$i]}" || failed+=("${tests[$i]} (exit code $?)") # 124: out of time
 done
 
 if command -v compute-sanitizer >/dev/null; then
     step "compute-sanitizer"
-    timeout 40 compute-sanitizer --error-exitcode 9 "$python" -m pytest tests/test_swiglu.py \
-        tests/test_norm_modulate.py -k "$chosen and cuda" -x -p no:cacheprovider \
+    mapfile -t files < <(find tests -name test_swiglu.py -o -name test_norm_modulate.py)
+    timeout 40 compute-sanitizer --error-exitcode 9 "$python" -m pytest "${files[@]}" \
+        -k "$chosen and cuda" -x -p no:cacheprovider \
         >"$out/logs/sanitizer.txt" 2>&1 || [ $? = 124 ] || failed+=("compute-sanitizer")
 fi
 
-# 40 seconds: to collect, to end the last case, to draw.
+# 40 seconds are left to collect the tests, finish the last case and draw the plots.
 step "report"
 "$python" -m benchmarks.report --device cuda --budget $((total - SECONDS - 40)) --out "$out" ||
     failed+=("a row of the report")

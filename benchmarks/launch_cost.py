@@ -1,58 +1,41 @@
 """Host time of one eager call of every op on the Triton backend: python -m benchmarks.launch_cost
 
-It runs without a GPU: the calls go through checks, registration, allocation and Triton's launcher
-to a driver that launches nothing. What a GPU adds is the driver's own launch, a few microseconds,
-and its allocator in place of the CPU's. Medians; only the last column records a gradient.
+No GPU is needed: a call goes through the op's checks, PyTorch's dispatcher, allocation and Triton's
+launcher to a driver that launches nothing. On a GPU, add the launch by the real driver, a few
+microseconds; its allocator replaces the CPU's. Times are medians. In the last column autograd
+records the call; there is no figure where the kernel has no gradient.
 """
 
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 from functools import partial
 
 import torch
 
-import lumina_kernels as lk
+import lumina_kernels
 from lumina_kernels import aot, backend
+from lumina_kernels.examples import Sizes, examples
+from lumina_kernels.ops import OPS
 
-B, L, T, H, G, K = 2, 256, 32, 32, 8, 72
-
-
-def calls() -> dict:
-    """Op -> a call at the shapes of the 2B model, and the tensors that may want gradients."""
-    D, F = H * K, 6144
-    dtype = torch.bfloat16
-    x, weight = torch.zeros(B, L, D, dtype=dtype), torch.zeros(D, dtype=dtype)
-    scale, gate, *_ = torch.zeros(B, 4 * D, dtype=dtype).chunk(4, 1)
-    q, k = torch.zeros(B, L, H, K, dtype=dtype), torch.zeros(B, L, G, K, dtype=dtype)
-    text = torch.zeros(B, T, G, K, dtype=dtype)
-    kv_weight, head_gate = torch.zeros(G * K, dtype=dtype), torch.zeros(H, dtype=dtype)
-    mask, text_mask = torch.ones(B, L).bool(), torch.ones(B, T).bool()
-    rope = torch.zeros(L, 3), torch.zeros(K // 2), torch.zeros(K // 2, dtype=torch.int64)
-    cos = torch.zeros(L, K)
-    norms = (weight, weight, kv_weight, kv_weight)
-    latent = torch.zeros(B, 4, 128, 128, dtype=dtype)
-    a = torch.zeros(B, L, F, dtype=dtype)
-    grid = (1, 16, 16)
-    return {
-        "norm_modulate": partial(lk.norm_modulate, x, weight, scale=scale),
-        "sandwich_norm": partial(lk.sandwich_norm, x, x, weight, gate),
-        "sandwich_norm_chain": partial(lk.sandwich_norm_chain, x, x, weight, gate, weight, scale),
-        "gate_residual_norm": partial(lk.gate_residual_norm, x, x, gate, scale=scale, shift=gate),
-        "rope3d": partial(lk.rope3d, q, k, *rope),
-        "rope_table": partial(lk.rope_table, q, k, cos, cos),
-        "qk_norm_rope3d": partial(lk.qk_norm_rope3d, q, k, *norms, *rope),
-        "qk_norm_rope3d_pool": partial(lk.qk_norm_rope3d_pool, q, k, k, *norms, *rope, grid, 2),
-        "gqa_attention": partial(
-            lk.gqa_attention, q, k, k, mask, None, text, text, text_mask, head_gate
-        ),
-        "context_drop": partial(lk.context_drop, k, k, grid, 2),
-        "swiglu": partial(lk.swiglu, a, a),
-        "guided_step": partial(lk.guided_step, latent[:1], latent, 4.0, 0.1, 3),
-    }
+# Those of the 2B model for pictures of 256 x 256 pixels.
+SIZES = Sizes(B=2, grid=(1, 16, 16), T=32, H=32, G=8, K=72, F=6144, dtype=torch.bfloat16)
 
 
-def median_us(call, repeats: int) -> float:
+def call_of(op: str) -> Callable:
+    """The op on the example that a model would call it with."""
+    arguments = next(iter(examples(op, SIZES).values()))
+    return partial(getattr(lumina_kernels, op), **arguments, backend="triton")
+
+
+def recorded(call: partial) -> Callable:
+    """The same call, in which the first tensor wants a gradient."""
+    name, value = next(iter(call.keywords.items()))
+    return partial(call, **{name: value.detach().requires_grad_()})
+
+
+def median_us(call: Callable, repeats: int) -> float:
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -65,17 +48,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
     parser.add_argument("--repeats", type=int, default=1000)
     repeats = parser.parse_args().repeats
-    backend.DEVICES["triton"] = "cpu"  # where the tensors are here
+    backend.DEVICES["triton"] = "cpu"  # the tensors are on the CPU here
     print(f"{'op':22}{'us':>7}{'with autograd':>15}")
     with aot.offline(90):
-        for name, call in calls().items():
-            call = partial(call, backend="triton")
+        for op in OPS:
+            call = call_of(op)
             call()  # compiles
             with torch.no_grad():
-                plain = median_us(call, repeats)
-            leaf = call.args[0].detach().requires_grad_()
-            recorded = partial(call.func, leaf, *call.args[1:], **call.keywords)
-            print(f"{name:22}{plain:7.1f}{median_us(recorded, repeats):15.1f}")
+                print(f"{op:22}{median_us(call, repeats):7.1f}", end="")
+            try:
+                print(f"{median_us(recorded(call), repeats):15.1f}")
+            except NotImplementedError:
+                print(f"{'-':>15}")
 
 
 if __name__ == "__main__":

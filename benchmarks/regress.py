@@ -1,26 +1,30 @@
 """Is anything slower than in an earlier report? `python -m benchmarks.regress BASE.json NEW.json`
 
 Reads two files of `pytest benchmarks --benchmark-json=FILE` or of `benchmarks.report`, and compares
-the variants of this package, "lumina-*". Exit code 1: one is slower; 2: the files are not
-comparable.
+the variants of this package, "lumina-*". The exit code is 1 if one is slower, and 2 if the files
+cannot be compared.
 
-Machines drift, and the variants of a case, which take turns, drift together. So a row is measured
-in units of its references: eager PyTorch, torch.compile, other packages, the copy and the matrix
-product, which do not change with this package. For batch b of a run,
+Machines drift, and because the variants of a case run in interleaved rounds, they drift together.
+So our times are taken relative to references that do not change with this package: eager PyTorch,
+torch.compile, other packages, the copy and the matrix product. For batch b of a run,
 
     y_b = log(our median in b) - median over the references of log(their median in b).
 
-The change is the mean y of the new run less that of the base, the lowest and the highest fifth of
-the batches left out, in which something else ran. Its noise has two parts, added in quadrature: the
-standard error of that difference, after Yuen, times a quantile of Student's t; and what differs
-between runs of one commit and no batch shows (where a process has its code and its memory, what
-else uses the machine's memory), times the normal quantile. The standard deviation of this part is
-RUN_TO_RUN in each run, corrected by what the references' own changes are apart, as moderated
-variances are (G. Smyth, Stat. Appl. Genet. Mol. Biol. 3, 2004): if those do not agree on how the
-machine has changed, neither do ours and they. The quantiles are such that in 99 of 100 comparisons
-no row exceeds its noise by chance. Slower or faster: the change is beyond both the noise and the
-threshold, and the change of the time itself is beyond the threshold too, as references may have
-changed instead. Same: it is not, and twice the threshold would have been beyond the noise.
+The change is the mean of y in the new run minus that in the base run. Both means are trimmed: they
+leave out the lowest and the highest fifth of the batches, in which other processes may have run.
+
+The noise of the change has two parts, added in quadrature. The first is the standard error of the
+difference of trimmed means (Yuen) times a quantile of Student's t. The second covers differences
+between runs of the same commit that no batch shows, such as the addresses of code and data and what
+else uses the memory bus; it is a standard deviation times a normal quantile. A run contributes
+RUN_TO_RUN to that deviation, and the prior is updated with the variance of the references' own
+changes, as in moderated variances (G. Smyth, Stat. Appl. Genet. Mol. Biol. 3, 2004): if the
+references disagree on how the machine has changed, our relative times are uncertain too. The
+quantiles are chosen such that in 99 of 100 comparisons no row exceeds its noise by chance.
+
+Verdicts: "slower" or "faster" if the change exceeds the noise and the threshold, and the change of
+the time itself exceeds the threshold as well, because the references may have changed instead.
+Otherwise "same" if a change of twice the threshold would have exceeded the noise.
 """
 
 import argparse
@@ -33,9 +37,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist, mean, median, variance
 
-ALPHA = 0.01  # chance that noise makes any row slower
-RUN_TO_RUN = 0.03  # ten runs of the quick ops on an idle CPU: 0.00 to 0.04, by op
-WEIGHT = 10  # of that against the references of a row, in degrees of freedom
+ALPHA = 0.01  # probability that noise makes any row slower
+RUN_TO_RUN = 0.03  # ten runs of the quick ops on an idle CPU gave 0.00 to 0.04, by op
+WEIGHT = 10  # of RUN_TO_RUN against the references of a row, in degrees of freedom
 
 
 class BadInput(Exception):
@@ -44,11 +48,15 @@ class BadInput(Exception):
 
 @dataclass
 class Row:
-    name: str
-    group: str  # its case
+    case: str
     variant: str
     batches: list[float]  # medians, seconds
-    ceilings: list[list[float]]  # those of the copy and the matrix product
+    ceilings: list[list[float]]  # batch medians of the copy and the matrix product
+
+    @property
+    def name(self) -> str:
+        """Not the test's full name: that changes when a file moves."""
+        return f"{self.case} {self.variant}"
 
     @property
     def ours(self) -> bool:
@@ -57,10 +65,12 @@ class Row:
 
 @dataclass
 class Change:
+    """What changed from one run to the other; the last three are natural logarithms."""
+
     base: Row
     new: Row
-    ratio: float  # a log, as all three: of the time in units of the references
-    noise: float  # that it has to exceed
+    ratio: float  # of the times relative to the references
+    noise: float  # that the ratio has to exceed
     time_ratio: float
 
     def verdict(self, threshold: float) -> str:
@@ -79,11 +89,12 @@ def read(path: str) -> tuple[str, dict[str, Row]]:
         report = json.loads(Path(path).read_text())
         machine = report["machine_info"]
         device = machine.get("gpu") or f"{machine['processor']}, {machine['threads']} threads"
-        return device, {row["fullname"]: parse(row) for row in report["benchmarks"]}
+        rows = map(parse, report["benchmarks"])
+        return device, {row.name: row for row in rows}
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror}") from error
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise BadInput(f"{path} is no report of these benchmarks: {error!r}") from error
+        raise BadInput(f"{path} is not a report of these benchmarks: {error!r}") from error
 
 
 def parse(row: dict) -> Row:
@@ -91,25 +102,26 @@ def parse(row: dict) -> Row:
     batches = [float(seconds) for seconds in info["batch medians"]]
     if not min(batches) > 0 or len(batches) < 2:
         raise ValueError(f"{row['fullname']} needs two batches or more, of times above 0")
-    ceilings = list((info["ceilings' batch medians"] or {}).values())  # backward has none
-    return Row(row["fullname"], row["group"], info["variant"], batches, ceilings)
+    # Cases whose bytes and FLOPs are not counted have no ceilings; older reports say null.
+    ceilings = list((info["ceilings' batch medians"] or {}).values())
+    return Row(row["group"], info["variant"], batches, ceilings)
 
 
 def changes(base: dict[str, Row], new: dict[str, Row]) -> list[Change]:
-    """Our rows of both files.
+    """The changes of our rows that are in both files.
 
     Raises:
-        BadInput: there is none, or the variants of a case have not been measured together.
+        BadInput: there are none, or the variants of a case were not measured together.
     """
     cases = defaultdict(list)
     for name in base.keys() & new.keys():
-        cases[base[name].group].append(name)
+        cases[base[name].case].append(name)
     ours = [name for name in base if name in new and base[name].ours]
     if not ours:
         raise BadInput("no variant of this package is in both files")
     level, result = (1 - ALPHA) ** (1 / len(ours)), []
     for name in ours:
-        others = [other for other in cases[base[name].group] if not base[other].ours]
+        others = [other for other in cases[base[name].case] if not base[other].ours]
         before, after = (relative(z[name], [z[other] for other in others]) for z in (base, new))
         means, variances, freedoms = zip(trimmed(before), trimmed(after), strict=True)
         within = math.sqrt(sum(variances)) * student(level, sum(freedoms))
@@ -123,22 +135,22 @@ def changes(base: dict[str, Row], new: dict[str, Row]) -> list[Change]:
 
 
 def change(base: list[float], new: list[float]) -> float:
-    """Log ratio of the times."""
+    """Logarithm of the ratio of the times."""
     return trimmed(map(math.log, new))[0] - trimmed(map(math.log, base))[0]
 
 
 def run_to_run(drifts: list[float]) -> float:
-    """Variance of a change that no batch shows, given those of the references."""
+    """Variance between runs that no batch shows, given the references' changes."""
     freedom = max(0, len(drifts) - 1)
-    apart = variance(drifts) if freedom else 0.0
-    return (WEIGHT * 2 * RUN_TO_RUN**2 + freedom * apart) / (WEIGHT + freedom)
+    observed = variance(drifts) if freedom > 0 else 0.0
+    return (WEIGHT * 2 * RUN_TO_RUN**2 + freedom * observed) / (WEIGHT + freedom)
 
 
 def relative(row: Row, others: list[Row]) -> list[float]:
     """y of every batch."""
     references = [*(z.batches for z in others), *row.ceilings]
     if any(len(batches) != len(row.batches) for batches in references):
-        raise BadInput(f"no report of these benchmarks: {row.group} has not one number of batches")
+        raise BadInput(f"not a report of these benchmarks: {row.case} has unequal batch counts")
     return [
         math.log(own) - (median(map(math.log, z)) if z else 0.0)
         for own, *z in zip(row.batches, *references, strict=True)
@@ -146,8 +158,8 @@ def relative(row: Row, others: list[Row]) -> list[float]:
 
 
 def trimmed(values: Iterable[float]) -> tuple[float, float, int]:
-    """Mean without a fifth at each end, its variance and the degrees of freedom of that (K. Yuen,
-    Biometrika 61, 1974)."""
+    """Mean without a fifth at each end, its variance, and the degrees of freedom of the variance
+    (K. Yuen, Biometrika 61, 1974)."""
     values = sorted(values)
     n, cut = len(values), len(values) // 5
     kept = values[cut : n - cut]
@@ -162,20 +174,20 @@ def student(level: float, freedom: float) -> float:
 
 
 def compare(base_path: str, new_path: str, threshold: float) -> bool:
-    """Prints the table; whether any row is slower."""
+    """Prints the table and returns whether any row is slower."""
     (device, base), (new_device, new) = read(base_path), read(new_path)
     if device != new_device:
         raise BadInput(f"different devices: {device}; {new_device}")
     rows, counts = changes(base, new), Counter()
-    print("| row | base, ms | new, ms | ratio | in units of its references | noise | verdict |")
+    print("| row | base, ms | new, ms | ratio | relative to references | noise | verdict |")
     print("|---|---|---|---|---|---|---|")
     for row in rows:
         verdict = row.verdict(threshold)
         counts[verdict] += 1
         before, after = (f"{1e3 * median(z.batches):.4g}" for z in (row.base, row.new))
         ratios = (f"{math.exp(z):.3f}" for z in (row.time_ratio, row.ratio))
-        name, noise = f"{row.base.group} {row.base.variant}", f"{math.expm1(row.noise):.1%}"
-        print("|", " | ".join((name, before, after, *ratios, noise, verdict)), "|")
+        noise = f"{math.expm1(row.noise):.1%}"
+        print("|", " | ".join((row.base.name, before, after, *ratios, noise, verdict)), "|")
     for path, one, other in ((base_path, base, new), (new_path, new, base)):
         for name in one:
             if name not in other:

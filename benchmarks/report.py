@@ -1,10 +1,10 @@
-"""Measures everything and writes what came out, as a table, as a text and as pictures.
+"""Runs the benchmarks and writes a report: Markdown, CSV, JSON and plots.
 
-    python -m benchmarks.report --quick --out report
+    python -m benchmarks.report --quick --out DIR
 
-pytest measures, as a child: where it dies it is started again with the tests that are left, so that
-a crash costs the rows of one case. DIR gets report.json (in pytest-benchmark's format), report.csv,
-report.md and PNG files; what pytest printed is in DIR/logs.
+The measurements run under pytest in a child process. If that process dies, another one runs the
+remaining tests, so that a crash costs the rows of one case. DIR gets report.json (in
+pytest-benchmark's format), report.csv, report.md and PNG files; pytest's output is in DIR/logs.
 """
 
 import argparse
@@ -25,13 +25,13 @@ import pytest_benchmark
 import torch
 from tqdm import tqdm
 
-from benchmarks import plots
-from benchmarks.tables import OUT_OF_BUDGET, csv_text, markdown
+from benchmarks.harness import plots
+from benchmarks.harness.tables import OUT_OF_BUDGET, csv_text, markdown
 
 ROOT = Path(__file__).resolve().parents[1]
-# After one of these every call in the same process fails.
-POISONED = ("CUDA error", "illegal memory access")
-GRACE = 12  # seconds after the budget in which the last case may end
+# After one of these errors every later CUDA call in the process fails.
+FATAL = ("CUDA error", "illegal memory access")
+GRACE = 12  # seconds that the last case may run beyond the budget
 
 
 def main() -> int:
@@ -42,20 +42,23 @@ def main() -> int:
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), help="default: cuda where there is one"
     )
-    parser.add_argument("--budget", type=float, help="seconds after which the rest is left out")
-    parser.add_argument("--seconds", type=float, help="of a case's rounds")
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="where it is written"
-    )
+    parser.add_argument("--budget", type=float, help="seconds after which the rest is skipped")
+    parser.add_argument("--seconds", type=float, help="of measurement for each case")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
     args = parser.parse_args()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA GPU here")
-    budget = args.budget or (150 if args.quick else 400 if device == "cuda" else math.inf)
-    arguments = ["benchmarks", "--device", device]
+    budget, seconds = args.budget, args.seconds
+    if budget is None:
+        budget = 150 if args.quick else 400 if device == "cuda" else math.inf
+    if seconds is None:
+        seconds = 1 if args.quick else 2
+    # The ops first: a network takes as long as many of them.
+    arguments = ["benchmarks/ops", "benchmarks/models"]
+    arguments += ["--device", device, "--seconds", str(seconds)]
     arguments += ["-k", "quick"] if args.quick else []
-    arguments += ["--seconds", str(args.seconds or (1 if args.quick else 2))]
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leaves a report too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # writes the report, as Ctrl-C does
     report = run(arguments, args.out, budget)
     report["command"] = shlex.join(["python", "-m", "benchmarks.report", *sys.argv[1:]])
     write(report, args.out)
@@ -65,11 +68,11 @@ def main() -> int:
 
 
 class Progress:
-    """The lines that pytest writes about its tests, on a bar."""
+    """The JSON lines that pytest's children write about their tests, shown on a progress bar."""
 
     def __init__(self):
         self.head, self.lines, self.bar = None, {}, tqdm(unit="test", desc="collecting")
-        self.collected = False  # by the child that runs
+        self.collected = False  # whether the running child has collected its tests
 
     def add(self, line: dict) -> None:
         self.collected = True
@@ -92,12 +95,12 @@ class Progress:
 
 
 def run(arguments: list[str], out: Path, budget: float = math.inf) -> dict:
-    """Measures the tests that pytest collects with these arguments. Returns the report.
+    """Measures the tests that pytest collects with these arguments, and returns the report.
 
     Args:
-        arguments: of pytest.
-        out: folder whose logs/pytest.txt gets what pytest prints.
-        budget: seconds after which tests are left out.
+        arguments: command-line arguments of pytest.
+        out: folder; pytest's output goes to its logs/pytest.txt.
+        budget: seconds after which the remaining tests are skipped.
 
     Raises:
         SystemExit: pytest could not collect any test.
@@ -130,7 +133,10 @@ def run(arguments: list[str], out: Path, budget: float = math.inf) -> dict:
 
 
 def run_child(arguments: list[str], log, progress: Progress, end: float) -> tuple[str, int]:
-    """Runs what is left, until it ends or has to be ended. Why it did, and its exit code."""
+    """Runs the remaining tests in a child until it ends or has to be killed.
+
+    Returns the reason why it ended, and its exit code.
+    """
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.jsonl"
         rows.touch()
@@ -140,13 +146,13 @@ def run_child(arguments: list[str], log, progress: Progress, end: float) -> tupl
         command += [f"--deselect={test}" for test in progress.lines]
         command += [f"--budget={max(0, end - time.monotonic())}"] if end < math.inf else []
         log.flush()
-        # A session of its own: torch's compile workers end with it.
+        # In its own process group, so that torch's compile workers are killed with it.
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
             for line in follow(process, rows, end + GRACE):
-                if any(text in line.get("reason", "") for text in POISONED):
+                if any(text in line.get("reason", "") for text in FATAL):
                     progress.add(line)
                     return f"after {line['reason']}", 0
                 progress.add(line)
@@ -161,7 +167,7 @@ def run_child(arguments: list[str], log, progress: Progress, end: float) -> tupl
 
 
 def follow(process: subprocess.Popen, path: Path, end: float):
-    """The JSON lines that a process writes, until it has ended or the time is over."""
+    """The JSON lines that a process writes to a file, until it ends or the time is `end`."""
     with path.open() as file:
         text, ended = "", False
         while not ended and time.monotonic() < end:
@@ -172,7 +178,10 @@ def follow(process: subprocess.Popen, path: Path, end: float):
 
 
 def split(tests: list[str]) -> dict[str, tuple[str, str]]:
-    """Test -> what all tests of its case begin with, and its variant. Every case has "eager"."""
+    """Test -> the prefix that all tests of its case share, and its variant.
+
+    Every case has a variant "eager", from which the prefixes are taken.
+    """
     cases = [test.removesuffix("eager]") for test in tests if test.endswith("-eager]")]
     found = {}
     for test in tests:
@@ -181,14 +190,14 @@ def split(tests: list[str]) -> dict[str, tuple[str, str]]:
     return found
 
 
-def case_name(start: str) -> str:
-    """Op and shape of a case, of what its tests begin with."""
-    parts = re.fullmatch(r".*?bench_(\w+)\.py::\w+\[(.*)-", start)
-    return " ".join(parts.groups()) if parts else start
+def case_name(prefix: str) -> str:
+    """Op and shape of a case, from the prefix of its tests."""
+    parts = re.fullmatch(r".*?bench_(\w+)\.py::\w+\[(.*)-", prefix)
+    return " ".join(parts.groups()) if parts else prefix
 
 
 def report_of(progress: Progress) -> dict:
-    """What is known, in pytest-benchmark's format."""
+    """The report in pytest-benchmark's format, from the lines so far."""
     lines, rows, others = progress.lines.values(), [], []
     for line in lines:
         if "row" in line:
@@ -211,7 +220,7 @@ def report_of(progress: Progress) -> dict:
 
 
 def write(report: dict, out: Path) -> None:
-    """report.json, report.csv, report.md and the plots that there are rows for."""
+    """Writes report.json, report.csv, report.md and the plots that have rows."""
     out.mkdir(parents=True, exist_ok=True)
     rows = ",\n".join(json.dumps(row) for row in report["benchmarks"])
     rest = json.dumps({name: z for name, z in report.items() if name != "benchmarks"}, indent=1)
@@ -221,7 +230,7 @@ def write(report: dict, out: Path) -> None:
 
 
 def put(path: Path, text: str) -> None:
-    """A file is there whole or not at all."""
+    """Writes a file so that it is complete or not there at all."""
     draft = path.with_name(path.name + ".tmp")
     draft.write_text(text)
     draft.replace(path)

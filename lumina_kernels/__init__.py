@@ -21,3 +21,5 @@ from lumina_kernels.ops.rope_table import rope_table as rope_table
 from lumina_kernels.ops.sandwich_norm import sandwich_norm as sandwich_norm
 from lumina_kernels.ops.sandwich_norm_chain import sandwich_norm_chain as sandwich_norm_chain
 from lumina_kernels.ops.swiglu import swiglu as swiglu
+
+__version__ = "0.1.0"

@@ -16,14 +16,18 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
+from lumina_kernels import backend
+from lumina_kernels.examples import Sizes, examples
 from lumina_kernels.ops import OPS
 
 ARCHS = (80, 90, 100, 120)
@@ -88,14 +92,15 @@ def offline(arch: int):
     def keep(module, function, name, files, hash):
         compiled.append(files)
 
-    before = driver._active
+    before, device = driver._active, backend.DEVICES["triton"]
     driver.set_active(OfflineDriver(arch))
+    backend.DEVICES["triton"] = "cpu"  # where the tensors are here
     knobs.runtime.kernel_load_end_hook.add(keep)
     try:
         yield compiled
     finally:
         knobs.runtime.kernel_load_end_hook.remove(keep)
-        driver._active = before
+        driver._active, backend.DEVICES["triton"] = before, device
 
 
 def inspect(op: str, arch: int, head_dim: int, dtype: str) -> list[dict]:
@@ -110,16 +115,44 @@ def inspect(op: str, arch: int, head_dim: int, dtype: str) -> list[dict]:
     kernels = import_module(f"lumina_kernels.triton.{op}")
     useful = head_dim / sum(kernels.head_parts(head_dim)) if hasattr(kernels, "head_parts") else 1.0
     rows = []
-    for call, launch in kernels.aot_calls(head_dim, DTYPES[dtype]):
-        with offline(arch) as compiled:
-            try:
-                launch()
-            except OutOfResources as error:  # reported as a row, not the end of the run
-                rows.append(_row(op, arch, head_dim, dtype, call, error=str(error)))
-        for files in compiled:
-            figures = _read({Path(name).suffix: Path(path) for name, path in files.items()}, useful)
-            rows.append(_row(op, arch, head_dim, dtype, call, **figures))
+    sizes = Sizes(
+        grid=(1, 16, 16), T=64, H=32, G=8, K=head_dim, F=96 * head_dim, dtype=DTYPES[dtype]
+    )
+    for name, arguments in examples(op, sizes).items():
+        for step, launch in _steps(op, arguments).items():
+            call = f"{name} {step}".strip()
+            with offline(arch) as compiled:
+                try:
+                    launch()
+                except OutOfResources as error:  # reported as a row, not the end of the run
+                    rows.append(_row(op, arch, head_dim, dtype, call, error=str(error)))
+            for files in compiled:
+                paths = {Path(file).suffix: Path(path) for file, path in files.items()}
+                rows.append(_row(op, arch, head_dim, dtype, call, **_read(paths, useful)))
     return rows
+
+
+def _steps(op: str, arguments: dict) -> dict[str, Callable[[], None]]:
+    """Launches of the forward, of the forward that keeps what a gradient needs, and of the
+    gradient, in this order."""
+    module = import_module(f"lumina_kernels.ops.{op}")
+    wrt = getattr(module, f"{op}_fwd").differentiable
+    floats = {n: x for n, x in arguments.items() if isinstance(x, Tensor) and n in wrt}
+    leaves = {n: x.detach().requires_grad_() for n, x in floats.items()}
+    outputs = []
+
+    def forward(arguments):
+        outs = getattr(module, op)(**arguments, backend="triton")
+        return outs if isinstance(outs, tuple) else (outs,)
+
+    def training():
+        outputs.extend(x for x in forward(arguments | leaves) if x is not None and x.requires_grad)
+
+    def backward():
+        torch.autograd.grad(outputs, list(leaves.values()), [torch.ones_like(x) for x in outputs])
+
+    steps = {"fwd": lambda: forward(arguments)}
+    return steps | {"fwd training": training, "bwd": backward} if wrt else steps
 
 
 def _row(op, arch, head_dim, dtype, call, **figures) -> dict:

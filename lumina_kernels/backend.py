@@ -14,6 +14,9 @@ BACKENDS = ("torch", "triton", "cuda", "cpu")
 # Type of device that a backend's tensors must be on.
 DEVICES = {"triton": "cuda", "cuda": "cuda", "cpu": "cpu"}
 
+# What `backend=None` prefers; an op that measures otherwise gives `resolve` an order of its own.
+BEST_FIRST = ("triton", "cuda", "cpu")
+
 # Process-wide choice, read once; a call's own `backend=` still wins. An empty value is unset.
 DEFAULT = os.environ.get("LUMINA_KERNELS_BACKEND") or None
 

@@ -28,8 +28,25 @@ def check_float(name: str, tensor: Tensor, device: torch.device, *shapes: tuple)
     check_shape(name, tensor, device, *shapes)
 
 
-def check_mask(name: str, tensor: Tensor, device: torch.device, *shapes: tuple) -> None:
-    """`tensor` is bool, on `device`, and has one of `shapes`."""
+def check_optional(name: str, tensor: Tensor | None, device: torch.device, *shapes: tuple) -> None:
+    """`tensor` is None, or as for `check_float`."""
+    if tensor is not None:
+        check_float(name, tensor, device, *shapes)
+
+
+def check_broadcasts(name: str, tensor: Tensor, device: torch.device, shape: tuple) -> None:
+    """`tensor` is floating, on `device`, and broadcasts to `shape`."""
+    check_floating(name, tensor)
+    check_shape(name, tensor, device, tensor.shape)
+    pairs = zip(reversed(tensor.shape), reversed(shape), strict=False)
+    if tensor.ndim > len(shape) or not all(size in (1, whole) for size, whole in pairs):
+        raise ValueError(f"{name} must broadcast to {tuple(shape)}, got {tuple(tensor.shape)}")
+
+
+def check_mask(name: str, tensor: Tensor | None, device: torch.device, *shapes: tuple) -> None:
+    """`tensor` is None, or bool, on `device`, and with one of `shapes`."""
+    if tensor is None:
+        return
     check_shape(name, tensor, device, *shapes)
     if tensor.dtype != torch.bool:
         raise TypeError(f"{name} must be bool (True: the key counts), got {tensor.dtype}")

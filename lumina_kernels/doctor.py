@@ -79,7 +79,7 @@ def _others(device: str) -> dict[str, str]:
 
 
 def _implemented(op: str) -> tuple[str, ...]:
-    return import_module(f"lumina_kernels.ops.{op}").BACKENDS
+    return import_module(f"lumina_kernels.ops.{op}").BEST_FIRST
 
 
 if __name__ == "__main__":

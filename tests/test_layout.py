@@ -20,7 +20,7 @@ def test_ops_are_found():
 @pytest.mark.parametrize("op", OPS)
 def test_every_op_is_complete(op):
     places = ("tests/test_{}.py", "tests/cuda_host/test_cuda_{}.py", "lumina_kernels/triton/{}.py")
-    for place in (*places, "csrc/{}.cpp", "csrc/{}.cuh", "csrc/{}.cu"):
+    for place in (*places, "csrc/cpu/{}.cpp", "csrc/cuda/{}.cuh", "csrc/cuda/{}.cu"):
         assert (ROOT / place.format(op)).exists(), place.format(op)
     line = f"from lumina_kernels.ops.{op} import {op} as {op}\n"
     assert line in (ROOT / "lumina_kernels" / "__init__.py").read_text()

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from lumina_kernels import backend
 
 ROOT = Path(__file__).resolve().parent.parent
 WASTE = shutil.ignore_patterns("*.pyc", "*.tmp", "*.so")
-SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc", "lumina", "lumina_kernels")
+SOURCES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
+SOURCES += ("csrc", "lumina", "lumina_kernels")
 
 # An editable install lends its modules to the package of a wheel, which lacks them.
 ALONE = "import sys; sys.meta_path = [f for f in sys.meta_path if 'ditable' not in repr(f)];"
@@ -29,9 +31,8 @@ def run(*command, cwd, **environment):
     return result.stdout
 
 
-def build(folder, only=(), broken=False, **environment):
-    """A wheel of `only` some C++ sources, or all; from a copy, since a build leaves build/ and
-    *.egg-info, and takes up what older ones left."""
+def copy_of_the_sources(folder):
+    """A build leaves build/ and *.egg-info, and takes up what older ones left."""
     source = folder / "source"
     source.mkdir()
     for name in SOURCES:
@@ -39,11 +40,17 @@ def build(folder, only=(), broken=False, **environment):
             shutil.copytree(ROOT / name, source / name, ignore=WASTE)
         else:
             shutil.copy(ROOT / name, source)
-    for path in (source / "csrc").glob("*.cpp"):
+    return source
+
+
+def build(folder, only=(), broken=False, **environment):
+    """A wheel of `only` some C++ sources, or all."""
+    source = copy_of_the_sources(folder)
+    for path in (source / "csrc").rglob("*.cpp"):
         if only and path.name not in only:
             path.unlink()
     if broken:
-        (source / "csrc" / "broken.cpp").write_text("#error no such thing")
+        (source / "csrc" / "cpu" / "broken.cpp").write_text("#error no such thing")
     pip = (sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation")
     run(*pip, "-w", str(folder), str(source), cwd=folder, **environment)
     (path,) = folder.glob("*.whl")
@@ -106,6 +113,16 @@ def test_without_a_compiler_it_is_pure_python(wheel, tmp_path):
     )
     printed = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert printed.startswith("4.386") and "with a C++ compiler" in printed
+
+
+def test_the_sdist_holds_the_native_sources(tmp_path):
+    """Even where nothing can be compiled, and setup.py therefore lists no extension."""
+    source = copy_of_the_sources(tmp_path)
+    run(sys.executable, "setup.py", "-q", "sdist", cwd=source, CXX="no-such-compiler")
+    (path,) = (source / "dist").glob("*.tar.gz")
+    names = {name.split("/", 1)[-1] for name in tarfile.open(path).getnames()}
+    expected = {p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*.*")}
+    assert len(expected) > 60 and expected <= names
 
 
 @pytest.mark.skipif("cpu" in backend.MISSING, reason="needs a C++ compiler")

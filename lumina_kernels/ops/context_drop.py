@@ -5,22 +5,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lumina_kernels.axes import Heads, PooledHeads, RowStatistic, Windows
-from lumina_kernels.backend import resolve
+from lumina_kernels.backend import BEST_FIRST, resolve
 from lumina_kernels.checks import check_axes, check_float, check_mask, check_same_dtype
 from lumina_kernels.kernel_op import kernel_op
 
-BACKENDS = ("triton", "cuda", "cpu")
-
 
 def context_drop(
-    k: Tensor,
-    v: Tensor,
-    grid: tuple[int, int, int],
-    factor: int,
-    key_mask: Tensor | None = None,
-    *,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    k: Tensor, v: Tensor, grid: tuple[int, int, int], factor: int, key_mask: Tensor | None = None,
+    *, backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Average k and v over factor x factor windows of (H, W), the time axis left as it is.
 
     Windows start at the corner (0, 0); those at the far edges may be smaller. Only valid tokens
@@ -47,7 +40,7 @@ def context_drop(
             tokens, or factor is less than 1.
     """
     check_context_drop(k, v, grid, factor, key_mask)
-    backend = resolve(backend, BACKENDS, k, v)
+    backend = resolve(backend, BEST_FIRST, k, v)
     if backend == "torch":
         return context_drop_ref(k, v, grid, factor, key_mask)
     return context_drop_fwd(k, v, list(grid), factor, key_mask, backend)
@@ -84,8 +77,7 @@ def check_context_drop(k, v, grid, factor, key_mask) -> None:
         raise ValueError(f"grid must be (T, H, W) with T * H * W = {L}, got {tuple(grid)}")
     if factor < 1:
         raise ValueError(f"factor must be at least 1, got {factor}")
-    if key_mask is not None:
-        check_mask("key_mask", key_mask, k.device, (B, L))
+    check_mask("key_mask", key_mask, k.device, (B, L))
 
 
 def pooled(k, v, grid, factor):

@@ -4,27 +4,17 @@ import torch
 from torch import Tensor
 
 from lumina_kernels.axes import Modulation, Rows, Statistics, Vector
-from lumina_kernels.backend import resolve
+from lumina_kernels.backend import BEST_FIRST, resolve
 from lumina_kernels.checks import check_axes, check_float
 from lumina_kernels.kernel_op import kernel_op, like
 from lumina_kernels.ops.norm_modulate import check_modulation, norm_modulate_ref, per_token
 
-BACKENDS = ("triton", "cuda", "cpu")
-
 
 def gate_residual_norm(
-    y: Tensor,
-    residual: Tensor,
-    gate: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    eps: float = 1e-6,
-    kind: str = "layer",
-    *,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
+    y: Tensor, residual: Tensor, gate: Tensor, weight: Tensor | None = None,
+    bias: Tensor | None = None, scale: Tensor | None = None, shift: Tensor | None = None,
+    eps: float = 1e-6, kind: str = "layer", *, backend: str | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return new = residual + gate * y, and
     normed = (norm(new) * weight + bias) * (1 + scale) + shift; None leaves its term out.
 
@@ -54,7 +44,7 @@ def gate_residual_norm(
     check_float("gate", gate, y.device, (B, D), (B, L, D))
     check_modulation(y, kind, weight=weight, bias=bias, scale=scale, shift=shift)
     tensors = (y, residual, gate, weight, bias, scale, shift)
-    backend = resolve(backend, BACKENDS, *tensors)
+    backend = resolve(backend, BEST_FIRST, *tensors)
     if backend == "torch":
         return gate_residual_norm_ref(*tensors, eps, kind)
     return gate_residual_norm_fwd(*tensors, eps, kind, backend)[:2]

@@ -6,17 +6,16 @@ import torch
 from torch import Tensor
 
 from lumina_kernels.axes import Heads
-from lumina_kernels.backend import resolve
+from lumina_kernels.backend import BEST_FIRST, resolve
 from lumina_kernels.checks import (
     check_axes,
+    check_broadcasts,
     check_float,
-    check_floating,
     check_mask,
     check_same_dtype,
 )
 from lumina_kernels.kernel_op import kernel_op, like
 
-BACKENDS = ("triton", "cuda", "cpu")
 BACKENDS_WITH_GRADIENT = ("triton", "cpu")
 
 # What the tiles of the kernels hold.
@@ -29,19 +28,10 @@ Lse = Annotated[Tensor, "B H L R"]
 
 
 def gqa_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_mask: Tensor | None = None,
-    scale: float | None = None,
-    text_k: Tensor | None = None,
-    text_v: Tensor | None = None,
-    text_mask: Tensor | None = None,
-    text_gate: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    backend: str | None = None,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, scale: float | None = None,
+    text_k: Tensor | None = None, text_v: Tensor | None = None, text_mask: Tensor | None = None,
+    text_gate: Tensor | None = None, bias: Tensor | None = None, *, backend: str | None = None,
+) -> Tensor:  # fmt: skip
     """Return softmax(scale q kᵀ + bias) v + tanh(text_gate) * softmax(q text_kᵀ / sqrt(K)) text_v.
 
     Query head h reads key/value head h // (H / G) (grouped queries, arXiv 2305.13245). The second
@@ -83,17 +73,9 @@ def gqa_attention(
 
 
 def gqa_attention_ref(
-    q,
-    k,
-    v,
-    key_mask=None,
-    scale=None,
-    text_k=None,
-    text_v=None,
-    text_mask=None,
-    text_gate=None,
+    q, k, v, key_mask=None, scale=None, text_k=None, text_v=None, text_mask=None, text_gate=None,
     bias=None,
-):
+):  # fmt: skip
     """The definition. It holds the scores, O(H L L_kv) numbers per sample."""
     default = q.shape[-1] ** -0.5
     out = _attend(q, k, v, default if scale is None else scale, key_mask, bias)
@@ -105,8 +87,8 @@ def gqa_attention_ref(
 
 def _resolve(backend, q, text_gate, bias, with_grad) -> str:
     wide = q.shape[-1] > MAX_HEAD_DIM
-    able = () if wide else BACKENDS_WITH_GRADIENT if with_grad else BACKENDS
-    name = resolve(backend, BACKENDS if backend else able, q, text_gate, bias)
+    able = () if wide else BACKENDS_WITH_GRADIENT if with_grad else BEST_FIRST
+    name = resolve(backend, BEST_FIRST if backend else able, q, text_gate, bias)
     if wide and name != "torch":
         raise ValueError(
             f"backend {name!r} takes a head_dim of at most {MAX_HEAD_DIM}, got {q.shape[-1]}"
@@ -146,15 +128,9 @@ def _check(q, k, v, key_mask, bias) -> None:
         raise ValueError(f"k must have a number of heads that divides the {H} of q, got {G}")
     check_float("v", v, q.device, (B, L_kv, G, K))
     check_same_dtype(q=q, k=k, v=v)
-    if key_mask is not None:
-        check_mask("key_mask", key_mask, q.device, (B, L_kv))
+    check_mask("key_mask", key_mask, q.device, (B, L_kv))
     if bias is not None:
-        check_floating("bias", bias)
-        check_float("bias", bias, q.device, tuple(bias.shape))
-        full = (B, H, L, L_kv)
-        pairs = zip(reversed(bias.shape), reversed(full), strict=False)
-        if bias.ndim > 4 or not all(size == 1 or size == whole for size, whole in pairs):
-            raise ValueError(f"bias must broadcast to {full}, got {tuple(bias.shape)}")
+        check_broadcasts("bias", bias, q.device, (B, H, L, L_kv))
 
 
 def _check_text(q, k, text_k, text_v, text_mask, text_gate) -> None:
@@ -171,8 +147,7 @@ def _check_text(q, k, text_k, text_v, text_mask, text_gate) -> None:
     check_float("text_v", text_v, q.device, shape)
     check_same_dtype(q=q, text_k=text_k, text_v=text_v)
     check_float("text_gate", text_gate, q.device, (H,))
-    if text_mask is not None:
-        check_mask("text_mask", text_mask, q.device, shape[:2])
+    check_mask("text_mask", text_mask, q.device, shape[:2])
 
 
 @kernel_op("out error lse text_lse", over="B L H")
@@ -181,10 +156,9 @@ def gqa_attention_fwd(
     text_v: Text | None, text_mask: TextMask | None, text_gate: Gate | None, bias: Bias | None,
     with_error: bool,
 ) -> tuple[Heads, Heads, Lse, Lse]:  # fmt: skip
-    """The output and what the gradient needs: the rounding error of a 16-bit output, int8 (empty
-    for float32, or when it is not wanted), and of each branch log2 of the sum of the exponentials
-    of a row's scores, (B, G, L, H / G) float32, -inf for a row without a valid key (empty without
-    text)."""
+    """error: the rounding error of a 16-bit output, int8; empty for float32, or if not wanted.
+    lse, text_lse: log2 of the sum of exponentials of a row's scores, -inf for a row without a valid
+    key; text_lse is empty without text."""
     (B, L, H, _), G = q.shape, k.shape[2]
     lse = q.new_empty((B, G, L, H // G), dtype=torch.float32)
     error = q.new_empty(q.shape if with_error and q.itemsize == 2 else 0, dtype=torch.int8)

@@ -3,22 +3,15 @@
 import torch
 from torch import Tensor
 
-from lumina_kernels.backend import resolve
+from lumina_kernels.backend import BEST_FIRST, resolve
 from lumina_kernels.checks import check_float, check_floating
 from lumina_kernels.kernel_op import kernel_op
 
-BACKENDS = ("triton", "cuda", "cpu")
-
 
 def guided_step(
-    x: Tensor,
-    v: Tensor,
-    weight: float | Tensor,
-    dt: float | Tensor,
-    channels: int | None = None,
-    *,
-    backend: str | None = None,
-) -> Tensor:
+    x: Tensor, v: Tensor, weight: float | Tensor, dt: float | Tensor, channels: int | None = None,
+    *, backend: str | None = None,
+) -> Tensor:  # fmt: skip
     """Return x + dt * u, with u = v_uncond + weight * (v_cond - v_uncond).
 
     Classifier-free guidance (arXiv 2207.12598, whose w is weight - 1) and one Euler step of
@@ -52,7 +45,7 @@ def guided_step(
             raise ValueError(f"{name} must be a number or a 0-d tensor, got {tuple(number.shape)}")
     if channels is not None and not 0 <= channels <= x.shape[1]:
         raise ValueError(f"channels must be within 0..{x.shape[1]}, got {channels}")
-    backend = resolve(backend, BACKENDS, x, v, x=x, v=v, weight=weight, dt=dt)
+    backend = resolve(backend, BEST_FIRST, x, v, x=x, v=v, weight=weight, dt=dt)
     if backend == "torch":
         return guided_step_ref(x, v, weight, dt, channels)
     numbers = (*_tensor_and_value(weight, x.device), *_tensor_and_value(dt, x.device))

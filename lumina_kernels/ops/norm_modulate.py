@@ -4,25 +4,18 @@ import torch
 from torch import Tensor
 
 from lumina_kernels.axes import Modulation, Rows, Statistics, Vector
-from lumina_kernels.backend import resolve
-from lumina_kernels.checks import check_axes, check_float
+from lumina_kernels.backend import BEST_FIRST, resolve
+from lumina_kernels.checks import check_axes, check_optional
 from lumina_kernels.kernel_op import kernel_op, like
 
-BACKENDS = ("triton", "cuda", "cpu")
 KINDS = ("rms", "layer")
 
 
 def norm_modulate(
-    x: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    eps: float = 1e-5,
-    kind: str = "rms",
-    *,
-    backend: str | None = None,
-) -> Tensor:
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None,
+    scale: Tensor | None = None, shift: Tensor | None = None, eps: float = 1e-5, kind: str = "rms",
+    *, backend: str | None = None,
+) -> Tensor:  # fmt: skip
     """Return (norm(x) * weight + bias) * (1 + scale) + shift; None leaves its term out.
 
     norm(x) = x * rsqrt(mean(x²) + eps) for "rms"; "layer" subtracts the row's mean from x first.
@@ -46,7 +39,7 @@ def norm_modulate(
     """
     check_axes("x", x, "B, L, D")
     check_modulation(x, kind, weight=weight, bias=bias, scale=scale, shift=shift)
-    backend = resolve(backend, BACKENDS, x, weight, bias, scale, shift)
+    backend = resolve(backend, BEST_FIRST, x, weight, bias, scale, shift)
     if backend == "torch":
         return norm_modulate_ref(x, weight, bias, scale, shift, eps, kind)
     return norm_modulate_fwd(x, weight, bias, scale, shift, eps, kind, backend)[0]
@@ -80,12 +73,10 @@ def check_modulation(x: Tensor, kind: str, *, weight, bias, scale, shift) -> Non
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     B, L, D = x.shape
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None:
-            check_float(name, tensor, x.device, (D,))
-    for name, tensor in (("scale", scale), ("shift", shift)):
-        if tensor is not None:
-            check_float(name, tensor, x.device, (B, D), (B, L, D))
+    check_optional("weight", weight, x.device, (D,))
+    check_optional("bias", bias, x.device, (D,))
+    check_optional("scale", scale, x.device, (B, D), (B, L, D))
+    check_optional("shift", shift, x.device, (B, D), (B, L, D))
 
 
 @kernel_op("out statistics", over="B L")

@@ -4,31 +4,20 @@ import torch
 from torch import Tensor
 
 from lumina_kernels.axes import Frequencies, Heads, Positions, Vector
-from lumina_kernels.backend import resolve
-from lumina_kernels.checks import check_float
+from lumina_kernels.backend import BEST_FIRST, resolve
+from lumina_kernels.checks import check_optional
 from lumina_kernels.kernel_op import kernel_op, like
 from lumina_kernels.ops.norm_modulate import norm_modulate_ref
 from lumina_kernels.ops.rope3d import check_rope3d, rope3d_ref
 
-BACKENDS = ("triton", "cuda", "cpu")
 NORMS = ("layer_across_heads", "rms_per_head", "rms_across_heads")
 
 
 def qk_norm_rope3d(
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor | None,
-    q_bias: Tensor | None,
-    k_weight: Tensor | None,
-    k_bias: Tensor | None,
-    positions: Tensor,
-    inv_freq: Tensor,
-    axis: Tensor,
-    eps: float = 1e-5,
-    norm: str = "layer_across_heads",
-    *,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, q_weight: Tensor | None, q_bias: Tensor | None, k_weight: Tensor | None,
+    k_bias: Tensor | None, positions: Tensor, inv_freq: Tensor, axis: Tensor, eps: float = 1e-5,
+    norm: str = "layer_across_heads", *, backend: str | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return rope3d(norm(q) * q_weight + q_bias, norm(k) * k_weight + k_bias).
 
     "layer_across_heads" is a LayerNorm over all heads of a token (Lumina-Next, arXiv 2406.18583),
@@ -62,7 +51,7 @@ def qk_norm_rope3d(
     parameters = q_weight, q_bias, k_weight, k_bias
     check_qk_norm(q, k, *parameters, norm)
     constants = {"positions": positions, "inv_freq": inv_freq}
-    backend = resolve(backend, BACKENDS, q, k, *parameters, **constants)
+    backend = resolve(backend, BEST_FIRST, q, k, *parameters, **constants)
     if backend == "torch":
         return qk_norm_rope3d_ref(q, k, *parameters, positions, inv_freq, axis, eps, norm)
     return qk_norm_rope3d_fwd(q, k, *parameters, positions, inv_freq, axis, eps, norm, backend)
@@ -91,12 +80,10 @@ def check_qk_norm(q, k, q_weight, q_bias, k_weight, k_bias, norm) -> None:
     for name, x, weight, bias in (("q", q, q_weight, q_bias), ("k", k, k_weight, k_bias)):
         heads, K = x.shape[2:]
         width = K if norm == "rms_per_head" else heads * K
-        if weight is not None:
-            check_float(f"{name}_weight", weight, q.device, (width,))
+        check_optional(f"{name}_weight", weight, q.device, (width,))
         if bias is not None and norm != "layer_across_heads":
             raise ValueError(f"{name}_bias must be None for {norm!r}, which has no bias")
-        if bias is not None:
-            check_float(f"{name}_bias", bias, q.device, (width,))
+        check_optional(f"{name}_bias", bias, q.device, (width,))
 
 
 @kernel_op("q_out k_out", over="B L")

@@ -1,4 +1,4 @@
-"""Normalised, rotated queries beside keys that are that and averaged over windows, and values."""
+"""`qk_norm_rope3d` and `context_drop` in one pass."""
 
 from typing import Annotated
 
@@ -6,34 +6,19 @@ import torch
 from torch import Tensor
 
 from lumina_kernels.axes import Frequencies, Heads, PooledHeads, Positions, Vector, Windows
-from lumina_kernels.backend import resolve
+from lumina_kernels.backend import BEST_FIRST, resolve
 from lumina_kernels.kernel_op import kernel_op, like
 from lumina_kernels.ops.context_drop import check_context_drop, context_drop_ref, pooled
 from lumina_kernels.ops.qk_norm_rope3d import NORMS, check_qk_norm, qk_norm_rope3d_ref
 from lumina_kernels.ops.rope3d import check_rope3d
 
-BACKENDS = ("triton", "cuda", "cpu")
-
 
 def qk_norm_rope3d_pool(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_weight: Tensor | None,
-    q_bias: Tensor | None,
-    k_weight: Tensor | None,
-    k_bias: Tensor | None,
-    positions: Tensor,
-    inv_freq: Tensor,
-    axis: Tensor,
-    grid: tuple[int, int, int],
-    factor: int,
-    key_mask: Tensor | None = None,
-    eps: float = 1e-5,
-    norm: str = "layer_across_heads",
-    *,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, q_bias: Tensor | None,
+    k_weight: Tensor | None, k_bias: Tensor | None, positions: Tensor, inv_freq: Tensor,
+    axis: Tensor, grid: tuple[int, int, int], factor: int, key_mask: Tensor | None = None,
+    eps: float = 1e-5, norm: str = "layer_across_heads", *, backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`qk_norm_rope3d` of q and k, then `context_drop` of k and v; the whole k is never in memory.
 
     Queries stay whole: context drop of Lumina-Next (arXiv 2406.18583).
@@ -42,14 +27,11 @@ def qk_norm_rope3d_pool(
         q: queries, (B, L, H, K), K even, tokens in row-major (t, h, w).
         k, v: keys and values, (B, L, G, K), same dtype.
         q_weight, q_bias, k_weight, k_bias: parameters of the norm, as for `qk_norm_rope3d`.
-        positions: columns (t, h, w), (L, 3) or (B, L, 3), integer or float, in tokens.
-        inv_freq: radians per position, (K/2,) or (B, K/2).
-        axis: column of `positions` that pair j reads, (K/2,), int32 or int64 in {0, 1, 2}.
+        positions, inv_freq, axis: the rotation, as for `rope3d`.
         grid: (T, H, W) in tokens, T * H * W = L; the same grid for the whole batch.
         factor: side of a window in tokens, at least 1.
         key_mask: True for keys that count, (B, L) bool.
-        eps: added to the mean square.
-        norm: "layer_across_heads", "rms_per_head" or "rms_across_heads".
+        eps, norm: as for `qk_norm_rope3d`.
         backend: None takes the best one available; see `lumina_kernels.backend`.
 
     Returns:
@@ -59,19 +41,18 @@ def qk_norm_rope3d_pool(
         float32 (float64 for float64), rounded once.
 
     Raises:
-        ValueError, TypeError, NotImplementedError, RuntimeError: as `qk_norm_rope3d` and
-            `context_drop`.
+        the errors of `qk_norm_rope3d` and of `context_drop`.
     """
     parameters, table = (q_weight, q_bias, k_weight, k_bias), (positions, inv_freq, axis)
     check_rope3d(q, k, *table)
     check_qk_norm(q, k, *parameters, norm)
     check_context_drop(k, v, grid, factor, key_mask)
     constants = {"positions": positions, "inv_freq": inv_freq}
-    backend = resolve(backend, BACKENDS, q, k, v, *parameters, **constants)
-    rest = key_mask, eps, norm
+    backend = resolve(backend, BEST_FIRST, q, k, v, *parameters, **constants)
+    inputs = q, k, v, *parameters, *table, list(grid), factor, key_mask, eps, norm
     if backend == "torch":
-        return qk_norm_rope3d_pool_ref(q, k, v, *parameters, *table, grid, factor, *rest)
-    return qk_norm_rope3d_pool_fwd(q, k, v, *parameters, *table, list(grid), factor, *rest, backend)
+        return qk_norm_rope3d_pool_ref(*inputs)
+    return qk_norm_rope3d_pool_fwd(*inputs, backend)
 
 
 def qk_norm_rope3d_pool_ref(

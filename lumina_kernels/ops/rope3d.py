@@ -4,22 +4,15 @@ import torch
 from torch import Tensor
 
 from lumina_kernels.axes import Frequencies, Heads, Positions
-from lumina_kernels.backend import resolve
+from lumina_kernels.backend import BEST_FIRST, resolve
 from lumina_kernels.checks import check_axes, check_float, check_same_dtype, check_shape
 from lumina_kernels.kernel_op import kernel_op, like
 
-BACKENDS = ("triton", "cuda", "cpu")
-
 
 def rope3d(
-    q: Tensor,
-    k: Tensor,
-    positions: Tensor,
-    inv_freq: Tensor,
-    axis: Tensor,
-    *,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, positions: Tensor, inv_freq: Tensor, axis: Tensor, *, backend: str | None
+    = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Rotate pair j, the channels (2j, 2j + 1), by phi_j = positions[..., axis[j]] * inv_freq[j].
 
     (a, b) becomes (a cos phi - b sin phi, a sin phi + b cos phi): RoPE (arXiv 2104.09864, Eq. 34)
@@ -47,7 +40,7 @@ def rope3d(
             return NaN for it.
     """
     check_rope3d(q, k, positions, inv_freq, axis)
-    backend = resolve(backend, BACKENDS, q, k, positions=positions, inv_freq=inv_freq)
+    backend = resolve(backend, BEST_FIRST, q, k, positions=positions, inv_freq=inv_freq)
     if backend == "torch":
         return rope3d_ref(q, k, positions, inv_freq, axis)
     return rope3d_fwd(q, k, positions, inv_freq, axis, backend)

@@ -6,25 +6,19 @@ import torch
 from torch import Tensor
 
 from lumina_kernels.axes import Heads
-from lumina_kernels.backend import resolve
+from lumina_kernels.backend import BEST_FIRST, resolve
 from lumina_kernels.checks import check_float
 from lumina_kernels.kernel_op import kernel_op, like
 from lumina_kernels.ops.rope3d import check_heads
 
-BACKENDS = ("triton", "cuda", "cpu")
 PAIRINGS = ("interleaved", "half")
 Table = Annotated[Tensor, "[B] L K"]
 
 
 def rope_table(
-    q: Tensor,
-    k: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    pairing: str = "interleaved",
-    *,
+    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, pairing: str = "interleaved", *,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Return x * cos + rot(x) * sin for x = q and x = k.
 
     rot maps a pair (a, b) to (-b, a). Pairs are the channels (2j, 2j + 1) for "interleaved" (Flux,
@@ -53,7 +47,7 @@ def rope_table(
     check_float("sin", sin, q.device, (L, K), (B, L, K))
     if pairing not in PAIRINGS:
         raise ValueError(f"pairing must be one of {', '.join(PAIRINGS)}, got {pairing!r}")
-    backend = resolve(backend, BACKENDS, q, k, cos=cos, sin=sin)
+    backend = resolve(backend, BEST_FIRST, q, k, cos=cos, sin=sin)
     if backend == "torch":
         return rope_table_ref(q, k, cos, sin, pairing)
     q_out, k_out = rope_table_fwd(q, k, cos, sin, pairing, backend)

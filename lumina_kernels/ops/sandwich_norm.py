@@ -4,23 +4,16 @@ import torch
 from torch import Tensor
 
 from lumina_kernels.axes import Modulation, Rows, RowStatistic, Vector
-from lumina_kernels.backend import resolve
+from lumina_kernels.backend import BEST_FIRST, resolve
 from lumina_kernels.checks import check_axes, check_float
 from lumina_kernels.kernel_op import kernel_op, like
 from lumina_kernels.ops.norm_modulate import norm_modulate_ref, per_token
 
-BACKENDS = ("triton", "cuda", "cpu")
-
 
 def sandwich_norm(
-    y: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    gate: Tensor,
-    eps: float = 1e-5,
-    *,
+    y: Tensor, residual: Tensor, weight: Tensor, gate: Tensor, eps: float = 1e-5, *,
     backend: str | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Return residual + tanh(gate) * rms_norm(y) * weight.
 
     rms_norm(y) = y * rsqrt(mean(y²) + eps). The block tail of Lumina-Next (arXiv 2406.18583).
@@ -42,7 +35,7 @@ def sandwich_norm(
         ValueError, TypeError: a shape, device or dtype is not as above.
     """
     check_sandwich(y, residual, weight, gate)
-    backend = resolve(backend, BACKENDS, y, residual, weight, gate)
+    backend = resolve(backend, BEST_FIRST, y, residual, weight, gate)
     if backend == "torch":
         return sandwich_norm_ref(y, residual, weight, gate, eps)
     return sandwich_norm_fwd(y, residual, weight, gate, eps, backend)[0]

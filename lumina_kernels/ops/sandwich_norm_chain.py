@@ -4,26 +4,17 @@ import torch
 from torch import Tensor
 
 from lumina_kernels.axes import Modulation, Rows, RowStatistic, Vector
-from lumina_kernels.backend import resolve
-from lumina_kernels.checks import check_float
+from lumina_kernels.backend import BEST_FIRST, resolve
+from lumina_kernels.checks import check_optional
 from lumina_kernels.kernel_op import kernel_op, like
 from lumina_kernels.ops.norm_modulate import norm_modulate_ref
 from lumina_kernels.ops.sandwich_norm import check_sandwich, sandwich_norm_ref
 
-BACKENDS = ("triton", "cuda", "cpu")
-
 
 def sandwich_norm_chain(
-    y: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    gate: Tensor,
-    next_weight: Tensor | None,
-    next_scale: Tensor | None,
-    eps: float = 1e-5,
-    *,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
+    y: Tensor, residual: Tensor, weight: Tensor, gate: Tensor, next_weight: Tensor | None,
+    next_scale: Tensor | None, eps: float = 1e-5, *, backend: str | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return new = residual + tanh(gate) * rms_norm(y) * weight, and the next sub-layer's input
     normed = rms_norm(new) * next_weight * (1 + next_scale); None leaves its factor out.
 
@@ -50,12 +41,10 @@ def sandwich_norm_chain(
     """
     check_sandwich(y, residual, weight, gate)
     B, L, D = y.shape
-    if next_weight is not None:
-        check_float("next_weight", next_weight, y.device, (D,))
-    if next_scale is not None:
-        check_float("next_scale", next_scale, y.device, (B, D), (B, L, D))
+    check_optional("next_weight", next_weight, y.device, (D,))
+    check_optional("next_scale", next_scale, y.device, (B, D), (B, L, D))
     tensors = (y, residual, weight, gate, next_weight, next_scale)
-    backend = resolve(backend, BACKENDS, *tensors)
+    backend = resolve(backend, BEST_FIRST, *tensors)
     if backend == "torch":
         return sandwich_norm_chain_ref(*tensors, eps)
     return sandwich_norm_chain_fwd(*tensors, eps, backend)[:2]

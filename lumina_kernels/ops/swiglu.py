@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lumina_kernels.backend import resolve
+from lumina_kernels.backend import BEST_FIRST, resolve
 from lumina_kernels.checks import check_float, check_floating, check_same_dtype
 from lumina_kernels.kernel_op import kernel_op, like
 
-BACKENDS = ("triton", "cuda", "cpu")
 Any = Annotated[Tensor, "..."]
 
 
@@ -33,7 +32,7 @@ def swiglu(a: Tensor, b: Tensor, *, backend: str | None = None) -> Tensor:
     check_floating("a", a)
     check_float("b", b, a.device, tuple(a.shape))
     check_same_dtype(a=a, b=b)
-    backend = resolve(backend, BACKENDS, a, b)
+    backend = resolve(backend, BEST_FIRST, a, b)
     return swiglu_ref(a, b) if backend == "torch" else swiglu_fwd(a, b, backend)
 
 

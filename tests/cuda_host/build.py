@@ -21,7 +21,7 @@ CSRC = HERE.parents[1] / "csrc"
 RUNTIME = [HERE / "cuda_host.cpp", HERE / "memory.cpp"]
 NAMESPACE = "lumina_kernels_cuda_host"
 FLAGS = [
-    "-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas",
+    "-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas",
     "-DLUMINA_CUDA_HOST", "-DTORCH_TARGET_VERSION=0x020a000000000000",
 ]  # fmt: skip
 COUNTERS = ("launches", "bytes_read", "bytes_written", "bank_conflicts")
@@ -48,7 +48,7 @@ class Host:
 def kernel_names() -> set[str]:
     """Every `__global__` function in csrc/."""
     found = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\([^{;]*?\)\s+)?(\w+)\s*\(")
-    sources = [path.read_text() for path in sorted(CSRC.glob("*.cu*"))]
+    sources = [path.read_text() for path in sorted(CSRC.rglob("*.cu*"))]
     names = [name for source in sources for name in found.findall(source)]
     assert len(names) == sum(source.count("__global__") for source in sources), names
     return set(names)
@@ -56,8 +56,8 @@ def kernel_names() -> set[str]:
 
 @functools.cache
 def load() -> Host:
-    """The ops of all csrc/*.cu under `torch.ops.lumina_kernels_cuda_host`, on CPU tensors."""
-    sources = [p for p in sorted(CSRC.glob("*.cu")) if p.stem != "extension"]  # Python's module
+    """The ops of csrc/cuda under `torch.ops.lumina_kernels_cuda_host`, on CPU tensors."""
+    sources = [p for p in sorted(CSRC.rglob("*.cu")) if p.stem != "extension"]  # Python's module
     _define()
     return Host(build(sources, CSRC))
 
@@ -66,7 +66,7 @@ def build(sources, csrc: Path) -> Path:
     """The shared library of some .cu files, with the headers of `csrc`; kept for the next time."""
     cache = Path(tempfile.gettempdir()) / f"lumina_kernels_cuda_host-{Path.home().name}"
     cache.mkdir(exist_ok=True)
-    headers = sorted((*csrc.glob("*.cuh"), *csrc.glob("*launch.h"), *HERE.glob("*.h")))
+    headers = sorted((*csrc.glob("*.h"), *(csrc / "cuda").rglob("*h"), *HERE.glob("*.h")))
     common = "".join((*FLAGS, torch.__version__, *(path.read_text() for path in headers)))
     with ThreadPoolExecutor(2) as pool:
         objects = pool.map(

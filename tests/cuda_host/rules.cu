@@ -1,9 +1,9 @@
 // Small kernels that keep or break one rule each; test_cuda_host.py says what comes of them.
 #include <map>
 
-#include "ptx.cuh"
+#include "cuda/lib/ptx.cuh"
 
-namespace lumina_kernels {
+namespace lumina_kernels::cuda {
 namespace {
 
 float numbers[64];  // as global memory
@@ -187,12 +187,12 @@ const std::map<std::string, Rule> rules{
 };
 
 }  // namespace
-}  // namespace lumina_kernels
+}  // namespace lumina_kernels::cuda
 
 // "" or what was wrong.
 extern "C" __attribute__((visibility("default"))) const char* cuda_host_try(const char* name) {
   static std::string outcome;
-  using namespace lumina_kernels;
+  using namespace lumina_kernels::cuda;
   for (int i = 0; i < 64; ++i) numbers[i] = 1.0f + i;
   auto rule = rules.at(name);
   outcome.clear();

@@ -334,10 +334,10 @@ def probe(tmp_path_factory):
     """Constants of the headers."""
     source = tmp_path_factory.mktemp("probe") / "probe.cu"
     source.write_text("""
-        #include "gqa_attention.cuh"
+        #include "cuda/gqa_attention.cuh"
         #pragma GCC visibility push(default)
         extern "C" double useful_fraction(int K) {
-          return lumina_kernels::attention_useful_fraction(K);
+          return lumina_kernels::cuda::attention_useful_fraction(K);
         }
     """)
     library = ctypes.CDLL(str(build([source], CSRC)))

@@ -62,6 +62,6 @@ def test_every_kernel_runs():
             heads = {name: table.pop(name) for name in "qk"}
             run(partial(lumina_kernels.rope_table, backend="cuda", **table), heads)
             for name, make in FORWARD.items():
-                if (CSRC / f"{name}.cu").exists():
+                if (CSRC / "cuda" / f"{name}.cu").exists():
                     getattr(lumina_kernels, name)(**low(make(), dtype), backend="cuda")
         assert host.executed() == kernel_names()

@@ -1,4 +1,4 @@
-"""The kernels over rows at every width class, and what only they do: see csrc/rows.cuh."""
+"""The kernels over rows at every width class, and what only they do: see csrc/cuda/lib/rows.cuh."""
 
 from functools import partial
 

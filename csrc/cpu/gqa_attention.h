@@ -1,0 +1,177 @@
+// What the CPU kernels of gqa_attention are given, and the memory a thread works in.
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdlib>
+#include <memory>
+
+#include "cpu/lib/rows.h"
+
+namespace lumina_kernels::cpu {
+
+constexpr float kLog2E = 1.44269504f;
+
+// Keys and values of one softmax, and which of them count.
+struct Keys {
+  Rows k, v;
+  OptionalTensor mask;
+  int64_t count = 0;
+  float scale = 0;  // of the scores, for base e
+
+  // The next valid keys of sample b from `from` on, `limit` at most; `from` moves behind them.
+  int64_t next_valid(int64_t b, int64_t& from, int64_t limit, int32_t* found) const {
+    int64_t n = 0;
+    if (!mask) {
+      for (; n < limit && from < count; ++n) found[n] = static_cast<int32_t>(from++);
+      return n;
+    }
+    const int64_t step = mask->stride(1);
+    const bool* bits = static_cast<const bool*>(mask->data_ptr()) + b * mask->stride(0);
+    for (; n < limit && from < count; ++from)
+      if (bits[from * step]) found[n++] = static_cast<int32_t>(from);
+    return n;
+  }
+};
+
+// Added to the scores of the first softmax: steps are 0 where it is broadcast.
+struct Bias {
+  Row base;
+  int64_t b = 0, h = 0, l = 0, n = 0;
+};
+
+inline Bias bias_of(const OptionalTensor& bias) {
+  if (!bias) return {};
+  Bias found{row_of(*bias)};
+  int64_t* steps[] = {&found.n, &found.l, &found.h, &found.b};
+  for (int64_t i = 0; i < bias->dim(); ++i) {
+    const int64_t axis = bias->dim() - 1 - i;
+    *steps[i] = bias->size(axis) == 1 ? 0 : bias->stride(axis);
+  }
+  return found;
+}
+
+struct Attention {
+  int64_t B, L, H, G, K, R;  // R = H / G; a row of a kv head is token * R + head of its group
+  Rows q;
+  Keys image, text;
+  Bias bias;
+  std::vector<float> gate;  // tanh of the text's, (H,)
+
+  int64_t rows() const { return L * R; }
+  // Where that row begins in a contiguous (B, L, H, K).
+  int64_t offset(int64_t b, int64_t g, int64_t row) const {
+    return ((b * L + row / R) * H + g * R + row % R) * K;
+  }
+  // The row of a tensor (B, L, H, K) that belongs to `row` of kv head g.
+  Row head(const Rows& x, int64_t b, int64_t g, int64_t row) const {
+    return x(b, row / R, g * R + row % R);
+  }
+};
+
+// One value, where there is no row of them.
+inline float value_of(Row at) {
+  switch (at.dtype) {
+    case Dtype::kHalf: {
+      torch::headeronly::Half value;
+      std::memcpy(&value, at.data, sizeof value);
+      return value;
+    }
+    case Dtype::kBFloat16: {
+      torch::headeronly::BFloat16 value;
+      std::memcpy(&value, at.data, sizeof value);
+      return value;
+    }
+    default: {
+      float value;
+      std::memcpy(&value, at.data, sizeof value);
+      return value;
+    }
+  }
+}
+
+// The values of a contiguous vector.
+inline std::vector<float> floats(const Tensor& vector) {
+  std::vector<float> values(vector.numel());
+  const Row row = row_of(vector);
+  for (size_t i = 0; i < values.size(); ++i) values[i] = value_of(row + i);
+  return values;
+}
+
+inline Attention attention_of(const Tensor& q, const Tensor& k, const Tensor& v,
+                              const OptionalTensor& key_mask, double scale,
+                              const OptionalTensor& text_k, const OptionalTensor& text_v,
+                              const OptionalTensor& text_mask, const OptionalTensor& text_gate,
+                              const OptionalTensor& bias) {
+  const int64_t H = q.size(2), G = k.size(2), K = q.size(3);
+  Attention a{.B = q.size(0), .L = q.size(1), .H = H, .G = G, .K = K, .R = H / G, .q = rows_of(q)};
+  a.image = {rows_of(k), rows_of(v), key_mask, k.size(1), static_cast<float>(scale)};
+  a.bias = bias_of(bias);
+  if (text_k) {
+    const float plain = 1.f / std::sqrt(static_cast<float>(K));
+    a.text = {rows_of(*text_k), rows_of(*text_v), text_mask, text_k->size(1), plain};
+    const Tensor gates = torch::stable::contiguous(*text_gate);
+    a.gate = floats(gates);
+    for (float& gate : a.gate) gate = std::tanh(gate);
+  }
+  return a;
+}
+
+constexpr int64_t kMaxHeadDim = 256;
+
+struct Outputs {
+  Row out;                // (B, L, H, K)
+  int8_t* error;          // of its rounding, or null
+  float *lse, *text_lse;  // (B, G, L, R)
+};
+
+// What the backward has besides, and its results: rows of heads, and per row and branch lse and e.
+struct Gradients : Attention {
+  Rows dout, out;
+  const int8_t* error;  // of out's rounding, or null
+  const float *lse, *text_lse;
+  float *e, *text_e;                 // (B, G, L, R)
+  Row dq, dk, dv, dtext_k, dtext_v;  // contiguous
+  float* dbias;                      // (B, H, L, keys), or null
+};
+
+// Float32 work memory of a thread, on cache lines; it stays for the next call.
+class Scratch {
+ public:
+  float* take(int64_t count) {
+    float* start = memory_.get() + used_;
+    used_ += ceil_div(count, 16) * 16;
+    return start;
+  }
+  void reserve(int64_t count) {
+    used_ = 0;
+    if (count <= size_) return;
+    const size_t bytes = sizeof(float) * (ceil_div(count, 16) * 16);
+    memory_.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
+    STD_TORCH_CHECK(memory_ != nullptr, "out of memory: ", bytes, " bytes");
+    size_ = count;
+  }
+
+ private:
+  std::unique_ptr<float, decltype(&std::free)> memory_{nullptr, &std::free};
+  int64_t size_ = 0, used_ = 0;
+};
+
+// f(b, g, first, rows) for blocks of `count` rows or keys. A tile is packed once for all of a
+// block: 256 at most, fewer where threads would have no work.
+template <class F>
+void parallel_blocks(const Attention& a, int64_t count, const F& f) {
+  const int64_t heads = a.B * a.G, enough = 4 * torch::stable::get_num_threads();
+  int64_t size = 256;
+  while (size > 64 && heads * ceil_div(count, size) < enough) size /= 2;
+  const int64_t blocks = ceil_div(count, size);
+  torch::stable::parallel_for(0, heads * blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i % blocks * size;
+      f(i / blocks / a.G, i / blocks % a.G, first, std::min(size, count - first));
+    }
+  });
+}
+
+}  // namespace lumina_kernels::cpu

@@ -1,0 +1,96 @@
+// Windows of factor x factor tokens of a (T, H, W) grid, and masks of tokens. Included before
+// levels.h, as rope.h is.
+#include "cpu/lib/rope.h"
+
+#ifndef LUMINA_WINDOW
+#define LUMINA_WINDOW
+namespace lumina_kernels::cpu {
+
+// True for tokens that count; all do where there is no mask.
+struct Mask {
+  const bool* data = nullptr;
+  int64_t b = 0, l = 0;
+
+  explicit Mask(const OptionalTensor& mask) {
+    if (!mask) return;
+    data = static_cast<const bool*>(mask->data_ptr());
+    b = mask->stride(0), l = mask->stride(1);
+  }
+
+  bool operator()(int64_t i, int64_t j) const { return data == nullptr || data[i * b + j * l]; }
+};
+
+struct Windows {
+  int64_t T, H, W, factor;
+  int64_t rows, columns;  // of windows, those at the far edges may be smaller
+
+  Windows(const std::vector<int64_t>& grid, int64_t factor_)
+      : T(grid[0]), H(grid[1]), W(grid[2]), factor(factor_) {
+    // (H + factor - 1) would overflow for a factor that means "all".
+    rows = H / factor + (H % factor != 0);
+    columns = W / factor + (W % factor != 0);
+  }
+
+  int64_t tokens() const { return T * H * W; }
+  int64_t count() const { return T * rows * columns; }
+
+  // The window of a token of a sample.
+  int64_t of(int64_t token) const {
+    const int64_t line = token / W;
+    return (line / H * rows + line % H / factor) * columns + token % W / factor;
+  }
+
+  // f(l) for the tokens of a window, row by row.
+  template <class F>
+  void for_tokens(int64_t window, const F& f) const {
+    const int64_t line = window / columns, left = window % columns * factor;
+    const int64_t top = line % rows * factor, height = std::min(factor, H - top);
+    const int64_t first = (line / rows * H + top) * W + left, width = std::min(factor, W - left);
+    for (int64_t i = 0; i < height; ++i)
+      for (int64_t j = 0; j < width; ++j) f(first + i * W + j);
+  }
+
+  // Values of a window at most, with `width` of them in a token.
+  int64_t work(int64_t width) const { return std::min(factor, H) * std::min(factor, W) * width; }
+};
+
+// The tokens of a window that count; a later call of this thread hands out the same memory.
+inline const std::vector<int64_t>& valid_tokens(const Windows& windows, const Mask& mask, int64_t b,
+                                                int64_t window) {
+  thread_local std::vector<int64_t> tokens;
+  tokens.clear();
+  windows.for_tokens(window, [&](int64_t l) {
+    if (mask(b, l)) tokens.push_back(l);
+  });
+  return tokens;
+}
+
+// The gradient of x, (B, L, G, K), from that of its means over windows.
+Tensor window_mean_bwd(const Tensor& dout, const Tensor& counts, const Windows& windows,
+                       const Mask& mask);
+
+}  // namespace lumina_kernels::cpu
+#endif  // LUMINA_WINDOW
+
+#ifdef LUMINA_LEVEL
+namespace lumina_kernels::cpu::LUMINA_LEVEL {
+
+// The mean of all heads of `tokens` of sample b; 0 where there is none.
+LUMINA_INLINE void window_mean(const Rows& x, int64_t b, const std::vector<int64_t>& tokens,
+                               int64_t G, int64_t K, Row out) {
+  const TokenHeads heads = heads_at(x, b, 0, G, K);
+  const Vec size = broadcast(static_cast<float>(std::max<size_t>(tokens.size(), 1)));
+  const int64_t step = x.l;
+  const int64_t *begin = tokens.data(), *end = begin + tokens.size();
+  for (int64_t n = 0; n < heads.count; ++n) {
+    const Row from = heads.row + n * heads.step, to = out + n * heads.length;
+    for_whole_vectors(heads.length, [&](int64_t i, int64_t count) {
+      Vec total{};
+      for (const int64_t* l = begin; l < end; ++l) total += load(from + *l * step, i, count);
+      store(to, i, total / size, count);
+    });
+  }
+}
+
+}  // namespace lumina_kernels::cpu::LUMINA_LEVEL
+#endif  // LUMINA_LEVEL

@@ -1,0 +1,122 @@
+// CPU kernel of qk_norm_rope3d_pool: a window's keys are normalised, turned and added up in the
+// cache. The backward is that of qk_norm_rope3d, where k reads its window's gradient, and of
+// context_drop_fwd for v.
+#define LUMINA_FILE "cpu/qk_norm_rope3d_pool.cpp"
+#include "cpu/lib/qk_norm.h"
+
+#ifndef LUMINA_LEVEL
+namespace lumina_kernels::cpu {
+
+struct QkNormRope3dPoolFwd {
+  Angles angles;
+  Norm norm;
+  Normed q, k;
+  Windows windows;
+  Mask mask;
+  Rows v, q_out, k_out, v_out;
+  bool* mask_out;
+  float* counts;
+  int64_t K;
+};
+
+}  // namespace lumina_kernels::cpu
+#endif
+
+#include "cpu/lib/levels.h"
+#ifdef LUMINA_LEVEL
+namespace lumina_kernels::cpu::LUMINA_LEVEL {
+namespace {
+
+// turn(norm(q)) for the tokens of a window; over the valid ones the means of turn(norm(k)) and of
+// v, 0 where there is none; their number
+void qk_norm_rope3d_pool_fwd(const QkNormRope3dPoolFwd& op, int64_t b, int64_t window) {
+  const int64_t K = op.K, H = op.q.heads, G = op.k.heads, room = padded(std::max(H, G) * K);
+  float* memory = scratch(rotation_size(K) + 3 * room);
+  const Rotation rotation = rotation_in(memory, K);
+  float *row = memory + rotation_size(K), *key = row + room, *sums = key + room;
+  const Row key_row{reinterpret_cast<char*>(key), Dtype::kFloat};
+  for (int64_t i = 0; i < G * K; i += kWidth) store(sums + i, Vec{});
+  op.windows.for_tokens(window, [&](int64_t l) {
+    make_rotation(op.angles, b, l, rotation);
+    norm_rotate(heads_at(op.q.x, b, l, H, K), op.q.weight(), op.q.bias(), op.norm, rotation, K,
+                op.q_out(b, l), row);
+    if (!op.mask(b, l)) return;
+    norm_rotate(heads_at(op.k.x, b, l, G, K), op.k.weight(), op.k.bias(), op.norm, rotation, K,
+                key_row, row);
+    for (int64_t i = 0; i < G * K; i += kWidth) store(sums + i, load(sums + i) + load(key + i));
+  });
+  const std::vector<int64_t>& tokens = valid_tokens(op.windows, op.mask, b, window);
+  const float count = static_cast<float>(tokens.size());
+  const Vec size = broadcast(std::max(count, 1.f));
+  const Row k_out = op.k_out(b, window);
+  for_whole_vectors(
+      G * K, [&](int64_t i, int64_t count) { store(k_out, i, load(sums + i) / size, count); });
+  window_mean(op.v, b, tokens, G, K, op.v_out(b, window));
+  op.mask_out[b * op.windows.count() + window] = !tokens.empty();
+  op.counts[b * op.windows.count() + window] = count;
+}
+
+}  // namespace
+}  // namespace lumina_kernels::cpu::LUMINA_LEVEL
+#else
+namespace lumina_kernels::cpu {
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> qk_norm_rope3d_pool_fwd(
+    const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& q_weight,
+    const OptionalTensor& q_bias, const OptionalTensor& k_weight, const OptionalTensor& k_bias,
+    const Tensor& positions, const Tensor& inv_freq, const Tensor& axis,
+    const std::vector<int64_t>& grid, int64_t factor, const OptionalTensor& key_mask, double eps,
+    const std::string& norm_name) {
+  const Windows windows(grid, factor);
+  const Norm norm(norm_name, eps);
+  const int64_t B = k.size(0), H = q.size(2), G = k.size(2), K = k.size(3);
+  const int64_t count = windows.count();
+  Tensor q_out = empty_as(q), k_out = empty(k, {B, count, G, K}, k.scalar_type());
+  Tensor v_out = empty(v, {B, count, G, K}, v.scalar_type());
+  Tensor mask = empty(k, {B, count}, ScalarType::Bool);
+  Tensor counts = empty(k, {B, count}, ScalarType::Float);
+  const QkNormRope3dPoolFwd op{.angles = Angles(positions, inv_freq, axis),
+                               .norm = norm,
+                               .q = Normed(q, q_weight, q_bias, norm),
+                               .k = Normed(k, k_weight, k_bias, norm),
+                               .windows = windows,
+                               .mask = Mask(key_mask),
+                               .v = rows_of(v),
+                               .q_out = rows_of(q_out),
+                               .k_out = rows_of(k_out),
+                               .v_out = rows_of(v_out),
+                               .mask_out = static_cast<bool*>(mask.data_ptr()),
+                               .counts = static_cast<float*>(counts.data_ptr()),
+                               .K = K};
+  parallel_rows(B * count, 2 * windows.work((H + 2 * G) * K),
+                [&](int64_t n) { LUMINA_CALL(qk_norm_rope3d_pool_fwd, op, n / count, n % count); });
+  return {q_out, k_out, v_out, mask, counts};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> qk_norm_rope3d_pool_bwd(
+    const Tensor& dq_out, const Tensor& dk_out, const Tensor& dv_out, const Tensor& q,
+    const Tensor& k, const OptionalTensor& q_weight, const OptionalTensor& q_bias,
+    const OptionalTensor& k_weight, const OptionalTensor& k_bias, const Tensor& positions,
+    const Tensor& inv_freq, const Tensor& axis, const Tensor& counts,
+    const std::vector<int64_t>& grid, int64_t factor, const OptionalTensor& key_mask, double eps,
+    const std::string& norm) {
+  const Tensor sizes = torch::stable::contiguous(counts);
+  const Pool pool{Windows(grid, factor), Mask(key_mask),
+                  static_cast<const float*>(sizes.data_ptr())};
+  const Angles angles(positions, inv_freq, axis, -1);
+  const auto [dq, dk, dq_weight, dq_bias, dk_weight, dk_bias] = qk_norm_bwd(
+      dq_out, dk_out, q, k, q_weight, q_bias, k_weight, k_bias, angles, Norm(norm, eps), &pool);
+  const Tensor dv = window_mean_bwd(dv_out, sizes, pool.windows, pool.mask);
+  return {dq, dk, dv, dq_weight, dq_bias, dk_weight, dk_bias};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(lumina_kernels_cpp, CPU, m) {
+  m.impl("qk_norm_rope3d_pool_fwd", TORCH_BOX(&qk_norm_rope3d_pool_fwd));
+  m.impl("qk_norm_rope3d_pool_bwd", TORCH_BOX(&qk_norm_rope3d_pool_bwd));
+}
+
+}  // namespace lumina_kernels::cpu
+#endif

@@ -1,0 +1,175 @@
+// CUDA launcher of gqa_attention.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <utility>
+
+#include "cuda/gqa_attention.cuh"
+#include "cuda/lib/launch.h"
+
+namespace lumina_kernels::cuda {
+namespace {
+
+using Saved = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+// What the kernels read; the last dimension of each has no gaps.
+struct Inputs {
+  Tensor q, k, v;
+  OptionalTensor key_mask, text_k, text_v, text_mask, text_gate, bias;
+  double scale;
+};
+
+// use(std::integral_constant<int, the first of kSizes that is not below `size`>)
+template <class F, int... kSizes>
+void with_size(int64_t size, std::integer_sequence<int, kSizes...>, F&& use) {
+  bool found = false;
+  const auto take = [&](auto one) {
+    if (!found && size <= one) use(one), found = true;
+  };
+  (take(std::integral_constant<int, kSizes>()), ...);
+  STD_TORCH_CHECK(found, "head_dim is too large");
+}
+
+// A step along an axis of one element is never taken, whatever it says.
+int64_t step(const Tensor& x, int64_t axis) { return x.size(axis) > 1 ? x.stride(axis) : 0; }
+
+template <class T>
+AttentionHeads<T> heads_of(const Tensor& x) {
+  return {pointer_to<const T>(x), step(x, 0), step(x, 1), step(x, 2)};
+}
+
+template <class T>
+AttentionKeys<T> keys_of(const Tensor& k, const Tensor& v, const OptionalTensor& mask,
+                         double scale) {
+  AttentionKeys<T> keys{heads_of<T>(k), heads_of<T>(v)};
+  keys.count = static_cast<int>(k.size(1));
+  // A scale of 0 makes all scores equal, and so does the smallest number; but -inf stays -inf.
+  keys.scale = std::max(static_cast<float>(std::abs(scale) * 1.4426950408889634),
+                        std::numeric_limits<float>::min());
+  keys.vectors = takes_vectors(k) && takes_vectors(v) && k.size(3) % 8 == 0;
+  if (mask) {
+    keys.mask = pointer_to<const uint8_t>(*mask);
+    keys.mask_step = step(*mask, 0);
+    keys.mask_vectors = takes_vectors(*mask);
+  }
+  return keys;
+}
+
+AttentionBias bias_of(const OptionalTensor& bias) {
+  AttentionBias found{values_of(bias), 0, 0, 0, 0};
+  if (!bias) return found;
+  int64_t* steps[] = {&found.step_key, &found.step_l, &found.step_h, &found.step_b};
+  for (int64_t i = 0; i < bias->dim(); ++i) *steps[i] = step(*bias, bias->dim() - 1 - i);
+  return found;
+}
+
+template <class T>
+AttentionFwdParams<T> arguments(const Inputs& x, const Saved& outs) {
+  const auto& [out, error, lse, text_lse] = outs;
+  const int64_t L = x.q.size(1), H = x.q.size(2), G = x.k.size(2), K = x.q.size(3);
+  AttentionFwdParams<T> p{};
+  p.q = heads_of<T>(x.q);
+  p.keys[0] = keys_of<T>(x.k, x.v, x.key_mask, x.scale);
+  p.text = x.text_k.has_value();
+  p.negative = x.scale < 0;
+  if (p.text) {
+    const double scale = 1 / std::sqrt(static_cast<double>(K));
+    p.keys[1] = keys_of<T>(*x.text_k, *x.text_v, x.text_mask, scale);
+    p.text_lse = pointer_to<float>(text_lse);
+  }
+  p.gate = values_of(x.text_gate);
+  p.bias = bias_of(x.bias);
+  p.out = pointer_to<T>(out);
+  if (error.numel() > 0) p.error = pointer_to<uint8_t>(error);
+  p.lse = pointer_to<float>(lse);
+  p.L = static_cast<int>(L), p.G = static_cast<int>(G), p.R = static_cast<int>(H / G);
+  p.K = static_cast<int>(K), p.rows = p.L * p.R;
+  p.q_vectors = takes_vectors(x.q);
+  return p;
+}
+
+template <int kLaneColumns>
+void launch_float(const Inputs& x, const Saved& outs) {
+  AttentionFwdParams<float> p = arguments<float>(x, outs);
+  p.row_blocks = static_cast<int>(ceil_div(p.rows, AttentionFloatTile<kLaneColumns>::kRows));
+  const LaunchConfig config = gqa_attention_float_config<kLaneColumns>(x.q.size(0) * p.G, p.rows);
+  LUMINA_LAUNCH(x.q, config, gqa_attention_float_fwd_kernel<kLaneColumns>, p);
+}
+
+template <int kHeadDim, Dtype kDtype, bool kBias>
+void launch_mma(const Inputs& x, const Saved& outs) {
+  AttentionFwdParams<uint16_t> p = arguments<uint16_t>(x, outs);
+  p.row_blocks = static_cast<int>(ceil_div(p.rows, AttentionTile<kHeadDim, kBias>::kRows));
+  const LaunchConfig config =
+      gqa_attention_config<kHeadDim, kBias>(x.q.size(0) * p.G, p.rows, x.text_k.has_value());
+  LUMINA_LAUNCH(x.q, config, (gqa_attention_fwd_kernel<kHeadDim, kDtype, kBias>), p);
+}
+
+template <int kHeadDim, Dtype kDtype>
+void launch_mma(const Inputs& x, const Saved& outs) {
+  if (x.bias) {
+    launch_mma<kHeadDim, kDtype, true>(x, outs);
+  } else {
+    launch_mma<kHeadDim, kDtype, false>(x, outs);
+  }
+}
+
+// out, its error, lse, text_lse; empty where they are not wanted.
+Saved outputs_of(const Tensor& q, int64_t G, bool text, bool with_error) {
+  const int64_t B = q.size(0), L = q.size(1), H = q.size(2), K = q.size(3);
+  const Tensor lse = empty(q, {B, G, L, H / G}, ScalarType::Float);
+  return {empty(q, {B, L, H, K}, q.scalar_type()),
+          with_error ? empty(q, {B, L, H, K}, ScalarType::Char) : empty(q, {0}, ScalarType::Char),
+          lse, text ? empty_as(lse) : empty(q, {0}, ScalarType::Float)};
+}
+
+void check_sizes(const Inputs& x) {
+  constexpr int64_t kMost = 1 << 30;
+  const int64_t G = x.k.size(2), rows = x.q.size(1) * (x.q.size(2) / G);
+  STD_TORCH_CHECK(rows < kMost && x.q.size(0) * G * ceil_div(rows, 16) < kMost,
+                  "attention takes less than 2^30 rows of a head, and 2^34 in all");
+  STD_TORCH_CHECK(x.k.size(1) < kMost && (!x.text_k || x.text_k->size(1) < kMost),
+                  "attention takes less than 2^30 keys");
+}
+
+Saved gqa_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
+                        const OptionalTensor& key_mask, double scale, const OptionalTensor& text_k,
+                        const OptionalTensor& text_v, const OptionalTensor& text_mask,
+                        const OptionalTensor& text_gate, const OptionalTensor& bias,
+                        bool with_error) {
+  const Dtype dtype = dtype_of(q);
+  const Saved outs =
+      outputs_of(q, k.size(2), text_k.has_value(), with_error && dtype != Dtype::kFloat);
+  if (std::get<0>(outs).numel() == 0) return outs;
+  const Inputs x{.q = packed(q),
+                 .k = packed(k),
+                 .v = packed(v),
+                 .key_mask = packed(key_mask),
+                 .text_k = packed(text_k),
+                 .text_v = packed(text_v),
+                 .text_mask = packed(text_mask),
+                 .text_gate = packed(text_gate),
+                 .bias = bias,
+                 .scale = scale};
+  check_sizes(x);
+  const int64_t K = q.size(3);
+  if (dtype == Dtype::kFloat) {
+    with_size(ceil_div(K, 32), AttentionFloatColumns(),
+              [&](auto columns) { launch_float<columns()>(x, outs); });
+    return outs;
+  }
+  with_size(K, AttentionHeadDims(), [&](auto size) {
+    if (dtype == Dtype::kHalf) {
+      launch_mma<size(), Dtype::kHalf>(x, outs);
+    } else {
+      launch_mma<size(), Dtype::kBFloat16>(x, outs);
+    }
+  });
+  return outs;
+}
+
+}  // namespace
+
+LUMINA_CUDA_LIBRARY(m) { m.impl("gqa_attention_fwd", TORCH_BOX(&gqa_attention_fwd)); }
+
+}  // namespace lumina_kernels::cuda

@@ -1,0 +1,179 @@
+// What the CUDA kernels of gqa_attention are given, and their walk over the tiles of keys.
+#pragma once
+
+#include "cuda/lib/ptx.cuh"
+
+namespace lumina_kernels::cuda {
+
+// Parameters that are indexed at run time stay where they are.
+#ifdef LUMINA_CUDA_HOST
+#define LUMINA_GRID_CONSTANT
+#else
+#define LUMINA_GRID_CONSTANT __grid_constant__
+#endif
+
+constexpr int kAttentionWarps = 4;
+constexpr int kAttentionThreads = 32 * kAttentionWarps;
+constexpr float kLog2E = 1.44269504f;
+constexpr float kMinusInfinity = -__builtin_huge_valf();
+
+// Head h of token l of sample b, K numbers without gaps, starts at data[b * step_b + l * step_l +
+// h * step_h].
+template <class T>
+struct AttentionHeads {
+  Global<const T> data;
+  int64_t step_b, step_l, step_h;
+};
+
+// Keys and values of one softmax.
+template <class T>
+struct AttentionKeys {
+  AttentionHeads<T> k, v;
+  Global<const uint8_t> mask;  // (B, count), null if all keys are valid
+  int64_t mask_step;           // from sample to sample
+  int count;
+  float scale;        // of the scores, for base 2; positive
+  bool vectors;       // k and v start at multiples of 16 bytes, head by head; K is one of 8 numbers
+  bool mask_vectors;  // so does the mask, sample by sample
+};
+
+// Added to the scores: bias(b, h, l, key), steps are 0 where it is broadcast.
+struct AttentionBias {
+  Values values;
+  int64_t step_b, step_h, step_l, step_key;
+};
+
+template <class T>
+struct AttentionFwdParams {
+  AttentionHeads<T> q;
+  AttentionKeys<T> keys[2];  // of the image, and of the text if `text`
+  Values gate;               // (H,)
+  AttentionBias bias;
+  Global<T> out;                // (B, L, H, K)
+  Global<uint8_t> error;        // of its rounding, int8, or null
+  Global<float> lse, text_lse;  // (B, G, L, R)
+  int L, G, R, K;
+  int rows, row_blocks;  // L * R rows of a kv head, in so many blocks
+  bool q_vectors;        // q starts at multiples of 16 bytes, head by head
+  bool text;             // also if it has no keys
+  bool negative;         // the sign of the image's scale
+};
+
+// Which rows a block has: row = token * R + head of the group, of kv head g of sample b.
+template <class T>
+struct AttentionPlace {
+  const AttentionFwdParams<T>& p;
+  int b, g, first_row;
+
+  __device__ __forceinline__ AttentionPlace(const AttentionFwdParams<T>& given, int block_rows)
+      : p(given) {
+    const int block = block_index(), head = block / p.row_blocks;
+    first_row = (block - head * p.row_blocks) * block_rows;
+    b = head / p.G;
+    g = head - b * p.G;
+  }
+
+  __device__ __forceinline__ int token(int row) const {
+    return static_cast<int>(static_cast<unsigned>(row) / static_cast<unsigned>(p.R));
+  }
+  __device__ __forceinline__ int head(int row) const { return g * p.R + row - token(row) * p.R; }
+  // The row of (B, G, L, R), and of (B, L, H).
+  __device__ __forceinline__ int64_t sum(int row) const {
+    return (static_cast<int64_t>(b) * p.G + g) * p.rows + row;
+  }
+  __device__ __forceinline__ int64_t out(int row) const {
+    return (static_cast<int64_t>(b) * p.L + token(row)) * p.G * p.R + head(row);
+  }
+  __device__ __forceinline__ Global<const T> keys(const AttentionHeads<T>& x) const {
+    return x.data + (b * x.step_b + g * x.step_h);
+  }
+  // Where the row begins in q, or in the bias.
+  template <class Steps>
+  __device__ __forceinline__ int64_t start(const Steps& x, int row) const {
+    return b * x.step_b + token(row) * x.step_l + head(row) * x.step_h;
+  }
+};
+
+// 4 bytes of 0 or 1 as 4 bits.
+__device__ __forceinline__ uint32_t pack_bools(uint32_t bytes) { return bytes * 0x10204080u >> 28; }
+
+// Goes through the tiles of kKeys keys that have a valid one. Every warp walks by itself, all
+// alike. A lane has the bits of 32 of 1024 keys: mask and end of the keys cost two shuffles a tile.
+template <int kKeys>
+struct KeyWalk {
+  int first = -kKeys;  // key of the tile
+  uint64_t bits = 0;   // its valid keys, the first one lowest
+  uint32_t mine = 0;   // the same of 32 keys, number `lane` of these in the window
+
+  static constexpr int kWindow = 1024;
+  static constexpr uint64_t kFull = ~uint64_t{0} >> (64 - kKeys);
+
+  // To the next tile of sample b; false behind the last.
+  template <class T>
+  __device__ __forceinline__ bool next(const AttentionKeys<T>& keys, int b) {
+    do {
+      first += kKeys;
+      if (first >= keys.count) return false;
+      if (first % kWindow == 0) read_window(keys, b);
+      const int word = first / 32;
+      bits = __shfl_sync(kAllLanes, mine, word);
+      if (kKeys > 32) {
+        bits |= static_cast<uint64_t>(__shfl_sync(kAllLanes, mine, word | 1)) << 32;
+      } else {
+        bits = bits >> first % 32 & kFull;
+      }
+    } while (bits == 0);
+    return true;
+  }
+
+  template <class T>
+  __device__ __forceinline__ void read_window(const AttentionKeys<T>& keys, int b) {
+    const int start = first + 32 * lane_index(), left = keys.count - start;
+    mine = left >= 32 ? ~0u : left > 0 ? (1u << left) - 1 : 0;
+    if (keys.mask == nullptr || left <= 0) return;
+    const Global<const uint8_t> mask = keys.mask + (b * keys.mask_step + start);
+    if (keys.mask_vectors && left >= 32) {
+      const uint4 low = load_global<uint4>(mask), high = load_global<uint4>(mask + 16);
+      mine = pack_bools(low.x) | pack_bools(low.y) << 4 | pack_bools(low.z) << 8 |
+             pack_bools(low.w) << 12 | pack_bools(high.x) << 16 | pack_bools(high.y) << 20 |
+             pack_bools(high.z) << 24 | pack_bools(high.w) << 28;
+    } else {
+      mine = 0;
+#pragma unroll 8
+      for (int i = 0; i < 32; ++i) {
+        if (i < left) mine |= static_cast<uint32_t>(load_global<uint8_t>(mask + i)) << i;
+      }
+    }
+  }
+};
+
+// --- online softmax of a row, in base 2 ---
+
+// The row's scores so far: `top` is the largest, `total` this thread's part of the sum of
+// 2^(score - top).
+struct RowSoftmax {
+  float top = kMinusInfinity, total = 0.0f;
+
+  // Takes the largest new score in; what was summed has to be multiplied by the result.
+  __device__ __forceinline__ float rise(float largest) {
+    const float before = top;
+    top = fmaxf(top, largest);
+    return exp2_approx(before - shift());
+  }
+  // What to subtract from a score; anything finite where no key is valid so far.
+  __device__ __forceinline__ float shift() const { return top == kMinusInfinity ? 0.0f : top; }
+  // Once total is that of all threads.
+  __device__ __forceinline__ float lse() const { return top + log2f(total); }
+  __device__ __forceinline__ float factor(float weight) const {
+    return total > 0.0f ? weight / total : 0.0f;
+  }
+};
+
+// What rounding to 16 bits lost, in 127ths of the most it can lose; int8 in the lowest byte.
+__device__ __forceinline__ uint32_t rounding_error(float exact, float rounded, Dtype dtype) {
+  const float most = fabsf(rounded) * (dtype == Dtype::kHalf ? 0x1p-11f : 0x1p-8f);
+  const float part = most > 0.0f ? __fdividef(exact - rounded, most) : 0.0f;
+  return __float2int_rn(fminf(fmaxf(part, -1.0f), 1.0f) * 127.0f) & 0xFF;
+}
+
+}  // namespace lumina_kernels::cuda

@@ -1,0 +1,144 @@
+// What a thread of most kernels works on: 8 neighbouring columns in float32, 16 bytes of a 16-bit
+// tensor.
+#pragma once
+
+#include "cuda/lib/values.cuh"
+
+namespace lumina_kernels::cuda {
+
+// Loops over its columns are unrolled, so that they stay in registers.
+struct Float8 {
+  float columns[8];
+
+  __device__ __forceinline__ float& operator[](int k) { return columns[k]; }
+  __device__ __forceinline__ const float& operator[](int k) const { return columns[k]; }
+};
+
+// f(k) for every column.
+template <class F>
+__device__ __forceinline__ Float8 by_column(F f) {
+  Float8 result;
+#pragma unroll
+  for (int k = 0; k < 8; ++k) result[k] = f(k);
+  return result;
+}
+
+// --- arithmetic, column by column ---
+
+__device__ __forceinline__ Float8 operator+(const Float8& a, const Float8& b) {
+  return by_column([&](int k) { return a[k] + b[k]; });
+}
+__device__ __forceinline__ Float8 operator-(const Float8& a, const Float8& b) {
+  return by_column([&](int k) { return a[k] - b[k]; });
+}
+__device__ __forceinline__ Float8 operator*(const Float8& a, const Float8& b) {
+  return by_column([&](int k) { return a[k] * b[k]; });
+}
+__device__ __forceinline__ Float8 operator+(float a, const Float8& b) {
+  return by_column([&](int k) { return a + b[k]; });
+}
+__device__ __forceinline__ Float8 operator-(float a, const Float8& b) {
+  return by_column([&](int k) { return a - b[k]; });
+}
+__device__ __forceinline__ Float8 operator-(const Float8& a, float b) {
+  return by_column([&](int k) { return a[k] - b; });
+}
+__device__ __forceinline__ Float8 operator*(const Float8& a, float b) {
+  return by_column([&](int k) { return a[k] * b; });
+}
+__device__ __forceinline__ Float8 operator*(float a, const Float8& b) {
+  return by_column([&](int k) { return a * b[k]; });
+}
+template <class T>
+__device__ __forceinline__ void operator+=(Float8& a, const T& b) {
+  a = a + b;
+}
+template <class T>
+__device__ __forceinline__ void operator*=(Float8& a, const T& b) {
+  a = a * b;
+}
+
+__device__ __forceinline__ Float8 tanh(const Float8& x) {
+  return by_column([&](int k) { return tanhf(x[k]); });
+}
+
+// total += the columns of x, one after another.
+__device__ __forceinline__ void add_columns(float& total, const Float8& x) {
+#pragma unroll
+  for (int k = 0; k < 8; ++k) total += x[k];
+}
+
+// total += the columns of a * b, one after another.
+__device__ __forceinline__ void add_products(float& total, const Float8& a, const Float8& b) {
+#pragma unroll
+  for (int k = 0; k < 8; ++k) total += a[k] * b[k];
+}
+
+// --- memory ---
+
+// Elements i to i + 7. The first `count` of them exist, any number; the others read as 0. i is a
+// multiple of 8 from the start of a row.
+__device__ __forceinline__ Float8 load8(const Values& x, int64_t i, int count) {
+  Float8 out;
+  const bool vector = x.vectors && count >= 8;
+  if (x.dtype == Dtype::kFloat) {
+    const auto from = x.data + 4 * i;
+    if (vector) {
+      const float4 lo = load_global<float4>(from), hi = load_global<float4>(from + 16);
+      out[0] = lo.x, out[1] = lo.y, out[2] = lo.z, out[3] = lo.w;
+      out[4] = hi.x, out[5] = hi.y, out[6] = hi.z, out[7] = hi.w;
+    } else {
+#pragma unroll
+      for (int k = 0; k < 8; ++k) out[k] = k < count ? load_global<float>(from + 4 * k) : 0.0f;
+    }
+    return out;
+  }
+  const auto from = x.data + 2 * i;
+  uint4 bits = make_uint4(0, 0, 0, 0);
+  if (vector) {
+    bits = load_global<uint4>(from);
+  } else {
+    const auto load = [&](int k) -> uint32_t {
+      return k < count ? load_global<unsigned short>(from + 2 * k) : 0;
+    };
+    bits = make_uint4(load(0) | load(1) << 16, load(2) | load(3) << 16, load(4) | load(5) << 16,
+                      load(6) | load(7) << 16);
+  }
+  unpack2(bits.x, x.dtype, out[0], out[1]);
+  unpack2(bits.y, x.dtype, out[2], out[3]);
+  unpack2(bits.z, x.dtype, out[4], out[5]);
+  unpack2(bits.w, x.dtype, out[6], out[7]);
+  return out;
+}
+
+// The first `count` columns go to memory, the others leave it untouched.
+__device__ __forceinline__ void store8(const Values& x, int64_t i, int count, const Float8& in) {
+  const bool vector = x.vectors && count >= 8;
+  if (x.dtype == Dtype::kFloat) {
+    const auto to = x.data + 4 * i;
+    if (vector) {
+      store_global(to, make_float4(in[0], in[1], in[2], in[3]));
+      store_global(to + 16, make_float4(in[4], in[5], in[6], in[7]));
+    } else {
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {
+        if (k < count) store_global(to + 4 * k, in[k]);
+      }
+    }
+    return;
+  }
+  const auto to = x.data + 2 * i;
+  const uint4 bits = make_uint4(pack2(in[0], in[1], x.dtype), pack2(in[2], in[3], x.dtype),
+                                pack2(in[4], in[5], x.dtype), pack2(in[6], in[7], x.dtype));
+  if (vector) {
+    store_global(to, bits);
+  } else {
+    const auto store = [&](int k, uint32_t value) {
+      if (k < count) store_global(to + 2 * k, static_cast<uint16_t>(value));
+    };
+    store(0, bits.x), store(1, bits.x >> 16), store(2, bits.y), store(3, bits.y >> 16);
+    store(4, bits.z), store(5, bits.z >> 16), store(6, bits.w), store(7, bits.w >> 16);
+  }
+}
+
+}  // namespace lumina_kernels::cuda

@@ -1,0 +1,51 @@
+// The gated residual of a normalised row, residual + tanh(gate) * n * weight, shared by two ops.
+#pragma once
+
+#include "cuda/lib/modulation.cuh"
+
+namespace lumina_kernels::cuda {
+
+struct Sandwich {
+  RowsView residual, weight, gate;
+};
+
+// n becomes residual + tanh(gate) * n * weight in the span at `base` of row l of sample b.
+template <int kPieces>
+__device__ __forceinline__ void sandwich(const Sandwich& s, int64_t b, int64_t l, int base, int D,
+                                         Float8 (&n)[kPieces]) {
+  for_pieces<kPieces>([&](int j) {
+    const int column = column_of(base, j);
+    with_parameter(s.weight, b, l, column, D, [&](const Float8& weight) { n[j] *= weight; });
+    with_parameter(s.gate, b, l, column, D, [&](const Float8& gate) { n[j] *= tanh(gate); });
+    with_parameter(s.residual, b, l, column, D, [&](const Float8& residual) { n[j] += residual; });
+  });
+}
+
+// d, the gradient of the output, becomes that of n; the sum over rows gets f * d * n.
+//
+// If `gate` has a row per token, f is tanh(gate), and the gradient of the gate,
+// (1 - tanh²) * d * n * weight, is written to `dgate`, row `token`. Otherwise f is 1, and the
+// second stage applies the gate.
+template <int kPieces>
+__device__ __forceinline__ void sandwich_bwd(const Sandwich& s, const Values& dgate, int64_t b,
+                                             int64_t l, int64_t token, int base, int D,
+                                             const Float8 (&n)[kPieces], Float8 (&d)[kPieces],
+                                             Float8 (&gate_sum)[kPieces]) {
+  for_pieces<kPieces>([&](int j) {
+    const int column = column_of(base, j);
+    Float8 g;
+    with_parameter(s.gate, b, l, column, D, [&](const Float8& gate) { g = tanh(gate); });
+    if (is_there(dgate)) {
+      Float8 dg = (1.0f - g * g) * d[j] * n[j];
+      gate_sum[j] += g * d[j] * n[j];
+      with_parameter(s.weight, b, l, column, D, [&](const Float8& weight) { dg *= weight; });
+      store8(dgate, token * D + column, D - column, dg);
+    } else {
+      gate_sum[j] += d[j] * n[j];
+    }
+    d[j] *= g;
+    with_parameter(s.weight, b, l, column, D, [&](const Float8& weight) { d[j] *= weight; });
+  });
+}
+
+}  // namespace lumina_kernels::cuda

@@ -1,0 +1,77 @@
+// CUDA launchers of sandwich_norm.
+#include "cuda/lib/modulation_launch.h"
+#include "cuda/sandwich_norm.cuh"
+
+namespace lumina_kernels::cuda {
+
+std::tuple<Tensor, Tensor> gate_grads(const Tensor& partial, int64_t which, const Tensor& weight,
+                                      const Tensor& gate) {
+  const int64_t B = partial.size(0), D = partial.size(3);
+  Tensor dweight = empty_as(weight), dgate = gate.dim() == 2 ? empty_as(gate) : nothing(gate);
+  const OptionalTensor gates = gate.dim() == 2 ? OptionalTensor(packed(gate)) : OptionalTensor();
+  const Tensor weights = packed(weight);
+  const GateGradsParams p{{pointer_to<const float>(partial) + which * D, B, partial.size(1),
+                           static_cast<int>(partial.size(2)), static_cast<int>(D)},
+                          values_of(weights),
+                          rows_of(gates),
+                          values_of(dweight),
+                          values_of(dgate)};
+  LUMINA_LAUNCH(partial, sums_config(D), sandwich_norm_gate_kernel, p);
+  return {dweight, dgate};
+}
+
+namespace {
+
+std::tuple<Tensor, Tensor> sandwich_norm_fwd(const Tensor& y, const Tensor& residual,
+                                             const Tensor& weight, const Tensor& gate, double eps) {
+  const int64_t B = y.size(0), L = y.size(1), D = y.size(2);
+  Tensor out = empty_as(residual), rstd = empty(y, {B, L}, ScalarType::Float);
+  if (out.numel() == 0) return {out, rstd};
+  const Tensor ys = packed(y), residuals = packed(residual);
+  const Tensor weights = packed(weight), gates = packed(gate);
+  const SandwichNormFwdParams p{.y = rows_of(ys),
+                                .sandwich = {.residual = rows_of(residuals),
+                                             .weight = rows_of(weights),
+                                             .gate = rows_of(gates)},
+                                .out = values_of(out),
+                                .rstd = pointer_to<float>(rstd),
+                                .B = B,
+                                .L = L,
+                                .D = static_cast<int>(D),
+                                .eps = static_cast<float>(eps)};
+  LUMINA_LAUNCH_ROWS(y, B * L, D, sandwich_norm_fwd_kernel, p);
+  return {out, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> sandwich_norm_bwd(const Tensor& dout, const Tensor& y,
+                                                     const Tensor& weight, const Tensor& gate,
+                                                     const Tensor& rstd) {
+  const int64_t B = y.size(0), L = y.size(1), D = y.size(2);
+  Tensor dy = empty_as(y);
+  if (dy.numel() == 0) return {dy, zeros_as(weight), zeros_as(gate)};
+  const int64_t chunk = row_chunk(B * L, D), chunks = ceil_div(L, chunk);
+  const Tensor partial = empty(y, {B, chunks, 1, D}, ScalarType::Float);
+  const OptionalTensor per_token = gradient_per_token(gate);
+  const Tensor douts = packed(dout), ys = packed(y), weights = packed(weight), gates = packed(gate);
+  const SandwichNormBwdParams p{
+      .dout = rows_of(douts),
+      .y = rows_of(ys),
+      .sandwich = {.weight = rows_of(weights), .gate = rows_of(gates)},
+      .rstd = pointer_to<const float>(rstd),
+      .dy = values_of(dy),
+      .dgate = values_of(per_token),
+      .partial = pointer_to<float>(partial),
+      .chunks = {.B = B, .L = L, .rows = chunk, .D = static_cast<int>(D)}};
+  LUMINA_LAUNCH_ROWS(y, B * chunks, D, sandwich_norm_bwd_kernel, p);
+  const auto [dweight, per_sample] = gate_grads(partial, 0, weight, gate);
+  return {dy, dweight, per_token ? *per_token : per_sample};
+}
+
+}  // namespace
+
+LUMINA_CUDA_LIBRARY(m) {
+  m.impl("sandwich_norm_fwd", TORCH_BOX(&sandwich_norm_fwd));
+  m.impl("sandwich_norm_bwd", TORCH_BOX(&sandwich_norm_bwd));
+}
+
+}  // namespace lumina_kernels::cuda

@@ -1,0 +1,85 @@
+// CUDA launchers of sandwich_norm_chain.
+#include "cuda/lib/modulation_launch.h"
+#include "cuda/sandwich_norm_chain.cuh"
+
+namespace lumina_kernels::cuda {
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> sandwich_norm_chain_fwd(
+    const Tensor& y, const Tensor& residual, const Tensor& weight, const Tensor& gate,
+    const OptionalTensor& next_weight, const OptionalTensor& next_scale, double eps) {
+  const int64_t B = y.size(0), L = y.size(1), D = y.size(2);
+  Tensor new_residual = empty_as(residual), normed = empty_as(residual);
+  Tensor rstd = empty(y, {B, L}, ScalarType::Float), next_rstd = empty_as(rstd);
+  if (new_residual.numel() == 0) return {new_residual, normed, rstd, next_rstd};
+  const Tensor ys = packed(y), residuals = packed(residual);
+  const Tensor weights = packed(weight), gates = packed(gate);
+  const OptionalTensor next_weights = packed(next_weight), next_scales = packed(next_scale);
+  const SandwichNormChainFwdParams p{
+      .y = rows_of(ys),
+      .sandwich = {.residual = rows_of(residuals),
+                   .weight = rows_of(weights),
+                   .gate = rows_of(gates)},
+      .next = {.weight = rows_of(next_weights), .scale = rows_of(next_scales)},
+      .new_residual = values_of(new_residual),
+      .normed = values_of(normed),
+      .rstd = pointer_to<float>(rstd),
+      .next_rstd = pointer_to<float>(next_rstd),
+      .B = B,
+      .L = L,
+      .D = static_cast<int>(D),
+      .eps = static_cast<float>(eps)};
+  LUMINA_LAUNCH_ROWS(y, B * L, D, sandwich_norm_chain_fwd_kernel, p);
+  return {new_residual, normed, rstd, next_rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sandwich_norm_chain_bwd(
+    const Tensor& dnew_residual, const Tensor& dnormed, const Tensor& y, const Tensor& residual,
+    const Tensor& weight, const Tensor& gate, const OptionalTensor& next_weight,
+    const OptionalTensor& next_scale, const Tensor& rstd, const Tensor& next_rstd) {
+  const int64_t B = y.size(0), L = y.size(1), D = y.size(2);
+  Tensor dy = empty_as(y), dresidual = empty_as(residual);
+  if (dy.numel() == 0) {
+    return {dy,
+            dresidual,
+            zeros_as(weight),
+            zeros_as(gate),
+            zeros_as(next_weight, y),
+            zeros_as(next_scale, y)};
+  }
+  const int64_t chunk = row_chunk(B * L, D), chunks = ceil_div(L, chunk);
+  const Tensor partial = empty(y, {B, chunks, 2, D}, ScalarType::Float);
+  const OptionalTensor dgate = gradient_per_token(gate), dscale = gradient_per_token(next_scale);
+  const Tensor dnew_residuals = packed(dnew_residual), dnormeds = packed(dnormed), ys = packed(y);
+  const Tensor residuals = packed(residual), weights = packed(weight), gates = packed(gate);
+  const OptionalTensor next_weights = packed(next_weight), next_scales = packed(next_scale);
+  const SandwichNormChainBwdParams p{
+      .dnew_residual = rows_of(dnew_residuals),
+      .dnormed = rows_of(dnormeds),
+      .y = rows_of(ys),
+      .sandwich = {.residual = rows_of(residuals),
+                   .weight = rows_of(weights),
+                   .gate = rows_of(gates)},
+      .next = {.weight = rows_of(next_weights), .scale = rows_of(next_scales)},
+      .rstd = pointer_to<const float>(rstd),
+      .next_rstd = pointer_to<const float>(next_rstd),
+      .dy = values_of(dy),
+      .dresidual = values_of(dresidual),
+      .dgate = values_of(dgate),
+      .dscale = values_of(dscale),
+      .partial = pointer_to<float>(partial),
+      .chunks = {.B = B, .L = L, .rows = chunk, .D = static_cast<int>(D)}};
+  LUMINA_LAUNCH_ROWS(y, B * chunks, D, sandwich_norm_chain_bwd_kernel, p);
+  const auto [dweight, dgate_sum] = gate_grads(partial, 1, weight, gate);
+  const auto next = modulation_grads(partial, next_weight, {}, next_scale, {}, dnormed);
+  return {dy, dresidual, dweight, dgate ? *dgate : dgate_sum, next[0], dscale ? *dscale : next[2]};
+}
+
+}  // namespace
+
+LUMINA_CUDA_LIBRARY(m) {
+  m.impl("sandwich_norm_chain_fwd", TORCH_BOX(&sandwich_norm_chain_fwd));
+  m.impl("sandwich_norm_chain_bwd", TORCH_BOX(&sandwich_norm_chain_bwd));
+}
+
+}  // namespace lumina_kernels::cuda

@@ -1,0 +1,68 @@
+// torch's tensors through its stable ABI, as both rooms use them: dtypes and new tensors.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "dtype.h"
+
+namespace lumina_kernels {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline Dtype dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::kFloat;
+    case ScalarType::Half:
+      return Dtype::kHalf;
+    case ScalarType::BFloat16:
+      return Dtype::kBFloat16;
+    default:
+      STD_TORCH_CHECK(false, "expected float32, float16 or bfloat16");
+      return Dtype::kFloat;
+  }
+}
+
+// The last dimension has no gaps.
+inline bool is_packed(const Tensor& tensor) {
+  const int64_t last = tensor.dim() - 1;
+  return tensor.size(last) <= 1 || tensor.stride(last) == 1;
+}
+
+// A row for each token, (B, L, D), rather than for each sample, (B, D).
+inline bool is_per_token(const OptionalTensor& tensor) { return tensor && tensor->dim() == 3; }
+
+// --- new tensors: contiguous, on like's device ---
+
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
+  return torch::stable::new_empty(like, {shape.begin(), shape.size()}, dtype);
+}
+
+inline Tensor empty_as(const Tensor& like) { return torch::stable::new_empty(like, like.sizes()); }
+inline Tensor zeros_as(const Tensor& like) { return torch::stable::new_zeros(like, like.sizes()); }
+
+// Stands for a result that does not exist, as an op cannot return None; float32 for every op.
+inline Tensor nothing(const Tensor& like) { return empty(like, {0}, ScalarType::Float); }
+
+// The gradient of an optional input: `nothing` where the input is missing.
+inline Tensor empty_as(const OptionalTensor& x, const Tensor& like) {
+  return x ? empty_as(*x) : nothing(like);
+}
+inline Tensor zeros_as(const OptionalTensor& x, const Tensor& like) {
+  return x ? zeros_as(*x) : nothing(like);
+}
+
+}  // namespace lumina_kernels
