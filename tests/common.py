@@ -19,6 +19,7 @@ BACKENDS = tuple(
     for name in (("triton", "cuda") if DEVICE == "cuda" else ("triton", "cpu", "cuda"))
     if name not in MISSING or (name == "cuda" and DEVICE == "cpu" and shutil.which("g++"))
 )
+NATIVE = tuple(name for name in BACKENDS if name != "triton")
 # Triton's interpreter cuts float32 off to bfloat16 instead of rounding it: on a CPU float16 stands
 # in for it.
 KERNEL_DTYPES = DTYPES if DEVICE == "cuda" else DTYPES[:2]
@@ -27,6 +28,17 @@ KERNELS = [
 ]
 # Instruction sets of this processor that the C++ kernels have code for.
 CPU_LEVELS = () if "cpu" in MISSING else tuple(import_module("lumina_kernels._C").cpu_levels())
+# All that must be accurate: the definition, the kernels, and "cpu" once more with every instruction
+# set but the best one.
+IMPLEMENTATIONS = [
+    *(("torch", dtype) for dtype in DTYPES),
+    *KERNELS,
+    *(
+        pytest.param("cpu", dtype, id=f"{level}-{dtype}", marks=pytest.mark.cpu_level(level))
+        for level in CPU_LEVELS[:-1]
+        for dtype in DTYPES
+    ),
+]
 
 
 def randn(*shape):
@@ -82,11 +94,16 @@ def assert_same_in_float64(fn, independent, inputs):
         )
 
 
-def assert_accurate(fn, eager, inputs, dtype):
+def cast(inputs, dtype=torch.float32):
+    """The floating tensors among `inputs` in `dtype`."""
+    return {name: x.to(dtype) if is_float(x) else x for name, x in inputs.items()}
+
+
+def assert_accurate(fn, eager, inputs, dtype, wrt=None):
     """`fn` keeps the accuracy rule in `dtype` on the float64 `inputs`, gradients included."""
-    rounded = {n: v.to(dtype) if is_float(v) else v for n, v in inputs.items()}
-    widened = {n: v.double() if is_float(v) else v for n, v in rounded.items()}
-    out, low, high = run(fn, rounded), run(eager, rounded), run(eager, widened)
+    rounded = cast(inputs, dtype)
+    widened = cast(rounded, torch.float64)
+    out, low, high = run(fn, rounded, wrt), run(eager, rounded, wrt), run(eager, widened, wrt)
     for name in high:
         assert_as_accurate(name, out[name], low[name], high[name])
         assert out[name].dtype == low[name].dtype, (name, out[name].dtype)

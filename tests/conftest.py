@@ -8,11 +8,15 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
-def pytest_configure():
-    """Halve the time of Triton's interpreter, which prepares triton.language for a kernel, and then
-    again for every call of another function in it."""
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        return
+def pytest_configure(config):
+    config.addinivalue_line("markers", "cpu_level(name): instruction set of the C++ kernels")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        _halve_the_time_of_the_interpreter()
+
+
+def _halve_the_time_of_the_interpreter():
+    """Triton's interpreter prepares triton.language for a kernel, and then again for every call of
+    another function in it: skip the second."""
     from triton.runtime import interpreter
 
     prepared = set()

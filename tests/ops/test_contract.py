@@ -29,7 +29,8 @@ from lumina_kernels.examples import Sizes, examples
 from lumina_kernels.ops import OPS
 
 SIZES = Sizes(device=DEVICE)
-# For one graph to serve. All dimensions of the first differ: torch.compile takes equal ones for one.
+# One graph must serve all. The dimensions of the first differ: torch.compile takes equal ones to be
+# the same.
 COMPILED = (
     Sizes(B=9, grid=(2, 4, 11), T=7, H=12, G=6, K=10, F=26, device=DEVICE),
     Sizes(B=2, grid=(3, 2, 3), T=5, H=4, G=2, K=10, F=40, device=DEVICE),

@@ -1,22 +1,20 @@
-"""gqa_attention forward. Tiles are 64, 32 or 16 keys; masks are read 1024 keys at a time."""
+"""The forward kernels of gqa_attention. Tiles are 64, 32 or 16 keys; masks are read 1024 keys at a
+time."""
 
 import ctypes
 from functools import partial
 
 import pytest
 import torch
-from common import DTYPES, assert_as_accurate, compiled, randn
-from cuda_host.backend import cuda_host  # noqa: F401
+from common import DTYPES, assert_as_accurate, cast, randn
 from cuda_host.build import CSRC, build
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_gqa_attention import make_inputs
-from test_gqa_attention_kernels import eager, make_wholes
+from ops.attention import eager, make_inputs, mask_of_ranges
 
 from lumina_kernels import gqa_attention
 from lumina_kernels.ops.gqa_attention import gqa_attention_fwd
 
-pytestmark = pytest.mark.usefixtures("cuda_host")
 HEAD_DIMS = (24, 40, 48, 64, 72, 80, 88, 96, 112, 120, 128)
 LOG2E = 1.4426950408889634
 op = partial(gqa_attention, backend="cuda")
@@ -26,11 +24,6 @@ op = partial(gqa_attention, backend="cuda")
 def without_gradients():
     with torch.no_grad():
         yield
-
-
-def to(inputs, dtype):
-    floats = {n for n, v in inputs.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
-    return {n: v.to(dtype) if n in floats else v for n, v in inputs.items()}
 
 
 def saved(inputs, with_error=True):
@@ -61,8 +54,8 @@ def assert_lse(lse, low, high):
 
 def assert_forward(inputs, dtype):
     """The accuracy rule for the output, and for both lse against float32's."""
-    rounded = to(inputs, dtype)
-    wide, float32 = to(rounded, torch.float64), to(rounded, torch.float32)
+    rounded = cast(inputs, dtype)
+    wide, float32 = cast(rounded, torch.float64), cast(rounded, torch.float32)
     out, error, lse, text_lse = saved(rounded)
     assert out.dtype == dtype and error.numel() == (0 if dtype == torch.float32 else out.numel())
     assert_as_accurate("out", out, eager(**rounded), gqa_attention(**wide))
@@ -108,7 +101,7 @@ def test_groups_and_lengths(H, G, L, L_kv, T, dtype):
 )
 def test_tiles_of_keys(ranges, dtype):
     inputs = make_inputs(B=2, L=3, L_kv=300, T=140, H=2, G=1, K=72)
-    inputs |= {"key_mask": make_wholes(300, *ranges), "text_mask": make_wholes(140, (3, 5))}
+    inputs |= {"key_mask": mask_of_ranges(300, *ranges), "text_mask": mask_of_ranges(140, (3, 5))}
     assert_forward(inputs, dtype)
 
 
@@ -118,7 +111,7 @@ def test_windows_of_masks(L_kv, masked, dtype):
     """16-byte reads of the mask, and single bytes where rows are not aligned."""
     inputs = make_inputs(B=2, L=2, L_kv=L_kv, H=2, G=1, K=24, text=False) | {"key_mask": None}
     if masked:
-        inputs["key_mask"] = make_wholes(L_kv, (1000, 1030), (2047, 2049), (L_kv - 1, L_kv))
+        inputs["key_mask"] = mask_of_ranges(L_kv, (1000, 1030), (2047, 2049), (L_kv - 1, L_kv))
     assert_forward(inputs, dtype)
 
 
@@ -137,27 +130,12 @@ def test_any_shape_and_mask(data):
         bits = data.draw(st.lists(st.booleans(), min_size=B * length, max_size=B * length))
         inputs[name] = torch.tensor(bits, dtype=torch.bool).view(B, length)
     dtype = data.draw(st.sampled_from(DTYPES))
-    rounded = to(inputs, dtype)
+    rounded = cast(inputs, dtype)
     # Of few numbers eager's may be exact by chance: two roundings of the largest instead, for the
     # weights and for the result.
-    high = gqa_attention(**to(rounded, torch.float64))
+    high = gqa_attention(**cast(rounded, torch.float64))
     largest = max(1.0, high.abs().max().item())
     assert (op(**rounded) - high).abs().max() <= 2 * torch.finfo(dtype).eps * largest + 1e-5
-
-
-@pytest.mark.parametrize("text", (False, True))
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_options_are_optional(text, dtype):
-    inputs = make_inputs(B=2, L=5, L_kv=17, H=4, K=24, text=text)
-    plain = {name: None for name in inputs if name.endswith("mask") or name == "scale"}
-    assert_forward(inputs | plain, dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", ((71,), (5, 71), (4, 1, 71), (2, 1, 1, 71), (2, 4, 5, 71)))
-def test_bias(shape, dtype):
-    inputs = make_inputs(B=2, L=5, L_kv=71, H=4, G=2, K=72, text=len(shape) != 3)
-    assert_forward(inputs | {"bias": randn(*shape)}, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -175,9 +153,9 @@ def test_bias_of_minus_infinity_and_of_another_dtype(dtype):
     bias[:, :, 1] = bias[:, 2, :, :70] = bias[1, :, :, 80] = -torch.inf
     for bias_dtype in DTYPES:
         inputs["bias"] = bias.to(bias_dtype).double()
-        given = to(inputs, dtype) | {"bias": bias.to(bias_dtype)}
-        exact = gqa_attention(**to(given, torch.float64))
-        assert_as_accurate("out", op(**given), eager(**to(inputs, dtype)), exact)
+        given = cast(inputs, dtype) | {"bias": bias.to(bias_dtype)}
+        exact = gqa_attention(**cast(given, torch.float64))
+        assert_as_accurate("out", op(**given), eager(**cast(inputs, dtype)), exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -187,12 +165,6 @@ def test_scale_may_have_any_sign(scale, dtype):
     inputs["q"] = inputs["q"] / max(1, abs(scale))
     assert_forward(inputs, dtype)
     assert_forward(inputs | {"bias": randn(2, 3, 80)}, dtype)
-
-
-def test_gate_may_have_another_dtype():
-    inputs = to(make_inputs(B=2, L=5, K=72), torch.float16)
-    wide = inputs | {"text_gate": inputs["text_gate"].float()}
-    assert torch.equal(op(**inputs), op(**wide))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -214,18 +186,8 @@ def test_rows_without_keys_give_zero(dtype):
         {"bias": torch.full((3, 1, 1, 70), -torch.inf, dtype=torch.float64)},
     ):
         inputs = make_inputs(L_kv=70, K=72, text=False) | {"key_mask": None} | masked
-        out, error, lse, _ = saved(to(inputs, dtype))
+        out, error, lse, _ = saved(cast(inputs, dtype))
         assert out.eq(0).all() and error.eq(0).all() and lse.eq(-torch.inf).all()
-
-
-@pytest.mark.parametrize("dtype, big", ((torch.float32, 3e38), (torch.float16, 6e4)))
-def test_masked_keys_do_not_matter(dtype, big):
-    inputs = to(make_inputs(B=2, L=5, L_kv=150, T=70, K=72), dtype)
-    other = dict(inputs)
-    for prefix, mask in (("", "key_mask"), ("text_", "text_mask")):
-        for name in (prefix + "k", prefix + "v"):
-            other[name] = inputs[name].masked_fill(~inputs[mask][:, :, None, None], big)
-    assert torch.equal(op(**other), op(**inputs))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -233,7 +195,7 @@ def test_masked_keys_do_not_matter(dtype, big):
 def test_strided(K, dtype):
     """Every way to lie in memory gives the same bits: of one projection, heads first, with a step,
     or one element off from where 16-byte accesses may begin."""
-    inputs = to(make_inputs(B=2, L=5, L_kv=70, T=9, H=4, G=2, K=K), dtype)
+    inputs = cast(make_inputs(B=2, L=5, L_kv=70, T=9, H=4, G=2, K=K), dtype)
     expected = saved(inputs)
     heads = [name for name in ("q", "k", "v", "text_k", "text_v")]
 
@@ -260,7 +222,7 @@ def test_strided(K, dtype):
 
 
 def test_expanded_and_strided_bias():
-    inputs = to(make_inputs(B=2, L=5, L_kv=7, H=4, G=2, K=24), torch.float32)
+    inputs = cast(make_inputs(B=2, L=5, L_kv=7, H=4, G=2, K=24), torch.float32)
     bias = randn(7, 5).float().t().expand(2, 4, 5, 7)
     assert torch.equal(op(**inputs, bias=bias), op(**inputs, bias=bias.contiguous()))
 
@@ -268,9 +230,9 @@ def test_expanded_and_strided_bias():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nothing_to_attend_from_or_to(dtype):
     for sizes in ({"B": 0}, {"L": 0}):
-        out, error, lse, text_lse = saved(to(make_inputs(**sizes), dtype))
+        out, error, lse, text_lse = saved(cast(make_inputs(**sizes), dtype))
         assert out.numel() == error.numel() == lse.numel() == text_lse.numel() == 0
-    out, _, lse, text_lse = saved(to(make_inputs(L_kv=0, T=0), dtype))
+    out, _, lse, text_lse = saved(cast(make_inputs(L_kv=0, T=0), dtype))
     assert out.eq(0).all() and lse.eq(-torch.inf).all() and text_lse.eq(-torch.inf).all()
 
 
@@ -278,7 +240,7 @@ def test_nothing_to_attend_from_or_to(dtype):
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_error_is_what_rounding_lost(dtype, K):
     """One key and one token of text: weights of 1, and no error but that of the last rounding."""
-    inputs = to(make_inputs(B=2, L=9, L_kv=1, T=1, K=K), dtype)
+    inputs = cast(make_inputs(B=2, L=9, L_kv=1, T=1, K=K), dtype)
     inputs |= {"key_mask": None, "text_mask": None}
     out, error, *_ = saved(inputs)
     v, text = (inputs[n].float().repeat_interleave(4, 2) for n in ("v", "text_v"))
@@ -289,35 +251,17 @@ def test_error_is_what_rounding_lost(dtype, K):
     assert saved(inputs, False)[1].numel() == 0
 
 
-def test_same_bits_again():
-    inputs = to(make_inputs(B=2, L=9, L_kv=150, T=70, K=72), torch.bfloat16)
-    for value, other in zip(saved(inputs), saved(inputs), strict=True):
-        assert torch.equal(value, other)
-
-
-def test_registration_and_compile():
-    graphs = []
-    fast = compiled(op, graphs)
-    for size in ((2, 3, 9, 5, 8, 4, 12), (3, 5, 11, 7, 8, 4, 12), (4, 5, 19, 7, 6, 3, 20)):
-        inputs = to(make_inputs(*size), torch.float32)
-        assert torch.equal(fast(**inputs), op(**inputs))
-    assert len(graphs) == 1
-    half = to(inputs, torch.float16)
-    args = [half[n] for n in inputs]
-    torch.library.opcheck(gqa_attention_fwd.overload, (*args, None, True, "cuda"))
-
-
-def test_ldmatrix_has_no_bank_conflicts(cuda_host):  # noqa: F811
+def test_ldmatrix_has_no_bank_conflicts(cuda_host):
     before = cuda_host.count("bank_conflicts")
     for K in (*HEAD_DIMS, 256):
         for text in (False, True):
-            op(**to(make_inputs(B=1, L=9, L_kv=70, T=9, H=4, G=1, K=K, text=text), torch.float16))
+            op(**cast(make_inputs(B=1, L=9, L_kv=70, T=9, H=4, G=1, K=K, text=text), torch.float16))
     assert cuda_host.count("bank_conflicts") == before
 
 
-def test_masked_tiles_are_not_read(cuda_host):  # noqa: F811
+def test_masked_tiles_are_not_read(cuda_host):
     """A prefix of valid keys costs what those keys alone cost, but for the mask."""
-    inputs = to(make_inputs(B=1, L=32, L_kv=1024, H=4, G=1, K=72, text=False), torch.float16)
+    inputs = cast(make_inputs(B=1, L=32, L_kv=1024, H=4, G=1, K=72, text=False), torch.float16)
     inputs["key_mask"] = torch.arange(1024)[None] < 512
     alone = {n: inputs[n][:, :512] for n in ("k", "v")} | {"key_mask": None}
 
@@ -354,19 +298,5 @@ def test_useful_fraction(probe):
     assert probe.useful_fraction(100) == 2 * 100 / 224
 
 
-def test_all_kernels_ran(cuda_host):  # noqa: F811
+def test_all_kernels_ran(cuda_host):
     assert {"gqa_attention_fwd_kernel", "gqa_attention_float_fwd_kernel"} <= cuda_host.executed()
-
-
-def test_errors():
-    with pytest.raises(ValueError, match="head_dim of at most 256, got 257"):
-        op(**to(make_inputs(K=257), torch.float32))
-    with pytest.raises(TypeError, match="no float64"):
-        op(**make_inputs())
-
-
-def test_gradients_are_refused():
-    inputs = to(make_inputs(), torch.float32)
-    inputs["v"].requires_grad_()
-    with torch.enable_grad(), pytest.raises(NotImplementedError, match="use one of torch, triton"):
-        op(**inputs)

@@ -2,15 +2,14 @@ import math
 
 import pytest
 import torch
+from attention import make_inputs, make_mask
 from common import (
     DEVICE,
-    DTYPES,
-    assert_accurate,
-    assert_compiles,
     assert_equal_results,
     assert_rounded_once,
     assert_same_in_float64,
-    assert_strided_is_same,
+    cast,
+    is_float,
     raises,
     randn,
     run,
@@ -20,22 +19,6 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from lumina_kernels import gqa_attention
-
-
-def make_mask(B, L):
-    """Holes, in each sample others; the last sample has no valid key at all."""
-    mask = torch.arange(B * L, device=DEVICE).view(B, L) % 3 != 1
-    mask[-1:] = False
-    return mask
-
-
-def make_inputs(B=3, L=5, L_kv=7, T=4, H=8, G=2, K=24, text=True):
-    inputs = {"q": randn(B, L, H, K), "k": randn(B, L_kv, G, K), "v": randn(B, L_kv, G, K)}
-    inputs |= {"key_mask": make_mask(B, L_kv), "scale": 0.3}
-    if text:
-        inputs |= {"text_k": randn(B, T, G, K), "text_v": randn(B, T, G, K)}
-        inputs |= {"text_mask": make_mask(B, T).roll(1, 0), "text_gate": randn(H)}
-    return inputs
 
 
 def with_loops(
@@ -93,11 +76,7 @@ def with_sdpa(
 
 def test_gradcheck_with_holes_and_rows_without_a_key():
     inputs = make_inputs(B=2, L=2, L_kv=3, T=2, H=2, G=1, K=3) | {"bias": randn(2, 2, 2, 3)}
-    leaves = {
-        n: t.requires_grad_()
-        for n, t in inputs.items()
-        if n not in ("scale",) and t.is_floating_point()
-    }
+    leaves = {name: x.requires_grad_() for name, x in inputs.items() if is_float(x)}
 
     def op(*tensors):
         return gqa_attention(**inputs | dict(zip(leaves, tensors, strict=True)))
@@ -141,15 +120,6 @@ def test_bias_broadcasts(shape):
     assert_equal_results(out, expected)
 
 
-def test_masked_rows_give_zero_and_zero_gradients():
-    for masked in (
-        {"key_mask": torch.zeros(3, 7, dtype=torch.bool, device=DEVICE)},
-        {"bias": torch.full((3, 1, 1, 7), -torch.inf, dtype=torch.float64, device=DEVICE)},
-    ):
-        results = run(gqa_attention, make_inputs(text=False) | masked)
-        assert all(value.eq(0).all() for value in results.values())
-
-
 def test_a_bias_of_minus_infinity_is_a_mask():
     inputs = make_inputs()
     off = torch.zeros(3, 1, 1, 7, dtype=torch.float64, device=DEVICE)
@@ -159,52 +129,11 @@ def test_a_bias_of_minus_infinity_is_a_mask():
     assert_equal_results(results, run(gqa_attention, inputs))
 
 
-def test_masked_keys_do_not_matter():
-    inputs = make_inputs()
-    other = dict(inputs)
-    for prefix, mask in (("", "key_mask"), ("text_", "text_mask")):
-        for name in (prefix + "k", prefix + "v"):
-            other[name] = inputs[name].masked_fill(~inputs[mask][:, :, None, None], 1e3)
-    assert torch.equal(gqa_attention(**other), gqa_attention(**inputs))
-
-
-def test_a_shut_gate_shuts_the_text_off():
+def test_a_closed_gate_is_no_text():
     inputs = make_inputs()
     alone = {name: inputs[name] for name in ("q", "k", "v", "key_mask", "scale")}
-    shut = inputs | {"text_gate": torch.zeros_like(inputs["text_gate"])}
-    assert torch.equal(gqa_attention(**shut), gqa_attention(**alone))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("K", (48, 72))
-def test_accuracy(K, dtype):
-    """Against PyTorch's attention, which gives NaN gradients without a valid key: one is left."""
-    inputs = make_inputs(B=2, L=9, L_kv=11, T=6, K=K)
-    inputs["key_mask"][:, 0] = inputs["text_mask"][:, 0] = True
-    assert_accurate(gqa_attention, with_sdpa, inputs, dtype)
-
-
-def test_bfloat16_is_rounded_once_and_autocast_changes_nothing():
-    inputs = {
-        n: t.bfloat16() if n in ("q", "k", "v", "text_k", "text_v") else t
-        for n, t in make_inputs().items()
-    }
-    out = gqa_attention(**inputs)
-    wide = {
-        n: t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t
-        for n, t in inputs.items()
-    }
-    assert out.dtype == torch.bfloat16
-    assert_rounded_once(out, gqa_attention(**wide))
-    with torch.autocast(DEVICE, torch.bfloat16):
-        assert torch.equal(gqa_attention(**inputs), out)
-        in_float32 = {n: inputs[n].float() for n in ("q", "k", "v")}
-        out_float32 = gqa_attention(**in_float32)
-    assert torch.equal(out_float32, gqa_attention(**in_float32))
-
-
-def test_strided():
-    assert_strided_is_same(gqa_attention, make_inputs())
+    closed = inputs | {"text_gate": torch.zeros_like(inputs["text_gate"])}
+    assert torch.equal(gqa_attention(**closed), gqa_attention(**alone))
 
 
 def test_meta_tensors():
@@ -213,59 +142,36 @@ def test_meta_tensors():
     assert gqa_attention(**meta).shape == (2, 5, 8, 72)
 
 
-def test_nothing_to_attend_from_or_to():
-    results = run(gqa_attention, make_inputs(B=0))
-    assert results["out 0"].shape == (0, 5, 8, 24) and results["dtext_gate"].eq(0).all()
-    assert run(gqa_attention, make_inputs(L_kv=0, T=0))["out 0"].eq(0).all()
-
-
-@pytest.mark.parametrize("text", (False, True))
-def test_compile(text):
-    sizes = ((5, 7, 9, 11, 8, 2, 12), (3, 6, 10, 13, 8, 2, 12), (9, 17, 19, 14, 18, 6, 20))
-    assert_compiles(gqa_attention, *(make_inputs(*size, text=text) for size in sizes))
+def test_bfloat16_is_rounded_once():
+    inputs = cast(make_inputs(), torch.bfloat16)
+    out = gqa_attention(**inputs)
+    assert out.dtype == torch.bfloat16
+    assert_rounded_once(out, gqa_attention(**cast(inputs, torch.float64)))
 
 
 def test_errors():
     good, op = make_inputs(), gqa_attention
+    mask, v, text_k = make_mask(3, 7), good["v"], good["text_k"]
     raises(ValueError, r"q must have shape \(B, L, H, K\)", op, good, q=randn(3, 5, 24))
     raises(ValueError, r"k must have shape \(B, L_kv, G, K\)", op, good, k=randn(3, 7, 24))
-    raises(
-        ValueError,
-        r"k must have shape \(3, 7, 2, 24\), got \(3, 7, 2, 20\)",
-        op,
-        good,
-        k=randn(3, 7, 2, 20),
-    )
+    raises(ValueError, r"k .* \(3, 7, 2, 24\), got \(3, 7, 2, 20\)", op, good, k=randn(3, 7, 2, 20))
     raises(ValueError, "divides the 8 of q, got 3", op, good, k=randn(3, 7, 3, 24))
     raises(ValueError, "v must have shape", op, good, v=randn(3, 6, 2, 24))
-    raises(
-        TypeError, "v must have the dtype of q, torch.float64, got", op, good, v=good["v"].half()
-    )
-    raises(
-        TypeError, r"key_mask must be bool \(True: the key counts\)", op, good, key_mask=randn(3, 7)
-    )
+    raises(TypeError, "v must have the dtype of q, torch.float64, got", op, good, v=v.half())
+    raises(TypeError, r"key_mask must be bool \(True: the key", op, good, key_mask=mask.int())
     raises(ValueError, r"key_mask must have shape \(3, 7\)", op, good, key_mask=make_mask(3, 8))
-    raises(
-        ValueError,
-        r"bias must broadcast to \(3, 8, 5, 7\), got \(3, 7\)",
-        op,
-        good,
-        bias=randn(3, 7),
-    )
+    match = r"bias must broadcast to \(3, 8, 5, 7\), got \(3, 7\)"
+    raises(ValueError, match, op, good, bias=randn(3, 7))
     raises(ValueError, "bias must broadcast", op, good, bias=randn(1, 1, 1, 1, 1))
     raises(TypeError, "bias must be a tensor, got float", op, good, bias=0.0)
-    raises(TypeError, "bias must be float16.*bool", op, good, bias=make_mask(3, 7)[:, None, None])
+    raises(TypeError, "bias must be float16.*bool", op, good, bias=mask[:, None, None])
     raises(ValueError, "come together, text_v is None", op, good, text_v=None)
     raises(ValueError, "come together, text_gate is None", op, good, text_gate=None)
     alone = {"text_k": None, "text_v": None, "text_gate": None}
     raises(ValueError, "come together, text_k is None", op, good, **alone)
-    raises(
-        ValueError, r"text_k must have shape \(3, 4, 2, 24\)", op, good, text_k=randn(3, 4, 8, 24)
-    )
+    raises(ValueError, r"text_k must have .* \(3, 4, 2, 24\)", op, good, text_k=randn(3, 4, 8, 24))
     raises(ValueError, "text_v must have shape", op, good, text_v=randn(3, 5, 2, 24))
-    raises(TypeError, "text_k must have the dtype of q", op, good, text_k=good["text_k"].float())
-    raises(
-        ValueError, r"text_gate must have shape \(8,\), got \(2,\)", op, good, text_gate=randn(2)
-    )
+    raises(TypeError, "text_k must have the dtype of q", op, good, text_k=text_k.float())
+    raises(ValueError, r"text_gate .* shape \(8,\), got \(2,\)", op, good, text_gate=randn(2))
     raises(ValueError, r"text_mask must have shape \(3, 4\)", op, good, text_mask=make_mask(3, 5))
     raises(TypeError, "text_mask must be bool", op, good, text_mask=good["text_mask"].int())

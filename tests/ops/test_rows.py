@@ -1,0 +1,86 @@
+"""The ops over rows of D numbers, at shapes and layouts where their kernels take other paths."""
+
+from functools import partial
+
+import pytest
+import test_gate_residual_norm
+import test_norm_modulate
+import test_sandwich_norm
+import test_sandwich_norm_chain
+import torch
+from common import (
+    BACKENDS,
+    CPU_LEVELS,
+    DTYPES,
+    IMPLEMENTATIONS,
+    assert_accurate,
+    assert_equal_results,
+    at_cpu_level,
+    run,
+)
+
+import lumina_kernels
+
+MODULES = {
+    "norm_modulate": test_norm_modulate,
+    "gate_residual_norm": test_gate_residual_norm,
+    "sandwich_norm": test_sandwich_norm,
+    "sandwich_norm_chain": test_sandwich_norm_chain,
+}
+every_op = pytest.mark.parametrize(
+    "op, kind",
+    [
+        *((op, kind) for op in list(MODULES)[:2] for kind in ("rms", "layer")),
+        *((op, None) for op in list(MODULES)[2:]),
+    ],
+)
+
+
+def assert_op_accurate(op, kind, shape, per_token, backend, dtype):
+    inputs = MODULES[op].make_inputs(*shape, per_token) | ({"kind": kind} if kind else {})
+    kernel = partial(getattr(lumina_kernels, op), backend=backend)
+    assert_accurate(kernel, MODULES[op].eager, inputs, dtype)
+
+
+@pytest.mark.parametrize("backend, dtype", IMPLEMENTATIONS)
+@pytest.mark.parametrize("per_token", (False, True))
+@pytest.mark.parametrize("shape", ((2, 1, 8), (1, 5, 2), (2, 9, 100), (1, 6, 576), (2, 33, 144)))
+@every_op
+def test_accuracy(op, kind, shape, per_token, backend, dtype):
+    assert_op_accurate(op, kind, shape, per_token, backend, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("per_token", (False, True))
+@pytest.mark.parametrize("level", CPU_LEVELS)
+@every_op
+def test_chunks_of_rows_on_the_cpu(op, kind, level, per_token, dtype):
+    with at_cpu_level(level):
+        for D in (33, 1040):  # 1040: three chunks
+            assert_op_accurate(op, kind, (2, 70, D), per_token, "cpu", dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", MODULES)
+def test_transposed_and_expanded_views(op, backend):
+    inputs = {name: x.float() for name, x in MODULES[op].make_inputs(4, 3, 12).items()}
+    for name, x in inputs.items():
+        if name == "gate":
+            inputs[name] = x[:1, None].expand(3, 4, 12)
+        elif x.ndim == 2:
+            inputs[name] = x[:1].expand(3, 12)
+        elif x.ndim == 3:
+            inputs[name] = x.transpose(0, 1)
+    packed = {name: x.contiguous() for name, x in inputs.items()}
+    fn = partial(getattr(lumina_kernels, op), backend=backend)
+    assert_equal_results(run(fn, inputs), run(fn, packed))
+
+
+@pytest.mark.parametrize("D", (72, 520))
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", MODULES)
+def test_misaligned_tensors(op, backend, D):
+    inputs = {name: x.half() for name, x in MODULES[op].make_inputs(2, 5, D).items()}
+    shifted = {name: torch.cat((x[..., :1], x), -1)[..., 1:] for name, x in inputs.items()}
+    fn = partial(getattr(lumina_kernels, op), backend=backend)
+    assert_equal_results(run(fn, shifted), run(fn, inputs))
