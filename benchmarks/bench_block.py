@@ -6,8 +6,8 @@ from torch import nn
 from benchmarks.measure import Case, our_variants
 from benchmarks.networks import on_backend, our_network, users_network
 from benchmarks.shapes import CPU, CUDA, LUMINA_NEXT, QUARTER
-from lumina.flops import forward_flops
-from lumina.rope import positions, rope_axes, rope_frequencies
+from lumina.models.next_dit.flops import forward_flops
+from lumina.models.parts.rope import positions, rope_axes, rope_frequencies
 from lumina_kernels import norm_modulate, sandwich_norm, sandwich_norm_chain
 
 SHAPES = (

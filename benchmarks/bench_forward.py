@@ -6,7 +6,7 @@ from benchmarks.measure import Case, our_variants
 from benchmarks.networks import on_backend, our_network, users_forward
 from benchmarks.shapes import CPU, CUDA, LUMINA_NEXT, QUARTER
 from lumina import ContextDrop
-from lumina.flops import forward_flops
+from lumina.models.next_dit.flops import forward_flops
 
 SHAPES = (
     QUARTER.but(layers=2, side=32, quick=True, devices=CPU),

@@ -10,7 +10,7 @@ import lumina
 from benchmarks.measure import Case
 from benchmarks.shapes import COMPACT
 from benchmarks.solver_error import drawer, noise_of, rms
-from lumina.solvers import SOLVERS
+from lumina.sampling.solvers import SOLVERS
 
 SHAPES = (COMPACT.but(quick=True), COMPACT.but(B=8))
 NFE = (4, 8, 20)

@@ -13,15 +13,15 @@ import torch
 
 import lumina
 from lumina import ContextDrop, RopeScaling
-from lumina.checkpoint_files import read_safetensors
-from lumina.data import load_emoji
-from lumina.demo import draw_demo
-from lumina.evaluate import evaluate
-from lumina.flops import forward_flops
-from lumina.pictures import read_picture, write_png
-from lumina.schedules import parse_schedule
-from lumina.solvers import SOLVERS
-from lumina.train import TrainConfig, train
+from lumina.checkpoints.files import read_safetensors
+from lumina.emoji.data import load_emoji
+from lumina.emoji.demo import draw_demo
+from lumina.emoji.evaluate import evaluate
+from lumina.emoji.pictures import read_picture, write_png
+from lumina.emoji.train import TrainConfig, train
+from lumina.models.next_dit.flops import forward_flops
+from lumina.sampling.schedules import parse_schedule
+from lumina.sampling.solvers import SOLVERS
 
 
 class _Parser(argparse.ArgumentParser):

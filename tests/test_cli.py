@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import lumina
 from lumina import reference
 from lumina.cli import main
-from lumina.config import NextDiTConfig
-from lumina.flops import forward_flops
-from lumina.text import CaptionEncoder
+from lumina.emoji.encoder import CaptionEncoder
+from lumina.models.next_dit.config import NextDiTConfig
+from lumina.models.next_dit.flops import forward_flops
 
 CONFIG = NextDiTConfig(
     patch_size=4, in_channels=3, dim=48, n_layers=2, n_heads=2, n_kv_heads=1, multiple_of=16,

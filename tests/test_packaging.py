@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lumina import data
+from lumina.emoji import data
 from lumina_kernels import backend
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,9 +61,9 @@ def test_the_wheel_holds_every_module_and_the_weights(wheel):
     for package in ("lumina", "lumina_kernels"):
         modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / package).rglob("*.py")}
         assert f"{package}/__init__.py" in modules and modules <= names
-    weights = [p for p in (ROOT / "lumina" / "weights").iterdir() if p.suffix != ".tmp"]
-    assert {f"lumina/weights/{p.name}" for p in weights} <= names
-    assert {f"lumina/weights/{n}" for n in ("emoji.png", "emoji.json", "README.md")} <= names
+    weights = [p for p in (ROOT / "lumina" / "emoji" / "weights").iterdir() if p.suffix != ".tmp"]
+    assert {f"lumina/emoji/weights/{p.name}" for p in weights} <= names
+    assert {f"lumina/emoji/weights/{n}" for n in ("emoji.png", "emoji.json", "README.md")} <= names
     tops = {name.split("/")[0] for name in names}
     assert {t for t in tops if not t.endswith(".dist-info")} == {"lumina", "lumina_kernels"}
 

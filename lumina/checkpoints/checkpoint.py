@@ -18,8 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lumina.checkpoint_diffusers import open_diffusers, save_diffusers
-from lumina.checkpoint_files import (
+from lumina.checkpoints.files import (
     Stored,
     construct,
     on_cpu,
@@ -27,10 +26,11 @@ from lumina.checkpoint_files import (
     read_safetensors,
     replace,
 )
-from lumina.checkpoint_original import open_original, save_original
-from lumina.config import NextDiTConfig
-from lumina.model import NextDiT
-from lumina.text import CaptionEncoder
+from lumina.emoji.encoder import CaptionEncoder
+from lumina.models.next_dit.config import NextDiTConfig
+from lumina.models.next_dit.diffusers import open_diffusers, save_diffusers
+from lumina.models.next_dit.model import NextDiT
+from lumina.models.next_dit.original import open_original, save_original
 
 ENCODER = "caption_encoder."  # prefix of the text encoder's tensors in our own file
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lumina.config import NextDiTConfig
+from lumina.models.next_dit.config import NextDiTConfig
 
 
 @dataclass

@@ -1,7 +1,7 @@
-"""The emoji data set: 32x32 pictures with captions in 14 languages, shipped in `lumina/weights`.
+"""The emoji data set: 32x32 pictures with captions in 14 languages, shipped in `weights`.
 
 `load_emoji` reads only the shipped files, so training and evaluation need no font.
-`python -m lumina.data build` makes them again from Noto Color Emoji and the package `emoji`.
+`python -m lumina.emoji.data build` makes them again from Noto Color Emoji and the package `emoji`.
 """
 
 import argparse
@@ -192,8 +192,8 @@ def _sheet(tiles: np.ndarray) -> np.ndarray:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`python -m lumina.data build [--font PATH] [--out FOLDER]`; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m lumina.data")
+    """`python -m lumina.emoji.data build [--font PATH] [--out FOLDER]`; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m lumina.emoji.data")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("build", help="make emoji.png and emoji.json")
     command.add_argument("--font", help="NotoColorEmoji.ttf (default: the system's)")

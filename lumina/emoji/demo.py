@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 import lumina
-from lumina.pictures import write_png
-from lumina.reference import NextDiT
-from lumina.schedules import parse_schedule
-from lumina.solvers import solve
+from lumina.emoji.pictures import write_png
+from lumina.models.next_dit.reference import NextDiT
+from lumina.sampling.schedules import parse_schedule
+from lumina.sampling.solvers import solve
 
 DEMO = [
     ("en", "a red apple"),

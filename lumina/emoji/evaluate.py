@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from lumina.data import EmojiSet, to_float
-from lumina.model import NextDiT
-from lumina.sampler import sample
-from lumina.text import CaptionEncoder
+from lumina.emoji.data import EmojiSet, to_float
+from lumina.emoji.encoder import CaptionEncoder
+from lumina.models.next_dit.model import NextDiT
+from lumina.sampling.sampler import sample
 
 
 def nearest(pictures: Tensor, images: Tensor) -> Tensor:

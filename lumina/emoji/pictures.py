@@ -9,8 +9,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from lumina.checkpoint_files import replace
-from lumina.data import to_float, to_uint8
+from lumina.checkpoints.files import replace
+from lumina.emoji.data import to_float, to_uint8
 
 
 def read_picture(path: Path, size: tuple[int, int]) -> Tensor:

@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lumina.checkpoint import save
-from lumina.checkpoint_files import replace
-from lumina.config import PRESETS, NextDiTConfig
-from lumina.data import EmojiSet, load_emoji, to_float
-from lumina.model import NextDiT
-from lumina.text import CaptionEncoder, to_bytes
+from lumina.checkpoints.checkpoint import save
+from lumina.checkpoints.files import replace
+from lumina.emoji.data import EmojiSet, load_emoji, to_float
+from lumina.emoji.encoder import CaptionEncoder, to_bytes
+from lumina.models.next_dit.config import PRESETS, NextDiTConfig
+from lumina.models.next_dit.model import NextDiT
 
 # People write "a red apple" where the data says "red apple".
 ARTICLES = {

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lumina.patches import Grid
+from lumina.models.parts.patches import Grid
 from lumina_kernels import context_drop
 
 

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from lumina.context import ContextDrop
-from lumina.model import Caption, NextDiT
-from lumina.rope import RopeScaling
-from lumina.schedules import parse_schedule, start_at
-from lumina.solvers import solve
+from lumina.models.next_dit.model import Caption, NextDiT
+from lumina.models.parts.rope import RopeScaling
+from lumina.sampling.context_drop import ContextDrop
+from lumina.sampling.schedules import parse_schedule, start_at
+from lumina.sampling.solvers import solve
 from lumina_kernels import guided_step
 
 Size = tuple[int, ...]

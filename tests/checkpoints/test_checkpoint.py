@@ -9,9 +9,10 @@ import torch
 from checkpoint_cases import CONFIG, INDEX, WEIGHTS, assert_same, network, rewrite
 from safetensors.torch import save_file
 
-from lumina import checkpoint, checkpoint_files, reference
-from lumina.config import NextDiTConfig
-from lumina.text import CaptionEncoder
+from lumina.checkpoints import checkpoint, files
+from lumina.emoji.encoder import CaptionEncoder
+from lumina.models.next_dit import reference
+from lumina.models.next_dit.config import NextDiTConfig
 
 # What each format can say; the original's preset names say the patch, its tensors the rest.
 CONFIGS = {
@@ -96,7 +97,7 @@ def test_caption_encoder_in_the_same_file(tmp_path):
     model, encoder = network().half(), CaptionEncoder(dim=32, width=16, heads=2).half()
     path = tmp_path / "w.safetensors"
     checkpoint.save(model, path, caption_encoder=encoder, metadata={"steps": "7"})
-    assert checkpoint_files.read_safetensors(path)[1]["steps"] == "7"
+    assert files.read_safetensors(path)[1]["steps"] == "7"
     assert_same(checkpoint.load(path, dtype=None).state_dict(), model.state_dict())
     loaded = checkpoint.load_caption_encoder(path, dtype=None)
     assert (loaded.dim, loaded.width, loaded.heads, loaded.training) == (32, 16, 2, False)
@@ -297,7 +298,7 @@ def test_interrupted_save_keeps_the_old(format, crash, tmp_path, monkeypatch):
 
     if crash == "writing":
         monkeypatch.setattr(checkpoint, "save_file", write_half)
-        monkeypatch.setattr(checkpoint_files, "save_file", write_half)
+        monkeypatch.setattr(files, "save_file", write_half)
     else:
         monkeypatch.setattr(os, "replace", no_rename)
     with pytest.raises(OSError, match="disk full"):

@@ -11,9 +11,10 @@ import torch
 from checkpoint_cases import CONFIG, INDEX, WEIGHTS, assert_same, network, rewrite
 from safetensors.torch import load_file, save_file
 
-from lumina import checkpoint, checkpoint_original
-from lumina.config import NextDiTConfig
-from lumina.model import NextDiT
+from lumina.checkpoints import checkpoint
+from lumina.models.next_dit import original
+from lumina.models.next_dit.config import NextDiTConfig
+from lumina.models.next_dit.model import NextDiT
 
 # ---- diffusers
 
@@ -83,13 +84,13 @@ def test_differing_copies_of_the_query(name, tmp_path):
 def test_original_sizes_come_from_shapes(name, config):
     with torch.device("meta"):
         state = NextDiT(config).state_dict()
-    assert checkpoint_original.model_args(config).model == name
-    assert checkpoint_original.config_from_shapes("here", state, name) == config
+    assert original.model_args(config).model == name
+    assert original.config_from_shapes("here", state, name) == config
 
 
 @pytest.mark.parametrize("hidden", [1, 97, 128, 129, 160, 191, 192, 250, 256, 999])
 def test_original_ffn_of_any_width(hidden):
-    multiple, multiplier = checkpoint_original._ffn(48, hidden)
+    multiple, multiplier = original._ffn(48, hidden)
     config = replace(CONFIG, multiple_of=multiple, ffn_dim_multiplier=multiplier)
     assert config.ffn_dim == hidden
     assert (multiplier is None) == (hidden in (128, 256))

@@ -9,8 +9,8 @@ from PIL import Image
 
 import lumina
 from lumina.cli import main
-from lumina.data import load_emoji, to_float
-from lumina.evaluate import evaluate, nearest
+from lumina.emoji.data import load_emoji, to_float
+from lumina.emoji.evaluate import evaluate, nearest
 
 # The emoji that the prompts of `python -m lumina demo` ask for, in their order.
 ASKED = "🍎 🐙 🌵 🐘 🍌 ❤️ 🚒 🐯 🍕 🐧 ⚽ 🌻".split()

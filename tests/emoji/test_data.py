@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from lumina import data
+from lumina.emoji import data
 
 
 @pytest.fixture(scope="module")

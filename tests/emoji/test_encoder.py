@@ -8,9 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lumina import text
-from lumina.data import load_emoji
-from lumina.text import (
+from lumina.emoji.data import load_emoji
+from lumina.emoji.encoder import (
     BUCKETS,
     MAX_BYTES,
     NGRAMS,
@@ -18,6 +17,7 @@ from lumina.text import (
     REGISTERS,
     START,
     CaptionEncoder,
+    _hash,
     to_bytes,
 )
 
@@ -150,7 +150,7 @@ def test_hashes_collide_as_rarely_as_chance(n):
     rows = to_bytes([c for captions in load_emoji().captions.values() for c in captions])
     grams = rows.unfold(1, n, 1).flatten(0, 1).unique(dim=0)  # (N, n)
     grams = grams[(grams != PAD).all(1)]
-    buckets = text._hash(grams, n)[:, -1]
+    buckets = _hash(grams, n)[:, -1]
     assert 0 <= buckets.min() and buckets.max() < BUCKETS
     loads = torch.bincount(buckets, minlength=BUCKETS).double()
     assert loads.var() < 1.25 * loads.mean()  # equal for a Poisson distribution
@@ -163,10 +163,10 @@ def test_hashes_collide_as_rarely_as_chance(n):
 def test_hash_is_that_of_the_last_n_symbols():
     row = torch.tensor([[START, *b"banana", PAD]])
     for n in NGRAMS:
-        bucket = text._hash(row, n)[0].tolist()
+        bucket = _hash(row, n)[0].tolist()
         assert bucket[3] != bucket[4]
         assert (bucket[4] == bucket[6]) == (n <= 3)  # "ana" twice
-        other = text._hash(torch.tensor([[START, *b"xxanan", PAD]]), n)[0].tolist()
+        other = _hash(torch.tensor([[START, *b"xxanan", PAD]]), n)[0].tolist()
         assert (other[5] == bucket[4]) == (n == 3)
 
 

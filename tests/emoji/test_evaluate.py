@@ -9,9 +9,9 @@ from common import DEVICE
 from networks import config, randomise
 
 from lumina import NextDiT, sample
-from lumina.data import EmojiSet, to_float, to_uint8
-from lumina.evaluate import evaluate, nearest
-from lumina.text import CaptionEncoder
+from lumina.emoji.data import EmojiSet, to_float, to_uint8
+from lumina.emoji.encoder import CaptionEncoder
+from lumina.emoji.evaluate import evaluate, nearest
 
 WORDS = ["apple", "pear", "house", "red car", "moon", "sun", "fish", "tree", "boat"]
 SETTINGS = dict(steps=2, solver="euler", guidance=30.0)

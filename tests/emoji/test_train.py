@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 
 import lumina
-from lumina import train as training
-from lumina.config import PRESETS, NextDiTConfig
-from lumina.data import EmojiSet, to_float
-from lumina.train import TrainConfig, Trainer, draw_caption, flow_matching_loss, learning_rate
+from lumina.emoji import train as training
+from lumina.emoji.data import EmojiSet, to_float
+from lumina.emoji.train import TrainConfig, Trainer, draw_caption, flow_matching_loss, learning_rate
+from lumina.models.next_dit.config import PRESETS, NextDiTConfig
 
 TINY = NextDiTConfig(
     patch_size=4, in_channels=3, dim=48, n_layers=2, n_heads=2, n_kv_heads=1, multiple_of=16,
@@ -156,7 +156,7 @@ def test_resumed_equals_uninterrupted(tmp_path):
 
 KILLED = """
 import sys, torch
-from lumina.config import PRESETS
+from lumina.models.next_dit.config import PRESETS
 sys.path.insert(0, sys.argv[2])
 import test_train
 PRESETS["compact"] = test_train.TINY

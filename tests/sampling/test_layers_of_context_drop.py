@@ -8,12 +8,12 @@ from common import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import AUDIO, IMAGE, VIDEO, config, inputs, pair, randn
-from sampling import draw, models
+from sampling_runs import draw, models
 
 from lumina import ContextDrop
-from lumina.context import DroppedLayers, windows_of_layers
-from lumina.flops import forward_flops
-from lumina.solvers import SOLVERS
+from lumina.models.next_dit.flops import forward_flops
+from lumina.sampling.context_drop import DroppedLayers, windows_of_layers
+from lumina.sampling.solvers import SOLVERS
 
 # The schedule
 

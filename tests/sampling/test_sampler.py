@@ -7,11 +7,12 @@ import pytest
 import torch
 from common import DEVICE
 from networks import pair
-from sampling import SIZE, assert_same, captions, draw, loop, models, noise
+from sampling_runs import SIZE, assert_same, captions, draw, loop, models, noise
 
-from lumina import ContextDrop, RopeScaling, sampler, save
-from lumina.schedules import rational
-from lumina.solvers import SOLVERS, solve
+from lumina import ContextDrop, RopeScaling, save
+from lumina.sampling import sampler
+from lumina.sampling.schedules import rational
+from lumina.sampling.solvers import SOLVERS, solve
 
 SETTINGS = {
     "plain": {},

@@ -7,12 +7,12 @@ import torch
 from common import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sampling import SIZE, assert_same, captions, draw, loop, models, noise
+from sampling_runs import SIZE, assert_same, captions, draw, loop, models, noise
 
 from lumina import RopeScaling
-from lumina.schedules import rational, start_at, uniform
-from lumina.solvers import SOLVERS
-from lumina.text import CaptionEncoder
+from lumina.emoji.encoder import CaptionEncoder
+from lumina.sampling.schedules import rational, start_at, uniform
+from lumina.sampling.solvers import SOLVERS
 
 
 def test_sizes_as_a_list_are_each_alone():

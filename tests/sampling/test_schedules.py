@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lumina.schedules import parse_schedule, rational, sigmoid, start_at, uniform
+from lumina.sampling.schedules import parse_schedule, rational, sigmoid, start_at, uniform
 
 quick = settings(max_examples=60, deadline=None)
 step_counts = st.integers(1, 200)

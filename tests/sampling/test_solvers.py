@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from lumina import solvers
-from lumina.schedules import rational, uniform
-from lumina.solvers import SOLVERS, solve
+from lumina.sampling import solvers
+from lumina.sampling.schedules import rational, uniform
+from lumina.sampling.solvers import SOLVERS, solve
 
 FIXED = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4, "ab2": 2}  # name -> order
 

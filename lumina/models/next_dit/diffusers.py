@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
-from lumina.checkpoint_files import (
+from lumina.checkpoints.files import (
     Stored,
     check_released,
     construct,
@@ -20,7 +20,7 @@ from lumina.checkpoint_files import (
     read_safetensors,
     replace_folder,
 )
-from lumina.config import NextDiTConfig
+from lumina.models.next_dit.config import NextDiTConfig
 
 CLASS = "LuminaNextDiT2DModel"
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lumina.config import NextDiTConfig
-from lumina.context import DroppedLayers
-from lumina.model import NextDiT
+from lumina.models.next_dit.config import NextDiTConfig
+from lumina.models.next_dit.model import NextDiT
+from lumina.sampling.context_drop import DroppedLayers
 
 
 def forward_flops(

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lumina.config import NextDiTConfig
-from lumina.context import DroppedLayers, Windows, pool, windows_of_layers
-from lumina.patches import Grid, Tokens, filled, to_images, to_tokens
-from lumina.rope import RopeScaling, rope_axes, rope_frequencies
+from lumina.models.next_dit.config import NextDiTConfig
+from lumina.models.parts.patches import Grid, Tokens, filled, to_images, to_tokens
+from lumina.models.parts.rope import RopeScaling, rope_axes, rope_frequencies
+from lumina.sampling.context_drop import DroppedLayers, Windows, pool, windows_of_layers
 from lumina_kernels import (
     gqa_attention,
     norm_modulate,

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lumina.checkpoint_files import (
+from lumina.checkpoints.files import (
     Stored,
     check_released,
     construct,
@@ -24,7 +24,7 @@ from lumina.checkpoint_files import (
     read_safetensors,
     replace_folder,
 )
-from lumina.config import NextDiTConfig
+from lumina.models.next_dit.config import NextDiTConfig
 
 FILE = re.compile(r"(consolidated(?:_ema)?)\.(\d+)-of-(\d+)(\.safetensors|\.pth)")
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lumina.config import NextDiTConfig
-from lumina.rope import positions
+from lumina.models.next_dit.config import NextDiTConfig
+from lumina.models.parts.rope import positions
 
 Grid = tuple[int, int, int]
 

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from lumina import checkpoint, reference
-from lumina.config import NextDiTConfig
-from lumina.rope import RopeScaling
+from lumina.checkpoints import checkpoint
+from lumina.models.next_dit import reference
+from lumina.models.next_dit.config import NextDiTConfig
+from lumina.models.parts.rope import RopeScaling
 
 diffusers = pytest.importorskip("diffusers")
 embeddings = pytest.importorskip("diffusers.models.embeddings")

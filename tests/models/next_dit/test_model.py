@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from networks import AUDIO, IMAGE, VIDEO, cast, inputs, pair, randn
 
 from lumina import RopeScaling
-from lumina.context import DroppedLayers
-from lumina.model import _key_scale
+from lumina.models.next_dit.model import _key_scale
+from lumina.sampling.context_drop import DroppedLayers
 
 
 def run(model, arguments, **settings):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lumina.rope import KINDS, RopeScaling, positions, rope_axes, rope_frequencies
+from lumina.models.parts.rope import KINDS, RopeScaling, positions, rope_axes, rope_frequencies
 
 AXES = (("h", "w"), ("t", "h", "w"), ("w",))
 HW = ("h", "w")
