@@ -13,6 +13,7 @@ from lumina.models.next_dit.config import PRESETS, NextDiTConfig
 from lumina.models.next_dit.model import NextDiT
 from lumina.models.parts.rope import RopeScaling
 from lumina.sampling.context_drop import ContextDrop
+from lumina.sampling.guidance import Guidance
 from lumina.sampling.sampler import Sample, sample
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "COMPACT_SETTINGS",
     "PRESETS",
     "ContextDrop",
+    "Guidance",
     "NextDiT",
     "NextDiTConfig",
     "RopeScaling",

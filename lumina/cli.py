@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import lumina
-from lumina import ContextDrop, RopeScaling
+from lumina import ContextDrop, Guidance, RopeScaling
 from lumina.checkpoints.files import read_safetensors
 from lumina.emoji.data import load_emoji
 from lumina.emoji.demo import draw_demo
@@ -227,9 +227,7 @@ def _settings(args) -> dict:
         "steps": args.steps,
         "solver": args.solver,
         "schedule": args.schedule,
-        "guidance": args.guidance,
-        "guidance_until": args.guidance_until,
-        "guidance_renorm": args.guidance_renorm,
+        "guidance": Guidance(args.guidance, until=args.guidance_until, renorm=args.guidance_renorm),
         "rope_scaling": _rope(args.rope, args.checkpoint),
         "context_drop": ContextDrop(args.context_drop),
     }

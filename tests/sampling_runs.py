@@ -6,7 +6,7 @@ import torch
 from common import DEVICE
 from networks import AUDIO, VIDEO, pair, randn
 
-from lumina import sample
+from lumina import Guidance, sample
 
 SIZE = (4, 6)
 MASK = torch.tensor([[1, 1, 0, 1, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)
@@ -47,10 +47,11 @@ def draw(model=None, texts=None, **changes):
 
 @torch.no_grad()
 def loop(
-    net, x, grid, solver="euler", guidance=4.0, channels=None, until=1.0, renorm=None,
-    context_drop=None, **rope,
+    net, x, grid, solver="euler", guidance=4.0, context_drop=None, **rope
 ):  # fmt: skip
     """The same as plainly as it can be written, with two calls of the network."""
+    if not isinstance(guidance, Guidance):
+        guidance = Guidance(guidance)
     feats, mask, negative, negative_mask = captions()
 
     def velocity(t, x):
@@ -58,15 +59,15 @@ def loop(
         if context_drop is not None:
             rope["context_drop"] = context_drop.at(t, len(net.layers))
         cond = net(x, time, feats, mask, **rope)
-        if guidance == 1 or t >= until:
+        if guidance.scale == 1 or t >= guidance.until:
             return cond
         uncond = net(x, time, negative, negative_mask, **rope)
-        v = uncond + guidance * (cond - uncond)
-        if channels is not None:
-            v[:, channels:] = cond[:, channels:]
-        if renorm is not None:
+        v = uncond + guidance.scale * (cond - uncond)
+        if guidance.channels is not None:
+            v[:, guidance.channels :] = cond[:, guidance.channels :]
+        if guidance.renorm is not None:
             for a, b in zip(v, cond, strict=True):
-                a *= min(1.0, float(renorm * b.norm() / a.norm()))
+                a *= min(1.0, float(guidance.renorm * b.norm() / a.norm()))
         return v
 
     for t, end in zip(grid[:-1].tolist(), grid[1:].tolist(), strict=True):

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from lumina.models.next_dit.model import Caption, NextDiT
 from lumina.models.parts.rope import RopeScaling
 from lumina.sampling.context_drop import ContextDrop
+from lumina.sampling.guidance import Guidance
 from lumina.sampling.schedules import parse_schedule, start_at
 from lumina.sampling.solvers import solve
 from lumina_kernels import guided_step
@@ -38,7 +38,7 @@ class Sample:
 
 @torch.inference_mode()
 def sample(
-    model: NextDiT,
+    model: nn.Module,
     cap_feats: Tensor,
     cap_mask: Tensor,
     neg_feats: Tensor | None = None,
@@ -48,10 +48,7 @@ def sample(
     steps: int = 10,
     solver: str = "midpoint",
     schedule: str | Callable[[int], Tensor] = "rational:4",
-    guidance: float = 4.0,
-    guidance_channels: int | None = None,
-    guidance_until: float = 1.0,
-    guidance_renorm: float | None = None,
+    guidance: float | Guidance = 4.0,
     rope_scaling: RopeScaling | None = None,
     base_seqlen: int | None = None,
     context_drop: ContextDrop | None = None,
@@ -66,11 +63,9 @@ def sample(
 ) -> Sample:
     """Draw one picture for each caption.
 
-    Classifier-free guidance (arXiv 2207.12598) follows v_u + guidance * (v_c - v_u), with c the
-    caption and u the negative one.
-
     Args:
-        model: the velocity network.
+        model: a `NextDiT`, or whatever runs one when it is called: `torch.compile(model)`, a
+            wrapper for distributed use or for adapters, a network with hooks.
         cap_feats, cap_mask: captions, (B, T, cap_feat_dim) and (B, T) bool.
         neg_feats, neg_mask: what guidance leads away from, as a rule the encoded empty caption:
             (1 or B, T', cap_feat_dim) and (1 or B, T'). Needed unless guidance is 1.
@@ -80,14 +75,7 @@ def sample(
         solver: "euler", "midpoint", "heun", "rk4", "ab2", "dopri5".
         schedule: "uniform", "rational:SHIFT", "sigmoid[:MU,ALPHA,BETA]", or a function from steps
             to a grid.
-        guidance: weight; 1 runs the conditional network alone, at half the cost.
-        guidance_channels: guide only so many channels and leave the rest to the caption; 3 is what
-            the released Lumina-Next models (of 4 latent channels) do. None: all.
-        guidance_until: guide while t is below this, then use the caption alone (Lumina-Image 2.0's
-            CFG truncation). 1: guide always.
-        guidance_renorm: shrink the guided velocity of a picture where its L2 norm exceeds this
-            times that of the conditional one (Lumina-Image 2.0's CFG renormalisation, rho = 1
-            there). None: not.
+        guidance: `Guidance`, or its scale.
         rope_scaling, base_seqlen: as for `NextDiT.forward`.
         context_drop: in which layers, at the time of each evaluation, attention sees averages of
             its keys and values. None: in none.
@@ -107,56 +95,60 @@ def sample(
     """
     B = len(cap_feats)
     sizes, ragged = _sizes(size, B)
-    guided = guidance != 1 and guidance_until > 0
-    _check(model, guidance, guidance_channels, guidance_until, guidance_renorm, strength, image)
-    if guided and (neg_feats is None or neg_mask is None):
+    network = _network(model)
+    config, dtype = network.config, network.dtype
+    # Offloaded parameters are nowhere; what runs them moves the inputs where they are needed.
+    device = network.device if network.device.type != "meta" else cap_feats.device
+    if not isinstance(guidance, Guidance):
+        guidance = Guidance(guidance)
+    _check(guidance, config.in_channels, strength, image)
+    if guidance.needed and (neg_feats is None or neg_mask is None):
         raise ValueError("guidance needs neg_feats and neg_mask, got None; guidance=1 does without")
 
-    dtype, device = model.x_embedder.weight.dtype, model.x_embedder.weight.device
-    conditional = caption = model.encode_caption(cap_feats.to(device, dtype), cap_mask.to(device))
-    if guided:
-        negative = model.encode_caption(neg_feats.to(device, dtype), neg_mask.to(device))
-        caption = _stack(conditional, negative)
+    def prepared(feats: Tensor, mask: Tensor) -> Caption:
+        return model(cap_feats=feats.to(device, dtype), cap_mask=mask.to(device))
+
+    conditional = both = _copied(prepared(cap_feats, cap_mask))
+    if guidance.needed:
+        both = _stack(conditional, prepared(neg_feats, neg_mask))
 
     grid = (parse_schedule(schedule) if isinstance(schedule, str) else schedule)(steps)
-    shapes = [(model.config.in_channels, *s) for s in sizes]
+    shapes = [(config.in_channels, *s) for s in sizes]
     x = _noise(shapes, ragged, generator, latents, dtype, device)
     if image is not None:
         grid = start_at(grid, strength)
         x = _noised(image, x, float(grid[0]), shapes)
 
-    def network(t: float, x: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+    def evaluate(t: float, x: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
         """Velocities for the captions and, where they are guided at t, for the negative ones."""
-        # Heun, rk4 and dopri5 look at t = 1 too: not to guide there would cost them their order.
-        double = guided and (t < guidance_until or guidance_until >= 1)
+        double = guidance.acts_at(t)
         batch = [xi.to(dtype) for xi in x] if ragged else x.to(dtype)
         if double:
             batch = batch + batch if ragged else torch.cat([batch, batch])
         # Never in 16 bits, which would merge neighbouring times.
         acc = torch.promote_types(dtype, torch.float32)
         time = torch.full((2 * B if double else B,), t, dtype=acc, device=device)
-        return model.velocity(
-            batch, time, caption if double else conditional, rope_scaling=rope_scaling,
+        return model(
+            batch, time, both if double else conditional, rope_scaling=rope_scaling,
             base_seqlen=base_seqlen,
-            context_drop=context_drop and context_drop.at(t, model.config.n_layers),
+            context_drop=context_drop and context_drop.at(t, config.n_layers),
         )  # fmt: skip
 
     def velocity(t: float, x: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
-        v = network(t, x)
+        v = evaluate(t, x)
         if len(v) == B:
             return v
-        pairs = zip(v[:B], v[B:], strict=True)
-        v = [_guide(c, u, guidance, guidance_channels, guidance_renorm) for c, u in pairs]
+        v = [guidance.velocity(c, u) for c, u in zip(v[:B], v[B:], strict=True)]
         return v if ragged else torch.stack(v)
 
     def guided_euler(t: float, dt: float, x: Tensor) -> Tensor:
-        v = network(t, x)
+        v = evaluate(t, x)
         if len(v) == B:
             return x + dt * v
-        return guided_step(x, v, guidance, dt, guidance_channels, backend=model.backend)
+        return guided_step(x, v, guidance.scale, dt, guidance.channels, backend=network.backend)
 
     # Guidance and the update in one pass, where nothing else needs the guided velocity.
-    fused = solver == "euler" and guided and guidance_renorm is None and not ragged
+    fused = solver == "euler" and guidance.needed and guidance.renorm is None and not ragged
 
     total = None if solver == "dopri5" else len(grid) - 1
     with tqdm(total=total, unit="step", disable=not progress) as bar:
@@ -173,17 +165,17 @@ def sample(
     return Sample(x, nfe)
 
 
-def _check(model, guidance, channels, until, renorm, strength, image) -> None:
-    if not math.isfinite(guidance):
-        raise ValueError(f"guidance must be finite, got {guidance}")
-    if math.isnan(until):
-        raise ValueError(f"guidance_until must be a time, got {until}")
-    if channels is not None and not 1 <= channels <= model.config.in_channels:
-        raise ValueError(
-            f"guidance_channels must lie in [1, {model.config.in_channels}], got {channels}"
-        )
-    if renorm is not None and not renorm > 0:
-        raise ValueError(f"guidance_renorm must be positive, got {renorm}")
+def _network(model: nn.Module) -> NextDiT:
+    """The network itself, within torch.compile, DDP, FSDP, PEFT or no wrapper."""
+    for module in model.modules():
+        if isinstance(module, NextDiT):
+            return module
+    raise ValueError(f"model must be a NextDiT or contain one, got {type(model).__name__}")
+
+
+def _check(guidance: Guidance, channels: int, strength: float, image) -> None:
+    if guidance.channels is not None and guidance.channels > channels:
+        raise ValueError(f"guidance channels must lie in [1, {channels}], got {guidance.channels}")
     if image is None and strength != 1:
         raise ValueError(f"strength {strength} needs an image to start from")
 
@@ -198,6 +190,16 @@ def _sizes(size, B: int) -> tuple[list[Size], bool]:
     if len(sizes) != B:
         raise ValueError(f"size must be one size or {B}, one for each caption, got {len(sizes)}")
     return sizes, True
+
+
+def _copied(caption: Caption) -> Caption:
+    """With memory of its own: a CUDA graph overwrites what it returned when it runs again."""
+    return Caption(
+        caption.pooled.clone(),
+        [z.clone() for z in caption.keys],
+        [z.clone() for z in caption.values],
+        caption.mask.clone(),
+    )
 
 
 def _stack(conditional: Caption, negative: Caption) -> Caption:
@@ -253,18 +255,3 @@ def _noised(image, noise, t: float, shapes) -> Tensor | list[Tensor]:
         return t * image + (1 - t) * noise
     image = _batch("image", image, shapes, True, noise[0].dtype, noise[0].device)
     return [t * a + (1 - t) * b for a, b in zip(image, noise, strict=True)]
-
-
-def _guide(
-    v_c: Tensor, v_u: Tensor, weight: float, channels: int | None, renorm: float | None
-) -> Tensor:
-    """Guided velocity of one picture (C, ...)."""
-    acc = torch.promote_types(v_c.dtype, torch.float32)
-    v_c, v_u = v_c.to(acc), v_u.to(acc)
-    v = v_u + weight * (v_c - v_u)
-    if channels is not None:
-        v = torch.cat([v[:channels], v_c[channels:]])
-    if renorm is not None:
-        limit = renorm * v_c.norm()
-        v = v * (limit / v.norm().clamp(min=torch.finfo(acc).tiny)).clamp(max=1)
-    return v

@@ -12,7 +12,7 @@ from sampling_runs import draw, models
 
 from lumina import ContextDrop
 from lumina.models.next_dit.flops import forward_flops
-from lumina.sampling.context_drop import DroppedLayers, windows_of_layers
+from lumina.models.parts.windows import DroppedLayers, windows_of_layers
 from lumina.sampling.solvers import SOLVERS
 
 # The schedule
@@ -157,13 +157,14 @@ def test_any_list(grids, alike, drop, base_seqlen):
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_every_evaluation_has_the_layers_of_its_time(monkeypatch, solver):
     model, seen = models()[0], []
-    velocity = model.velocity
+    forward = model.forward
 
-    def recorded(x, t, *args, context_drop, **kwargs):
-        seen.append((t[0].item(), context_drop))
-        return velocity(x, t, *args, context_drop=context_drop, **kwargs)
+    def recorded(x=None, t=None, *args, context_drop=None, **kwargs):
+        if x is not None:  # else it prepares captions
+            seen.append((t[0].item(), context_drop))
+        return forward(x, t, *args, context_drop=context_drop, **kwargs)
 
-    monkeypatch.setattr(model, "velocity", recorded)
+    monkeypatch.setattr(model, "forward", recorded)
     drop = ContextDrop(3)
     result = draw(solver=solver, schedule="uniform", context_drop=drop, rtol=1e-2, atol=1e-2)
     assert len(seen) == result.nfe

@@ -9,7 +9,7 @@ from common import DEVICE
 from networks import pair
 from sampling_runs import SIZE, assert_same, captions, draw, loop, models, noise
 
-from lumina import ContextDrop, RopeScaling, save
+from lumina import ContextDrop, Guidance, RopeScaling, save
 from lumina.sampling import sampler
 from lumina.sampling.schedules import rational
 from lumina.sampling.solvers import SOLVERS, solve
@@ -19,12 +19,12 @@ SETTINGS = {
     "one": dict(guidance=1.0),
     "less": dict(guidance=0.3),
     "away": dict(guidance=-1.0),
-    "channels": dict(guidance_channels=3),
-    "until": dict(guidance_until=0.4),
-    "never": dict(guidance_until=0.0),
-    "renorm": dict(guidance_renorm=1.0),
-    "renorm loose": dict(guidance_renorm=1.7),
-    "all": dict(guidance=7.0, guidance_channels=2, guidance_until=0.7, guidance_renorm=0.9),
+    "channels": dict(guidance=Guidance(channels=3)),
+    "until": dict(guidance=Guidance(until=0.4)),
+    "never": dict(guidance=Guidance(until=0.0)),
+    "renorm": dict(guidance=Guidance(renorm=1.0)),
+    "renorm loose": dict(guidance=Guidance(renorm=1.7)),
+    "all": dict(guidance=Guidance(7.0, channels=2, until=0.7, renorm=0.9)),
     "rope": dict(rope_scaling=RopeScaling("watershed", 2.0, watershed=0.4), base_seqlen=3),
     "drop": dict(context_drop=ContextDrop()),
     "rope by size": dict(rope_scaling=RopeScaling("time_aware", base_size=2)),
@@ -36,8 +36,7 @@ SETTINGS = {
 def test_as_a_plain_loop(name, solver):
     given = SETTINGS[name]
     result = draw(solver=solver, **given)
-    named = {k.removeprefix("guidance_"): v for k, v in given.items()}
-    expected = loop(models()[1], noise(), rational(3, 2.0), solver, **named)
+    expected = loop(models()[1], noise(), rational(3, 2.0), solver, **given)
     assert_same(result.latents, expected)
     assert result.latents.dtype == torch.float64
     plain = loop(models()[1], noise(), rational(3, 2.0), solver)
@@ -58,14 +57,15 @@ def test_other_axes(kind, size):
 def calls(monkeypatch):
     """(number of images, t) of every call of the network."""
     model, seen = models()[0], []
-    velocity = model.velocity
+    forward = model.forward
 
-    def counted(x, t, *args, **kwargs):
-        seen.append((len(x), t[0].item()))
-        assert t.shape == (len(x),) and bool((t == t[0]).all())
-        return velocity(x, t, *args, **kwargs)
+    def counted(x=None, t=None, *args, **kwargs):
+        if x is not None:  # else it prepares captions
+            seen.append((len(x), t[0].item()))
+            assert t.shape == (len(x),) and bool((t == t[0]).all())
+        return forward(x, t, *args, **kwargs)
 
-    monkeypatch.setattr(model, "velocity", counted)
+    monkeypatch.setattr(model, "forward", counted)
     return seen
 
 
@@ -88,7 +88,7 @@ def test_without_guidance_half_the_network(calls):
 
 
 def test_truncated_guidance_spares_the_network(calls):
-    draw(schedule="uniform", steps=4, guidance_until=0.5)
+    draw(schedule="uniform", steps=4, guidance=Guidance(until=0.5))
     assert calls == [(4, 0.0), (4, 0.25), (2, 0.5), (2, 0.75)]
 
 
@@ -102,10 +102,10 @@ def test_guidance_and_euler_are_one_op(monkeypatch):
 
     monkeypatch.setattr(sampler, "guided_step", recorded)
     four = dict(schedule="uniform", steps=4)
-    draw(**four, guidance_channels=3, guidance_until=0.5)
+    draw(**four, guidance=Guidance(channels=3, until=0.5))
     assert seen == [(4.0, 0.25, 3, "torch")] * 2
     for other in (
-        dict(solver="midpoint"), dict(guidance_renorm=1.0), dict(guidance=1.0),
+        dict(solver="midpoint"), dict(guidance=Guidance(renorm=1.0)), dict(guidance=1.0),
         dict(size=[SIZE, SIZE], latents=list(noise())),
     ):  # fmt: skip
         draw(**four, **other)
@@ -173,14 +173,15 @@ def test_a_16_bit_network_keeps_the_state_in_32():
     ours = pair(dim=48, n_layers=1, in_channels=4)[0].to(torch.bfloat16)
     feats, mask, *_ = captions()
     states, times = [], []
-    velocity = ours.velocity
+    forward = ours.forward
 
-    def seen(x, t, *args, **kwargs):
-        assert x.dtype == torch.bfloat16
-        times.append(t)
-        return velocity(x, t, *args, **kwargs)
+    def seen(x=None, t=None, *args, **kwargs):
+        if x is not None:
+            assert x.dtype == torch.bfloat16
+            times.append(t)
+        return forward(x, t, *args, **kwargs)
 
-    ours.velocity = seen
+    ours.forward = seen
     result = draw(
         ours, (feats, mask), steps=100, schedule="uniform", guidance=1.0,
         callback=lambda i, t, x: states.append(x.clone()),
@@ -191,7 +192,7 @@ def test_a_16_bit_network_keeps_the_state_in_32():
     x = noise().float()
     for i in range(100):
         t = torch.full((2,), i / 100, device=DEVICE)
-        x = x + velocity(x.bfloat16(), t, caption).detach().float() * ((i + 1) / 100 - i / 100)
+        x = x + forward(x.bfloat16(), t, caption).detach().float() * ((i + 1) / 100 - i / 100)
     assert_same(result.latents, x, 1e-6)
 
 
@@ -241,7 +242,7 @@ def test_the_loop_of_diffusers(tmp_path, shift):
         x = scheduler.step(-v, timestep, x, return_dict=False)[0]  # in sigma = 1 - t
 
     result = draw(
-        ours, captions(), latents=noise().float(), guidance=4.0, guidance_channels=3, steps=6,
+        ours, captions(), latents=noise().float(), guidance=Guidance(4.0, channels=3), steps=6,
         schedule=lambda steps: 1 - scheduler.sigmas.double(),
     )  # fmt: skip
     assert result.nfe == 6 and (x - noise()).abs().max() > 1

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sampling_runs import SIZE, assert_same, captions, draw, loop, models, noise
 
-from lumina import RopeScaling
+from lumina import Guidance, RopeScaling
 from lumina.emoji.encoder import CaptionEncoder
 from lumina.sampling.schedules import rational, start_at, uniform
 from lumina.sampling.solvers import SOLVERS
@@ -20,7 +20,7 @@ def test_sizes_as_a_list_are_each_alone():
     sizes = [(4, 6), (2, 8)]
     common = dict(
         solver="midpoint", base_seqlen=5, rope_scaling=RopeScaling("ntk", base_size=2),
-        guidance_renorm=1.0, guidance_until=0.6,
+        guidance=Guidance(renorm=1.0, until=0.6),
     )  # fmt: skip
 
     def generators():
@@ -164,6 +164,19 @@ def test_any_schedule(schedule, steps, solver, strength):
 # Errors
 
 
+def test_errors_of_guidance():
+    for value in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="guidance scale must be finite"):
+            Guidance(value)
+    with pytest.raises(ValueError, match="guidance until must be a time, got nan"):
+        Guidance(until=math.nan)
+    with pytest.raises(ValueError, match="guidance channels must be at least 1, got 0"):
+        Guidance(channels=0)
+    for renorm in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="guidance renorm must be positive"):
+            Guidance(renorm=renorm)
+
+
 def test_errors():
     feats, mask, negative, negative_mask = captions()
 
@@ -178,14 +191,9 @@ def test_errors():
     refuse("cap_mask must be bool", texts=(feats, mask.long(), negative, negative_mask))
     refuse(r"cap_feats must have shape \(B, T, 24\)", texts=(
         feats[..., 1:], mask, negative, negative_mask))  # fmt: skip
-    for value in (math.nan, math.inf):
-        refuse("guidance must be finite", guidance=value)
-    refuse("guidance_until must be a time, got nan", guidance_until=math.nan)
-    for channels in (0, 5):
-        refuse(rf"guidance_channels must lie in \[1, 4\], got {channels}",
-               guidance_channels=channels)  # fmt: skip
-    for renorm in (0.0, -1.0, math.nan):
-        refuse("guidance_renorm must be positive", guidance_renorm=renorm)
+    refuse("guidance scale must be finite", guidance=math.nan)
+    refuse(r"guidance channels must lie in \[1, 4\], got 5", guidance=Guidance(channels=5))
+    refuse("must be a NextDiT or contain one, got Linear", model=torch.nn.Linear(1, 1))
     refuse("strength 0.5 needs an image", strength=0.5)
     for strength in (0.0, -0.1, 1.1, math.nan):
         refuse(r"strength must lie in \(0, 1\]", image=noise(), strength=strength)

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lumina.models.next_dit.config import NextDiTConfig
 from lumina.models.next_dit.model import NextDiT
-from lumina.sampling.context_drop import DroppedLayers
+from lumina.models.parts.windows import DroppedLayers
 
 
 def forward_flops(

@@ -13,7 +13,7 @@ from networks import AUDIO, IMAGE, VIDEO, cast, inputs, pair, randn
 
 from lumina import RopeScaling
 from lumina.models.next_dit.model import _key_scale
-from lumina.sampling.context_drop import DroppedLayers
+from lumina.models.parts.windows import DroppedLayers
 
 
 def run(model, arguments, **settings):
@@ -230,7 +230,7 @@ def test_prepared_captions_are_forward():
     with torch.no_grad():
         caption = ours.encode_caption(feats, mask)
         for time in (t, 1 - t):
-            assert torch.equal(ours.velocity(x, time, caption), ours(x, time, feats, mask))
+            assert torch.equal(ours(x, time, caption), ours(x, time, feats, mask))
 
 
 # Any grid, any mask

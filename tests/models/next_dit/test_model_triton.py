@@ -127,7 +127,7 @@ def test_a_layer_is_five_launches(monkeypatch):
     with torch.no_grad():
         caption = model.encode_caption(*text)
         launched.clear()
-        model.velocity(x, t, caption)
+        model(x, t, caption)
     layer = [
         "qk_norm_rope3d_kernel",
         "gqa_attention_fwd_kernel",
