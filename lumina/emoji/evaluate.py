@@ -40,7 +40,7 @@ def nearest(pictures: Tensor, images: Tensor) -> Tensor:
     ).argmin(1)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def evaluate(
     model: NextDiT,
     encoder: CaptionEncoder,

@@ -36,7 +36,7 @@ class Sample:
     nfe: int
 
 
-@torch.inference_mode()
+@torch.no_grad()  # inference mode would spoil the parameters that FSDP gathers during the call
 def sample(
     model: nn.Module,
     cap_feats: Tensor,

@@ -82,8 +82,10 @@ class TransformerBlock(nn.Module):
         h, pre = norms.pre_norm(self.ffn_norm1, scale_mlp, carry, eps, backend)
         out = self.feed_forward(pre)
         h, out, weight, gate = norms.post_norm(self.ffn_norm2, out, h, gate_mlp, eps)
-        # The parameter itself may be freed or moved away when this block is done.
-        return h, out, None if weight is None else weight.clone(), gate
+        if out is None:
+            return h, None, None, None
+        # The parameter may be freed or moved away when this block is done, and FSDP warns of views.
+        return h, out, weight.clone(), gate.clone()
 
 
 class Attention(nn.Module):
