@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,6 +20,8 @@ from lumina.emoji.data import EmojiSet, load_emoji, to_float
 from lumina.emoji.encoder import CaptionEncoder, to_bytes
 from lumina.models.next_dit.config import PRESETS, NextDiTConfig
 from lumina.models.next_dit.model import NextDiT
+from lumina.training.flow_matching import drawn_times, flow_matching_loss
+from lumina.training.run import learning_rate, plot_losses, stop_signals
 
 # People write "a red apple" where the data says "red apple".
 ARTICLES = {
@@ -137,7 +136,9 @@ class Trainer:
         config = self.config
         rng = random.Random(f"{config.seed} {self.done}")
         with torch.autocast(self.device.type, torch.bfloat16) if config.autocast else nullcontext():
-            loss = flow_matching_loss(self.model, *self.batch(rng))
+            x1, symbols, t, noise = self.batch(rng)
+            features = self.model["caption_encoder"](symbols)
+            loss = flow_matching_loss(self.model["network"], x1, t, noise, *features)
             naming = naming_loss(self.model, *self.naming_batch(rng))
         value = loss.item()
         if not math.isfinite(value):
@@ -145,7 +146,10 @@ class Trainer:
         (loss + config.naming * naming).backward()
         nn.utils.clip_grad_norm_(self.params, config.clip)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(config, self.done)
+            group["lr"] = learning_rate(
+                self.done, peak=config.lr, warmup=config.warmup, steps=config.steps,
+                decay=config.decay,
+            )  # fmt: skip
         self.optimizer.step()
         self.optimizer.zero_grad()
         # Closely at first, or it would remember the initialisation for 1 / (1 - ema) steps.
@@ -165,10 +169,7 @@ class Trainer:
             for i, nothing in zip(index, empty, strict=True)
         ]
         generator = torch.Generator().manual_seed(rng.getrandbits(62))
-        if config.t_sampling == "lognorm":
-            t = (config.t_mean + torch.randn(config.batch, generator=generator)).sigmoid()
-        else:
-            t = torch.rand(config.batch, generator=generator)
+        t = drawn_times(config.batch, config.t_sampling, config.t_mean, generator)
         noise = torch.randn(config.batch, *self.images.shape[1:], generator=generator)
         return self.images[index], to_bytes(captions), t.to(self.device), noise.to(self.device)
 
@@ -230,31 +231,12 @@ def _modules(sizes: NextDiTConfig, pictures: int) -> nn.ModuleDict:
     )
 
 
-def flow_matching_loss(
-    model: nn.ModuleDict, x1: Tensor, symbols: Tensor, t: Tensor, noise: Tensor
-) -> Tensor:
-    """Mean of |v(x_t, t, caption) - (x1 - noise)|^2 with x_t = t x1 + (1 - t) noise."""
-    features, mask = model["caption_encoder"](symbols)
-    time = t[:, None, None, None]
-    v = model["network"](time * x1 + (1 - time) * noise, t, features, mask)
-    return (v.float() - (x1 - noise)).square().mean()
-
-
 def naming_loss(model: nn.ModuleDict, symbols: Tensor, index: Tensor) -> Tensor:
     """Cross-entropy of picking picture `index` by the mean of its caption's features."""
     features, mask = model["caption_encoder"](symbols)
     mean = (features * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
     logits = model["naming"](F.layer_norm(mean, mean.shape[-1:]))
     return F.cross_entropy(logits.float(), index)
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Rate of step number `step`, counted from 0."""
-    rise = min(1.0, (step + 1) / max(1, config.warmup))
-    if config.decay == "constant":
-        return config.lr * rise
-    progress = max(0, step - config.warmup) / max(1, config.steps - config.warmup)
-    return config.lr * rise * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 def draw_caption(captions: dict[str, list[str]], i: int, english: float, rng: random.Random) -> str:
@@ -298,7 +280,7 @@ def train(
     if (run / "state.pt").exists():
         trainer.load(run / "state.pt")
     with (
-        _stop_signals() as stop,
+        stop_signals() as stop,
         tqdm(total=config.steps, initial=trainer.done, unit="step", disable=not progress) as bar,
     ):
         while trainer.done < config.steps and not stop:
@@ -311,47 +293,7 @@ def train(
     return trainer
 
 
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """A list that the first Ctrl-C or SIGTERM fills, for a stop between two steps."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # only that may set handlers
-        yield received
-        return
-
-    def note(number: int, _frame) -> None:
-        received.append(number)
-        signal.signal(number, old[number])
-
-    old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
 def _write(trainer: Trainer, run: Path) -> None:
     trainer.save(run / "state.pt")
     trainer.export(run / "model.safetensors")
-    _plot(trainer.losses, run / "loss.png")
-
-
-def _plot(losses: list[float], path: Path) -> None:
-    try:
-        import matplotlib
-    except ImportError:  # in the extra "train"; the losses themselves are in state.pt
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    window = max(1, len(losses) // 200)
-    count = len(losses) // window
-    means = torch.tensor(losses[: count * window]).reshape(count, window).mean(1)
-    figure, axes = plt.subplots(figsize=(6, 4))
-    axes.semilogy([(i + 1) * window for i in range(count)], means.tolist())
-    axes.set(xlabel="step", ylabel=f"flow-matching loss, mean of {window} steps")
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    replace(path, lambda file: figure.savefig(file, format="png", dpi=100))
-    plt.close(figure)
+    plot_losses(trainer.losses, run / "loss.png")
