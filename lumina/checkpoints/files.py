@@ -1,4 +1,4 @@
-"""Files of checkpoints: read them so that nothing runs, replace them so that nothing gets lost."""
+"""Checkpoint files: read without running anything, replaced without losing anything."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lumina.models.next_dit.config import NextDiTConfig
 
 @dataclass
 class Stored:
-    """A checkpoint that has been opened, not read and not checked."""
+    """A checkpoint that has been opened, but neither read nor checked."""
 
     where: Path  # for messages
     config: NextDiTConfig
@@ -40,7 +40,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def read_pickle(path: Path, allowed: type | None = None) -> object:
-    """What `torch.save` wrote, if that is tensors, plain values, and the one allowed class."""
+    """What `torch.save` wrote; only tensors, plain values and the allowed class are read."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     try:
@@ -89,7 +89,7 @@ def on_cpu(module: nn.Module) -> dict[str, Tensor]:
 
 
 def replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside `path`, bring it to the disk, and only then give it the name."""
+    """Write a temporary file beside `path`, flush it to disk, and only then rename it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.touch()

@@ -1,4 +1,4 @@
-"""A small caption encoder that reads bytes: every language works, nothing has to be downloaded."""
+"""A small caption encoder that reads bytes: it works in every language and needs no download."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ BUCKETS = 4096
 def to_bytes(captions: list[str]) -> Tensor:
     """Return (B, N) int64 symbols, N a multiple of 4: start, UTF-8 bytes of the text, padding.
 
-    The text is brought to NFC and case-folded, blanks are joined, and what exceeds `MAX_BYTES`
-    bytes is cut off. The empty caption, the null prompt of classifier-free guidance, is the start
-    symbol alone.
+    The text is normalised to NFC and case-folded, runs of blanks become one, and it is cut off
+    after `MAX_BYTES` bytes. The empty caption, the null prompt of classifier-free guidance, is the
+    start symbol alone.
 
     Raises:
-        TypeError: captions is one text instead of a list of them.
+        TypeError: captions is a single text instead of a list.
     """
     if isinstance(captions, str):  # a list of letters, to Python
         raise TypeError(f"captions must be a list of texts, got {captions!r}")
@@ -44,10 +44,9 @@ class CaptionEncoder(nn.Module):
     convolutions make one feature of four bytes, and a pre-norm transformer layer lets the features
     see each other. A caption's features do not depend on its batch.
 
-    Learned features, the same for every caption but for what the transformer layer adds, come
-    before (registers, arXiv 2309.16588). A Next-DiT has no absolute position but in its text
-    branch, where rotated queries meet keys that are not rotated; these keys are always there to
-    read it from, also in the empty caption.
+    Learned features that start out the same for every caption come first (registers, arXiv
+    2309.16588). A Next-DiT learns absolute positions only in its text branch, where rotated queries
+    meet keys that are not rotated; the registers provide such keys even for the empty caption.
 
     Args:
         dim: width of the features, `cap_feat_dim` of the model.
@@ -55,7 +54,7 @@ class CaptionEncoder(nn.Module):
         heads: attention heads of the transformer layer.
     """
 
-    def __init__(self, dim: int = 256, width: int = 128, heads: int = 4):
+    def __init__(self, dim: int = 256, width: int = 128, heads: int = 4) -> None:
         super().__init__()
         self.dim, self.width, self.heads = dim, width, heads
         self.byte = nn.Embedding(258, width)

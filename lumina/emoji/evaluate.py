@@ -32,7 +32,7 @@ def nearest(pictures: Tensor, images: Tensor) -> Tensor:
         raise ValueError(
             f"pictures must be a whole multiple of {(C, h, w)}, got {tuple(pictures.shape[1:])}"
         )
-    if pictures.isnan().any():  # NaN is the least of numbers to argmin
+    if pictures.isnan().any():  # argmin takes NaN for the smallest number
         raise ValueError("pictures must not hold NaN")
     small = F.avg_pool2d(pictures.clamp(-1, 1), factor)
     return torch.cdist(

@@ -54,9 +54,9 @@ class TrainConfig:
             which picture a caption is of, by a linear layer that is thrown away afterwards. It
             brings the languages together.
         naming_batch: captions a step in that loss.
-        text_gate: initial gate, before its tanh, of the text branch. Lumina-Next starts at 0; but
-            all that a token knows of its absolute position comes through this branch, and from 0
-            the gates open slowly.
+        text_gate: initial gate of the text branch, before its tanh. Lumina-Next starts at 0; but a
+            token learns its absolute position only through this branch, and from 0 the gates open
+            slowly.
         english: share of English captions; the other languages share the rest evenly.
         ema: decay of the moving average of the weights, which is what a run delivers.
         clip: bound of the gradient's L2 norm.
@@ -101,10 +101,10 @@ class TrainConfig:
 
 
 class Trainer:
-    """The whole state of a run: what `save` writes, `load` brings back, and `step` advances.
+    """The whole state of a run: `save` writes it, `load` restores it, `step` advances it.
 
     A step's images, captions, times and noise come from (seed, number of the step) alone, so a run
-    that was killed and resumed goes through the same steps as one that was not.
+    that was killed and resumed takes the same steps as one that was not.
     """
 
     def __init__(self, config: TrainConfig, data: EmojiSet, device: str = "cpu"):
@@ -152,7 +152,7 @@ class Trainer:
             )  # fmt: skip
         self.optimizer.step()
         self.optimizer.zero_grad()
-        # Closely at first, or it would remember the initialisation for 1 / (1 - ema) steps.
+        # Follows closely at first, or the initialisation would linger for 1 / (1 - ema) steps.
         decay = min(config.ema, (1 + self.done) / (10 + self.done))
         torch._foreach_lerp_(self.ema, [p.detach() for p in self.params], 1 - decay)
         self.done += 1

@@ -12,22 +12,22 @@ from lumina.models.parts.windows import DroppedLayers
 class ContextDrop:
     """Time-aware context drop: self-attention over the means of factor x factor tokens.
 
-    All layers pool their keys and values at t = 0, where there is noise, and none at t = 1. In
-    between (the paper does not say how) the share of layers that pool falls linearly with t, in
-    `levels` equal steps around 1 - t, and it is the last layers that see every token first: on the
-    compact model a layer matters the more the deeper it is. Of 48 pictures, drawn with half of all
-    layers and times pooled, 46 came out right so, 43 with middle or outer layers whole first, 40
-    with the first layers, and 44 with all layers pooled up to t = 1/2.
+    All layers pool their keys and values at t = 0, where there is noise, and none at t = 1. The
+    paper does not say what happens in between. Here the share of layers that pool falls linearly
+    with t, in `levels` equal steps, and the last layers stop pooling first, since on the compact
+    model deeper layers matter more. Of 48 pictures drawn with half of all (layer, time) pairs
+    pooled, 46 were right this way; 43 if the middle or the outer layers stopped first, 40 if the
+    first layers did, and 44 if all layers pooled up to t = 1/2.
 
     Args:
         factor: side of a window in tokens; 2 leaves a quarter of the keys, 1 is off. Windows start
-            at the first token of each frame, those at the far edges may be smaller.
-        levels: steps in which the number of layers falls. `levels` + 1 sets of layers are as many
-            graphs to compile or to record: 7 by default, and torch.compile gives up after 8.
+            at the first token of each frame; those at the far edges may be smaller.
+        levels: number of steps. Each of the `levels` + 1 sets of layers is a graph to compile or to
+            record: 7 by default, and torch.compile gives up after 8.
         log_count: add log(tokens in the window) to the scores, so that a whole window weighs more
-            than what is left of one at the edge. Without effect where factor divides the sides. On
-            the compact model with factor 3, the edges of its 4 x 4 tokens brought pictures nearer
-            to those of full attention by 17 % (RMS). The paper has plain averages.
+            than a cut one at the edge. No effect where factor divides the sides. On the compact
+            model (4 x 4 tokens) with factor 3, it brought pictures 17 % (RMS) closer to those of
+            full attention. The paper has plain averages.
 
     Raises:
         ValueError: factor or levels is less than 1.

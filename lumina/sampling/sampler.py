@@ -67,7 +67,7 @@ def sample(
         model: a `NextDiT`, or whatever runs one when it is called: `torch.compile(model)`, a
             wrapper for distributed use or for adapters, a network with hooks.
         cap_feats, cap_mask: captions, (B, T, cap_feat_dim) and (B, T) bool.
-        neg_feats, neg_mask: what guidance leads away from, as a rule the encoded empty caption:
+        neg_feats, neg_mask: what guidance leads away from, usually the encoded empty caption:
             (1 or B, T', cap_feat_dim) and (1 or B, T'). Needed unless guidance is 1.
         size: of a latent without batch and channels: (H, W), or (T, H, W), or (L,) for audio; a
             list of B of them samples pictures of different sizes in one batch.
@@ -77,8 +77,8 @@ def sample(
             to a grid.
         guidance: `Guidance`, or its scale.
         rope_scaling, base_seqlen: as for `NextDiT.forward`.
-        context_drop: in which layers, at the time of each evaluation, attention sees averages of
-            its keys and values. None: in none.
+        context_drop: which layers, at the time of each evaluation, see averages of keys and values.
+            None: no layer.
         generator: of the noise; a list of B makes every picture independent of its batch. The
             noise is drawn on the generator's device, so a CPU generator gives the same on every
             device.
@@ -97,7 +97,7 @@ def sample(
     sizes, ragged = _sizes(size, B)
     network = _network(model)
     config, dtype = network.config, network.dtype
-    # Offloaded parameters are nowhere; what runs them moves the inputs where they are needed.
+    # Offloaded parameters have no device; the hooks that load them move the inputs as well.
     device = network.device if network.device.type != "meta" else cap_feats.device
     if not isinstance(guidance, Guidance):
         guidance = Guidance(guidance)
@@ -242,7 +242,7 @@ def _batch(name, images, shapes, ragged, dtype, device) -> Tensor | list[Tensor]
     if got != [tuple(s) for s in shapes]:
         raise ValueError(f"{name} must have the shapes {shapes}, got {got}")
     for z in images:
-        if not z.is_floating_point():  # bytes 0..255 are no data
+        if not z.is_floating_point():  # bytes 0..255 are not latents
             raise TypeError(f"{name} must be floating, got {z.dtype}")
     images = [z.to(device, dtype) for z in images]
     return images if ragged else torch.stack(images)

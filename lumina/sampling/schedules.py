@@ -38,9 +38,9 @@ def sigmoid(steps: int, mu: float = 0.6, alpha: float = 6.0, beta: float = 20.0)
     The length of the step at the index u in (0, 1) is proportional to sigmoid(alpha (u - mu)) below
     mu, and to 1 - sigmoid(beta (u - mu)) above.
 
-    The paper's formula is known with a sign slip. Of its two readings, these step lengths or the
-    sigmoid as the map u -> t, this one was nearer to the solution of 1000 steps in 11 of 15 cases
-    (the compact model; Euler, midpoint, ab2; 4 to 40 evaluations), and in all from 20 on.
+    The paper's formula has a wrong sign somewhere: the sigmoid may be meant as the step length or
+    as the map u -> t. As step length it came closer to a solution of 1000 steps in 11 of 15 cases
+    (compact model; Euler, midpoint, ab2; 4 to 40 evaluations), and in all cases from 20 on.
 
     Args:
         steps: number of intervals.
@@ -66,8 +66,8 @@ def start_at(grid: Tensor, strength: float) -> Tensor:
     """The part of a grid that image-to-image runs: from t0 = 1 - strength to the end.
 
     The first point is t0 exactly, so the input is noised to the level asked for; the others are
-    those of `grid` beyond t0, so the cost falls with the strength. Where less than half is left of
-    the step that t0 falls into, this rest is joined to the next step.
+    those of `grid` beyond t0, so the cost falls with the strength. If less than half remains of the
+    step that t0 falls into, that remainder is merged into the next step.
 
     Args:
         grid: (N,), strictly increasing, from 0 to 1.

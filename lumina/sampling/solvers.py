@@ -40,7 +40,7 @@ def solve(
     heun      order 2, 2   explicit trapezoid, evaluates at points of the grid only
     rk4       order 4, 4   classic Runge-Kutta
     ab2       order 2, 1   two-step Adams-Bashforth for variable steps; starts with an Euler step,
-                           whose error is made only once, so the order stays
+                           whose error enters only once, so the order is kept
     dopri5    order 5, adaptive; takes only the ends of the grid
 
     Args:
@@ -53,8 +53,8 @@ def solve(
             error / (atol + rtol max(|x|, |x_new|)) over all elements of all tensors is at most 1.
             That number is read back to the host.
         callback: called as callback(i, t, x) after step i = 0, 1, ..., with the state x at time t.
-        euler_step: "euler" only: (t, dt, x) -> x + dt * velocity(t, x) in one go, called in place
-            of the velocity; x and the result as the state is held, in float32 or float64.
+        euler_step: "euler" only: computes (t, dt, x) -> x + dt * velocity(t, x) in place of a call
+            of the velocity; x and the result have the dtype of the state, float32 or float64.
 
     Returns:
         State at grid[-1], a tensor or a list, in the dtype of x, and the number of velocity calls.
@@ -248,7 +248,7 @@ def _dopri5(f: _System, x: State, t: float, end: float, rtol: float, atol: float
             grow = 10.0
         else:  # NaN too
             h *= max(0.2, 0.9 * size**-0.2) if math.isfinite(size) else 0.2
-            grow = 1.0  # not again larger just after a rejection
+            grow = 1.0  # do not grow right after a rejection
     return x
 
 

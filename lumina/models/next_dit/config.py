@@ -22,13 +22,13 @@ class NextDiTConfig:
         n_kv_heads: key/value heads G; H must be a multiple of it.
         multiple_of: the FFN width is rounded up to a multiple of this.
         ffn_dim_multiplier: scales the FFN width before rounding; None leaves it.
-        norm_eps: epsilon of the blocks' norms; that of the pooled caption has 1e-5, the last 1e-6.
+        norm_eps: epsilon of the blocks' norms; the pooled caption's is 1e-5, the last norm's 1e-6.
         qk_norm: LayerNorm across heads on q, k and text k.
         learn_sigma: the network has twice the output channels; the second half is thrown away.
         cap_feat_dim: width of the text features.
         rope_theta: base of the rotary frequencies.
-        axes: what RoPE's pairs see, in turn: ("h", "w") for images (B, C, H, W), ("t", "h", "w")
-            for video and multi-view (B, C, T, H, W), ("w",) for audio (B, C, L).
+        axes: what rotates RoPE's pairs, alternating: ("h", "w") for images (B, C, H, W),
+            ("t", "h", "w") for video and multi-view (B, C, T, H, W), ("w",) for audio (B, C, L).
 
     Raises:
         ValueError: sizes that do not fit together.

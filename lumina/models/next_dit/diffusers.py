@@ -25,7 +25,7 @@ from lumina.models.next_dit.config import NextDiTConfig
 CLASS = "LuminaNextDiT2DModel"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
-# Beginnings of names, within the layer for those of a layer; what is not here has one name in both.
+# Prefixes of names, relative to the layer where there is one; others are the same in both.
 NAMES = {
     "x_embedder.": ("patch_embedder.proj.",),
     "t_embedder.mlp.0.": ("time_caption_embed.timestep_embedder.linear_1.",),

@@ -46,7 +46,7 @@ class NextDiT(nn.Module):
             tensors' device.
     """
 
-    def __init__(self, config: NextDiTConfig, backend: str | None = None):
+    def __init__(self, config: NextDiTConfig, backend: str | None = None) -> None:
         super().__init__()
         self.config, self.backend = config, backend
         D, A, volume = config.dim, config.cond_dim, config.patch_volume

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 class NextDiT(nn.Module):
     """The velocity network; `forward` takes and returns what `lumina.NextDiT.forward` does."""
 
-    def __init__(self, config):
+    def __init__(self, config) -> None:
         super().__init__()
         self.config = config
         D, A, volume = config.dim, config.cond_dim, config.patch_volume

@@ -19,13 +19,13 @@ class Tokens:
     """A batch of images as padded sequences of patches, in row-major order of (t, h, w)."""
 
     patches: Tensor  # (B, L, C * volume)
-    grids: list[Grid]  # patches along (t, h, w), one of all or, where they differ, one of each
+    grids: list[Grid]  # patches along (t, h, w): one for all or, where they differ, one each
     positions: Tensor  # (L, 3) for one grid, else (B, L, 3)
     mask: Tensor | None  # (B, L) bool, False on padding; None: no padding
 
 
 def to_tokens(x: Tensor | list[Tensor], config: NextDiTConfig) -> Tokens:
-    """Cut images into patches of (C, pH, pW), zeros after the shorter ones.
+    """Cut images into patches of (C, pH, pW); shorter sequences are padded with zeros.
 
     Raises:
         ValueError: channels, dimensions or sides that do not fit the config, or no image.
@@ -58,7 +58,7 @@ def to_images(
 ) -> Tensor | list[Tensor]:
     """Undo `to_tokens` for the network's output, whose patches are (pH, pW, out_channels).
 
-    Of the channels the first in_channels are kept: the rest is learn_sigma's, and unused.
+    Only the first in_channels channels are kept: the others belong to learn_sigma and are unused.
     """
     if isinstance(like, Tensor):
         return _paste(out, tokens.grids[0], like, config)
@@ -68,7 +68,7 @@ def to_images(
 
 
 def filled(numbers: list[int], device, dtype: torch.dtype = torch.int64) -> Tensor:
-    """The numbers as a tensor, written on the device: to copy them there would stop the host."""
+    """The numbers as a tensor made on the device: copying them there would stall the host."""
     return torch.cat([torch.full((1,), n, dtype=dtype, device=device) for n in numbers])
 
 

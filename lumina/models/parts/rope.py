@@ -1,8 +1,8 @@
-"""Rotary frequencies of Next-DiT, and how they stretch beyond the resolution of the training.
+"""Rotary frequencies of Next-DiT, and how to stretch them beyond the training resolution.
 
-Pair j (channels 2j, 2j+1) turns by position[axes[j % n]] * f_k, with k = j // n, f_k = theta^(-e_k)
-and e_k = 2 n k / K, for n axes and head width K. At s times the trained side length each rule
-multiplies f_k by s^(-p_k):
+Pair j (channels 2j, 2j+1) is rotated by position[axes[j % n]] * f_k, with k = j // n,
+f_k = theta^(-e_k) and e_k = 2 n k / K, for n axes and head width K. At s times the trained side
+length each rule multiplies f_k by s^(-p_k):
 
     none             p = 0
     linear           p = 1                          position interpolation
@@ -11,7 +11,7 @@ multiplies f_k by s^(-p_k):
     time_aware       p = min(1, e_k K / d_t)        d_t = (K - 1) t + 1
     watershed        p = 1 if t < watershed else e_k
 
-time_aware is ntk at t = 1, and linear at t = 0 but for k = 0, the one frequency it never stretches.
+time_aware equals ntk at t = 1, and linear at t = 0 except for k = 0, which it never stretches.
 
 The paper writes the two aware rules as max((theta s^(K / d))^(-e_k), f_k / s). For s >= 1 that is
 the same, but s^K overflows float32 from s = 4 on, and the exponents above cannot.
@@ -30,7 +30,7 @@ _COLUMNS = {"t": 0, "h": 1, "w": 2}  # of the position table
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How to stretch the rotary frequencies for images larger than those of the training.
+    """How to stretch the rotary frequencies for images larger than those of training.
 
     Args:
         kind: one of `KINDS`; the table at the top of this module has the formulas.
@@ -39,7 +39,7 @@ class RopeScaling:
         base_size: tokens per side in training. Needed where factor is None, and by frequency_aware.
         watershed: time below which kind "watershed" is linear, and ntk from there on.
 
-    One s serves all axes. factor < 1 is legal for linear, ntk and watershed: it rotates faster.
+    One s applies to all axes. linear, ntk and watershed allow a factor below 1: faster rotations.
 
     Raises:
         ValueError: an unknown kind or a value out of range, the message says which.
@@ -83,7 +83,7 @@ class RopeScaling:
 
 
 def rope_axes(head_dim: int, axes: Sequence[str], *, device=None) -> Tensor:
-    """Column of the position table that each pair of channels turns by: 0 = t, 1 = h, 2 = w.
+    """Column of the position table that rotates each pair of channels: 0 = t, 1 = h, 2 = w.
 
     Args:
         head_dim: K, even.
@@ -124,8 +124,8 @@ def rope_frequencies(
         dtype: of the result. Computed in float64 and rounded once (MPS has float32 only).
 
     Returns:
-        (K/2,) without scaling; with it (B, K/2), or (1, K/2) if neither t nor tokens says how many.
-        Never reads a tensor back to the host.
+        (K/2,) without scaling; with it (B, K/2), or (1, K/2) if neither t nor tokens has a batch.
+        No tensor is read back to the host.
 
     Raises:
         ValueError: a bad layout or theta, t or tokens missing, or not of shape (B,).
@@ -139,13 +139,13 @@ def rope_frequencies(
     acc = torch.float32 if device.type == "mps" else torch.float64
 
     index, _ = _pairs(head_dim, axes, device)
-    turn = (2 * len(axes) * index).to(acc)  # (K/2,)  e_k K, exact
-    base = theta ** -(turn / head_dim)
+    numerator = (2 * len(axes) * index).to(acc)  # (K/2,)  e_k K, exact
+    base = theta ** -(numerator / head_dim)
     if scaling is None or scaling.kind == "none":
         return base.to(dtype)
     batch = _check_batch(scaling, t, tokens)
     s = _linear_scale(scaling, axes, tokens, device, acc).expand(batch)
-    p = _exponent(scaling, turn, head_dim, theta, t)  # (K/2,) or (B, K/2)
+    p = _exponent(scaling, numerator, head_dim, theta, t)  # (K/2,) or (B, K/2)
     return (base * s[:, None] ** -p).to(dtype)  # (B, K/2)
 
 
@@ -175,7 +175,7 @@ def _pairs(head_dim: int, axes: Sequence[str], device) -> tuple[Tensor, Tensor]:
     """Frequency index and position column of each pair, (K/2,) both."""
     pair = torch.arange(head_dim // 2, device=device)
     column = torch.zeros_like(pair)
-    for i, axis in enumerate(axes):  # no table to index: it would be copied from the host each time
+    for i, axis in enumerate(axes):  # indexing a table would copy it from the host each time
         column = torch.where(pair % len(axes) == i, _COLUMNS[axis], column)
     return pair // len(axes), column
 
@@ -209,18 +209,20 @@ def _linear_scale(scaling: RopeScaling, axes, tokens, device, acc) -> Tensor:
     return (side / scaling.base_size).clamp(min=1)
 
 
-def _exponent(scaling: RopeScaling, turn: Tensor, head_dim: int, theta: float, t) -> Tensor:
-    """p of the table at the top; turn = e_k K."""
+def _exponent(scaling: RopeScaling, numerator: Tensor, head_dim: int, theta: float, t) -> Tensor:
+    """p of the table at the top; numerator = e_k K."""
     if scaling.kind == "linear":
-        return torch.ones_like(turn)
-    ntk = turn / head_dim
+        return torch.ones_like(numerator)
+    ntk = numerator / head_dim
     if scaling.kind == "ntk":
         return ntk
     if scaling.kind == "frequency_aware":
         target = math.log(scaling.base_size / (2 * math.pi), theta)  # d_target / K
         return (ntk / target).clamp(max=1)
     if scaling.kind == "time_aware":
-        width = (head_dim - 1) * t.to(turn) + 1  # (B,)  d_t
-        return (turn / width[:, None]).clamp(max=1)
-    early = t.to(turn.device) < scaling.watershed  # in the dtype of t: float32(0.7) is not < 0.7
-    return torch.where(early[:, None], torch.ones_like(turn), ntk)
+        width = (head_dim - 1) * t.to(numerator) + 1  # (B,)  d_t
+        return (numerator / width[:, None]).clamp(max=1)
+    early = (
+        t.to(numerator.device) < scaling.watershed
+    )  # in the dtype of t: float32(0.7) is not < 0.7
+    return torch.where(early[:, None], torch.ones_like(numerator), ntk)

@@ -35,13 +35,13 @@ class Windows:
     factor: int
     grid: Grid  # (t, h, w) tokens
     weighted: bool  # by log(count)
-    # Images of several sizes: the tokens of window after window, and whether there is such a token,
+    # For images of several sizes: the tokens of each window in order, and whether they exist,
     # (B, L' factor^2). The grid is then (L', factor, factor), every window a frame of its own.
     index: Tensor | None = None
     mask: Tensor | None = None
 
     def bias(self, counts: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """What attention in `dtype` adds to the scores, (B, 1, 1, L'), of the tokens in windows."""
+        """What attention in `dtype` adds to the scores of the windows, (B, 1, 1, L')."""
         if not self.weighted:
             return None
         acc = torch.promote_types(dtype, torch.float32)
@@ -54,7 +54,7 @@ def windows_of_layers(
     """The windows of each layer, None where it sees every token.
 
     Args:
-        grids: tokens along (t, h, w), one grid of all images of a batch or one of each.
+        grids: tokens along (t, h, w), one grid for the whole batch or one for each image.
         drop: which layers pool, and how; None: none does.
         n_layers: layers of the network.
         device: of the batch.
@@ -73,7 +73,7 @@ def windows_of_layers(
 def _windows(grids: Sequence[Grid], factor: int, log_count: bool, device) -> Windows:
     if len(grids) == 1:
         _, H, W = grids[0]
-        # Without remainders all windows weigh alike, and attention is faster without a bias.
+        # Where the sides divide evenly all windows weigh the same, and no bias is faster.
         return Windows(factor, grids[0], log_count and H % factor + W % factor != 0)
     each = [_window_tokens(grid, factor, device) for grid in grids]
     longest = max(len(tokens) for tokens in each)
