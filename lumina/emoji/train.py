@@ -40,7 +40,7 @@ class TrainConfig:
     """Settings of a run; with the seed they determine it.
 
     Args:
-        preset: of the model, see `lumina.config.PRESETS`.
+        preset: of the model, see `lumina.PRESETS`.
         steps: optimiser steps in all.
         batch: images a step.
         lr: peak learning rate of AdamW.

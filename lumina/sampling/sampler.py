@@ -71,7 +71,8 @@ def sample(
             (1 or B, T', cap_feat_dim) and (1 or B, T'). Needed unless guidance is 1.
         size: of a latent without batch and channels: (H, W), or (T, H, W), or (L,) for audio; a
             list of B of them samples pictures of different sizes in one batch.
-        steps: intervals of the time grid; see `lumina.solvers.SOLVERS` for the evaluations in each.
+        steps: intervals of the time grid; `lumina.sampling.solvers.SOLVERS` has the evaluations of
+            each.
         solver: "euler", "midpoint", "heun", "rk4", "ab2", "dopri5".
         schedule: "uniform", "rational:SHIFT", "sigmoid[:MU,ALPHA,BETA]", or a function from steps
             to a grid.
