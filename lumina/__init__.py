@@ -6,32 +6,29 @@ caption, nothing = encoder(["a red apple"]), encoder([""])
 pictures = lumina.sample(model, *caption, *nothing, size=(32, 32)).latents
 """
 
-from pathlib import Path
-
-from lumina.checkpoint import load, load_caption_encoder, save
-from lumina.config import PRESETS, NextDiTConfig
-from lumina.context import ContextDrop
-from lumina.model import NextDiT
-from lumina.rope import RopeScaling
-from lumina.sampler import Sample, sample
-
-# The model that ships with the package: emoji of 32x32 RGB pixels, from captions in 14 languages.
-COMPACT = Path(__file__).with_name("weights") / "compact.safetensors"
-
-# What it draws best with within 20 evaluations, for `sample`; measured by `lumina.evaluate`.
-COMPACT_SETTINGS = {"steps": 10, "solver": "midpoint", "schedule": "uniform", "guidance": 3.0}
+from lumina.checkpoints.checkpoint import load, load_caption_encoder, save
+from lumina.emoji.compact import COMPACT, COMPACT_SETTINGS
+from lumina.models.next_dit import reference
+from lumina.models.next_dit.config import PRESETS, NextDiTConfig
+from lumina.models.next_dit.model import NextDiT
+from lumina.models.parts.rope import RopeScaling
+from lumina.sampling.context_drop import ContextDrop
+from lumina.sampling.guidance import Guidance
+from lumina.sampling.sampler import Sample, sample
 
 __all__ = [
     "COMPACT",
     "COMPACT_SETTINGS",
     "PRESETS",
     "ContextDrop",
+    "Guidance",
     "NextDiT",
     "NextDiTConfig",
     "RopeScaling",
     "Sample",
     "load",
     "load_caption_encoder",
+    "reference",
     "sample",
     "save",
 ]

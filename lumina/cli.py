@@ -12,16 +12,16 @@ from pathlib import Path
 import torch
 
 import lumina
-from lumina import ContextDrop, RopeScaling
-from lumina.checkpoint_files import read_safetensors
-from lumina.data import load_emoji
-from lumina.demo import draw_demo
-from lumina.evaluate import evaluate
-from lumina.flops import forward_flops
-from lumina.pictures import read_picture, write_png
-from lumina.schedules import parse_schedule
-from lumina.solvers import SOLVERS
-from lumina.train import TrainConfig, train
+from lumina import ContextDrop, Guidance, RopeScaling
+from lumina.checkpoints.files import read_safetensors
+from lumina.emoji.data import load_emoji
+from lumina.emoji.demo import draw_demo
+from lumina.emoji.evaluate import evaluate
+from lumina.emoji.pictures import read_picture, write_png
+from lumina.emoji.train import TrainConfig, train
+from lumina.models.next_dit.flops import forward_flops
+from lumina.sampling.schedules import parse_schedule
+from lumina.sampling.solvers import SOLVERS
 
 
 class _Parser(argparse.ArgumentParser):
@@ -227,9 +227,7 @@ def _settings(args) -> dict:
         "steps": args.steps,
         "solver": args.solver,
         "schedule": args.schedule,
-        "guidance": args.guidance,
-        "guidance_until": args.guidance_until,
-        "guidance_renorm": args.guidance_renorm,
+        "guidance": Guidance(args.guidance, until=args.guidance_until, renorm=args.guidance_renorm),
         "rope_scaling": _rope(args.rope, args.checkpoint),
         "context_drop": ContextDrop(args.context_drop),
     }

@@ -3,9 +3,9 @@
 import torch
 from safetensors.torch import load_file, save_file
 
-from lumina import checkpoint_files
-from lumina.config import NextDiTConfig
-from lumina.model import NextDiT
+from lumina.checkpoints import files
+from lumina.models.next_dit.config import NextDiTConfig
+from lumina.models.next_dit.model import NextDiT
 
 CONFIG = NextDiTConfig(
     dim=48, n_layers=2, n_heads=4, n_kv_heads=2, multiple_of=128, cap_feat_dim=32
@@ -31,7 +31,7 @@ def assert_same(state, expected, dtype=None):
 
 def rewrite(file, change):
     """Apply `change` to the dict of tensors in a safetensors file."""
-    with checkpoint_files.safe_open(file, framework="pt") as opened:
+    with files.safe_open(file, framework="pt") as opened:
         metadata = opened.metadata()
     tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
     change(tensors)

@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import lumina
 from lumina import reference
 from lumina.cli import main
-from lumina.config import NextDiTConfig
-from lumina.flops import forward_flops
-from lumina.text import CaptionEncoder
+from lumina.emoji.encoder import CaptionEncoder
+from lumina.models.next_dit.config import NextDiTConfig
+from lumina.models.next_dit.flops import forward_flops
 
 CONFIG = NextDiTConfig(
     patch_size=4, in_channels=3, dim=48, n_layers=2, n_heads=2, n_kv_heads=1, multiple_of=16,
@@ -143,8 +143,8 @@ def test_train_and_continue(tmp_path, capsys, monkeypatch):
         (["sample", "x", "--backend", "vulkan"], "vulkan"),
         (["sample", "x", "--checkpoint", "/none.safetensors"], "does not exist"),
         (["sample", "x", "--strength", "0.5"], "needs an image"),
-        (["sample", "x", "--guidance", "nan"], "guidance must be finite"),
-        (["sample", "x", "--guidance-until", "nan"], "guidance_until"),
+        (["sample", "x", "--guidance", "nan"], "guidance scale must be finite"),
+        (["sample", "x", "--guidance-until", "nan"], "guidance until must be a time"),
         (["sample", "x", "--context-drop", "0"], "factor must be at least 1, got 0"),
         (["sample"], "required: PROMPT"),
         (["train", "run", "--decay", "linear"], "decay must be one of"),

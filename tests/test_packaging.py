@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lumina import data
+from lumina.emoji import data
 from lumina_kernels import backend
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,9 +68,10 @@ def test_the_wheel_holds_every_module_and_the_weights(wheel):
     for package in ("lumina", "lumina_kernels"):
         modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / package).rglob("*.py")}
         assert f"{package}/__init__.py" in modules and modules <= names
-    weights = [p for p in (ROOT / "lumina" / "weights").iterdir() if p.suffix != ".tmp"]
-    assert {f"lumina/weights/{p.name}" for p in weights} <= names
-    assert {f"lumina/weights/{n}" for n in ("emoji.png", "emoji.json", "README.md")} <= names
+    assert "lumina/py.typed" in names
+    weights = [p for p in (ROOT / "lumina" / "emoji" / "weights").iterdir() if p.suffix != ".tmp"]
+    assert {f"lumina/emoji/weights/{p.name}" for p in weights} <= names
+    assert {f"lumina/emoji/weights/{n}" for n in ("emoji.png", "emoji.json", "README.md")} <= names
     tops = {name.split("/")[0] for name in names}
     assert {t for t in tops if not t.endswith(".dist-info")} == {"lumina", "lumina_kernels"}
 
@@ -93,7 +94,7 @@ def test_the_wheel_works_away_from_the_tree(wheel, tmp_path):
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
     code = ALONE + (
-        "import lumina, lumina_kernels, lumina.data as d; s = d.load_emoji();"
+        "import lumina, lumina_kernels, lumina.emoji.data as d; s = d.load_emoji();"
         "print(lumina.__file__, lumina_kernels.__file__, len(s), s.images.sum().item(), sep='\\n')"
     )
     printed = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(site))

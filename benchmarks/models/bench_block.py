@@ -6,9 +6,10 @@ from torch import nn
 from benchmarks.harness.case import Case, our_variants
 from benchmarks.harness.shapes import CPU, CUDA, LUMINA_NEXT, QUARTER
 from benchmarks.models.networks import on_backend, our_network, users_network
-from lumina.flops import forward_flops
-from lumina.rope import positions, rope_axes, rope_frequencies
-from lumina_kernels import norm_modulate, sandwich_norm, sandwich_norm_chain
+from lumina.models.next_dit.block import Geometry
+from lumina.models.next_dit.flops import forward_flops
+from lumina.models.parts.norms import residual_sum
+from lumina.models.parts.rope import positions, rope_axes, rope_frequencies
 
 SHAPES = (
     QUARTER.but(side=32, quick=True, devices=CPU),
@@ -22,31 +23,23 @@ PEERS = ()
 
 
 class Block(nn.Module):
-    """What `lumina.NextDiT.velocity` does for one layer. The first and the last norm, which the
-    model fuses with those of the neighbouring layers, are separate here."""
+    """The first block of a network, and the sum that the norm of the next block would fuse."""
 
     def __init__(self, network, side: int, device: str):
         super().__init__()
-        self.layer, self.backend, K = network.layers[0], network.backend, network.config.head_dim
+        self.block, self.backend, K = network.layers[0], network.backend, network.config.head_dim
         axes = ("h", "w")
-        self.rope = (
+        rope = (
             positions(1, side, side, device),
             rope_frequencies(K, axes, 10000.0, device=device),
             rope_axes(K, axes, device=device),
         )
+        self.geometry = Geometry(rope, key_mask=None, key_scale=None)
 
     def forward(self, h, c, text, text_mask):
-        layer, backend = self.layer, self.backend
-        scale, gate, ffn_scale, ffn_gate = layer.adaLN_modulation(nn.functional.silu(c)).chunk(4, 1)
-        pre = norm_modulate(h, layer.attention_norm1.weight, scale=scale, backend=backend)
-        keys_and_values = (*layer.text_kv(text), text_mask)
-        out = layer.attention(pre, self.rope, None, None, keys_and_values, None)
-        h, pre = sandwich_norm_chain(
-            out, h, layer.attention_norm2.weight, gate, layer.ffn_norm1.weight, ffn_scale,
-            backend=backend,
-        )  # fmt: skip
-        out = layer.feed_forward(pre)
-        return sandwich_norm(out, h, layer.ffn_norm2.weight, ffn_gate, backend=backend)
+        c = nn.functional.silu(c)
+        carry = self.block(text, text_mask, h, c=c, geometry=self.geometry)
+        return residual_sum(carry, self.block.eps, self.backend)
 
 
 def case(shape, device) -> Case:

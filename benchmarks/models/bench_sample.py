@@ -11,7 +11,7 @@ import lumina
 from benchmarks.harness.case import Case
 from benchmarks.harness.shapes import COMPACT
 from benchmarks.models.solver_error import drawer, noise_of, rms
-from lumina.solvers import SOLVERS
+from lumina.sampling.solvers import SOLVERS
 
 SHAPES = (COMPACT.but(quick=True), COMPACT.but(B=8))
 NFE = (4, 8, 20)

@@ -7,8 +7,8 @@ from torch import nn
 
 import lumina
 from lumina import reference
-from lumina.checkpoint_diffusers import CONFIG, names
-from lumina.config import NextDiTConfig
+from lumina.models.next_dit.config import NextDiTConfig
+from lumina.models.next_dit.diffusers import CONFIG, names
 
 
 def our_network(shape, device: str, backend: str | None = None) -> lumina.NextDiT:

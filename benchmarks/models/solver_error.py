@@ -13,8 +13,8 @@ import math
 import torch
 
 import lumina
-from lumina import schedules
-from lumina.solvers import SOLVERS
+from lumina.sampling import schedules
+from lumina.sampling.solvers import SOLVERS
 
 PROMPTS = (
     "red apple", "smiling face with sunglasses", "octopus", "fire engine", "pizza", "snowman",

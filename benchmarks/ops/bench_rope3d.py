@@ -5,7 +5,7 @@ import torch
 import lumina_kernels as lk
 from benchmarks.harness.case import Case, Unavailable, ours
 from benchmarks.harness.shapes import BACKWARD_SHAPES, OP_SHAPES
-from lumina.rope import positions, rope_axes, rope_frequencies
+from lumina.models.parts.rope import positions, rope_axes, rope_frequencies
 
 SHAPES = (*OP_SHAPES, *BACKWARD_SHAPES)
 PEERS = ("liger", "flash-attn")

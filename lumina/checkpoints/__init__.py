@@ -1,0 +1,1 @@
+"""Weights on disk: reading them, checking them, writing them without losing a file."""

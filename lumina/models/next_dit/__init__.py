@@ -1,0 +1,1 @@
+"""Next-DiT, the network of Lumina-Next (arXiv 2406.18583)."""

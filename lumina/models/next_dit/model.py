@@ -1,0 +1,240 @@
+"""Next-DiT (Lumina-Next, arXiv 2406.18583) on the fused ops of lumina_kernels.
+
+The parameters have the names of the released checkpoint and of `lumina.reference.NextDiT`, which
+defines in plain PyTorch what this file computes. B batch, L image tokens, T text tokens, D width,
+A conditioning width, H query heads, G key/value heads, K head_dim, Y width of the text features.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lumina.models.next_dit.block import Attention, Geometry, TransformerBlock
+from lumina.models.next_dit.config import NextDiTConfig
+from lumina.models.parts import norms
+from lumina.models.parts.patches import Grid, Tokens, filled, to_images, to_tokens
+from lumina.models.parts.rope import RopeScaling, rope_axes, rope_frequencies
+from lumina.models.parts.timestep import TimestepEmbedder
+from lumina.models.parts.windows import DroppedLayers, windows_of_layers
+from lumina_kernels import norm_modulate
+
+
+@dataclass(frozen=True)
+class Caption:
+    """What the network makes of a batch of captions; `NextDiT.encode_caption` returns it.
+
+    It depends on neither x nor t, so one serves a whole sampling run.
+    """
+
+    pooled: Tensor  # (B, A)
+    keys: list[Tensor]  # per layer (B, T, G, K), normed
+    values: list[Tensor]  # per layer (B, T, G, K)
+    mask: Tensor  # (B, T) bool
+
+
+class NextDiT(nn.Module):
+    """The velocity network of Lumina-Next.
+
+    Args:
+        config: sizes, see `NextDiTConfig`.
+        backend: of every op: "torch", "triton", "cuda", "cpu"; None takes the best one for the
+            tensors' device.
+    """
+
+    def __init__(self, config: NextDiTConfig, backend: str | None = None) -> None:
+        super().__init__()
+        self.config, self.backend = config, backend
+        D, A, volume = config.dim, config.cond_dim, config.patch_volume
+        self.x_embedder = nn.Linear(volume * config.in_channels, D)
+        self.t_embedder = TimestepEmbedder(A)
+        self.cap_embedder = nn.Sequential(
+            nn.LayerNorm(config.cap_feat_dim), nn.Linear(config.cap_feat_dim, A)
+        )
+        # Stored, but without influence: attention masks padding, and the output drops it.
+        self.pad_token = nn.Parameter(torch.empty(D))
+        self.layers = nn.ModuleList(
+            TransformerBlock(config, backend) for _ in range(config.n_layers)
+        )
+        self.final_layer = FinalLayer(config, backend)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise as Lumina-Next: every block starts as the identity, and the output is 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+                module.reset_parameters()
+            elif isinstance(module, Attention):
+                nn.init.zeros_(module.gate)
+        for module in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(module.weight, std=0.02)
+        modulations = [m.adaLN_modulation[1] for m in (*self.layers, self.final_layer)]
+        for module in (self.cap_embedder[1], self.final_layer.linear, *modulations):
+            nn.init.zeros_(module.weight)
+        nn.init.normal_(self.pad_token, std=0.02)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the activations. Quantisation and casting of layers leave this parameter alone."""
+        return self.pad_token.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the parameters; "meta" while they are offloaded."""
+        return self.pad_token.device
+
+    def forward(
+        self,
+        x: Tensor | list[Tensor] | None = None,
+        t: Tensor | None = None,
+        cap_feats: Tensor | Caption | None = None,
+        cap_mask: Tensor | None = None,
+        *,
+        rope_scaling: RopeScaling | None = None,
+        base_seqlen: int | None = None,
+        context_drop: DroppedLayers | None = None,
+    ) -> Tensor | list[Tensor] | Caption:
+        """Return the velocity dx/dt = data - noise at time t, where x = t * data + (1 - t) * noise.
+
+        Without x and t, return the prepared `Caption` instead: `model(cap_feats=f, cap_mask=m)`.
+        `model(x, t, caption)` then equals `model(x, t, f, m)` and spares that part of the work.
+
+        Args:
+            x: latents (B, C, H, W); (B, C, T, H, W) with axes ("t", "h", "w"); (B, C, L) with axes
+                ("w",); or a list of B of them without the batch, of any sizes.
+            t: (B,), 0 is noise, 1 is data; used as it is, not times 1000.
+            cap_feats: text features (B, T, cap_feat_dim), or a prepared caption.
+            cap_mask: (B, T) bool, True where there is text; any pattern, also nowhere. Part of a
+                prepared caption.
+            rope_scaling: how RoPE's frequencies stretch beyond the size of training; None: not.
+            base_seqlen: tokens of an image at training: turns on proportional attention, which
+                multiplies the scores of self-attention by sqrt(log(tokens) / log(base_seqlen)),
+                with the tokens of each image.
+            context_drop: layers whose self-attention sees averages of the keys and values of
+                neighbouring tokens; `lumina.ContextDrop().at(t, n_layers)` makes it from the time
+                as a float, because reading the tensor `t` would stall the host. None: no layer.
+
+        Returns:
+            As x: a tensor of its shape and dtype, or a list.
+
+        Raises:
+            ValueError: shapes that do not fit each other or the config.
+        """
+        if isinstance(cap_feats, Caption):
+            pooled, mask = cap_feats.pooled, cap_feats.mask
+            texts = list(zip(cap_feats.keys, cap_feats.values, strict=True))
+        else:
+            self._check_caption(cap_feats, cap_mask)
+            # A masked key has weight 0, but 0 * NaN is NaN, and an encoder's padding may hold NaN.
+            cap_feats, mask = cap_feats.masked_fill(~cap_mask[..., None], 0), cap_mask
+            pooled, texts = self._pooled(cap_feats, mask), [cap_feats] * len(self.layers)
+        if x is None and t is None:
+            keys, values = zip(
+                *(layer(text) for layer, text in zip(self.layers, texts, strict=True)), strict=True
+            )
+            return Caption(pooled, list(keys), list(values), mask)
+        self._check_batch(x, t, mask)
+        tokens = to_tokens(x, self.config)
+        h = self.x_embedder(tokens.patches)  # (B, L, D)
+        c = self.t_embedder(t, tokens.patches.dtype) + pooled  # (B, A)
+        if torch.is_grad_enabled():
+            # The gradient of a parameter without influence is 0; DDP waits for it in every step.
+            c = c + self.pad_token[:0].sum()
+        c = F.silu(c)
+        geometry = Geometry(
+            self._rope(tokens, t, rope_scaling),
+            tokens.mask,
+            _key_scale(tokens.grids, base_seqlen, h),
+        )
+        windows = windows_of_layers(tokens.grids, context_drop, len(self.layers), h.device)
+
+        carry: norms.Carry = (h, None, None, None)
+        for layer, text, window in zip(self.layers, texts, windows, strict=True):
+            carry = layer(text, mask, *carry, c, geometry, window)
+        h = norms.residual_sum(carry, self.config.norm_eps, self.backend)
+        return to_images(self.final_layer(h, c), tokens, x, self.config)
+
+    def encode_caption(self, cap_feats: Tensor, cap_mask: Tensor) -> Caption:
+        """Do, once for a sampling run, the part of `forward` that depends on the captions alone."""
+        return self(cap_feats=cap_feats, cap_mask=cap_mask)
+
+    def _pooled(self, cap_feats: Tensor, cap_mask: Tensor) -> Tensor:
+        """As the released code: the mean of the raw features in float32, and no division by 0."""
+        acc = torch.promote_types(cap_feats.dtype, torch.float32)
+        pooled = cap_feats.to(acc).sum(1) / cap_mask.sum(1, keepdim=True).clamp(min=1)
+        return self.cap_embedder(pooled.to(cap_feats.dtype))
+
+    def _check_caption(self, cap_feats, cap_mask) -> None:
+        width = self.config.cap_feat_dim
+        if cap_feats is None or cap_feats.ndim != 3 or cap_feats.shape[-1] != width:
+            got = None if cap_feats is None else tuple(cap_feats.shape)
+            raise ValueError(f"cap_feats must have shape (B, T, {width}), got {got}")
+        if cap_mask is None:
+            raise ValueError("cap_feats need a cap_mask, got None")
+        if cap_mask.shape != cap_feats.shape[:2] or cap_mask.dtype != torch.bool:
+            raise ValueError(
+                f"cap_mask must be bool of shape {tuple(cap_feats.shape[:2])}, "
+                f"got {cap_mask.dtype} of shape {tuple(cap_mask.shape)}"
+            )
+
+    def _check_batch(self, x, t, mask: Tensor) -> None:
+        if x is None or t is None:
+            raise ValueError("x and t must be given together, or neither for captions alone")
+        B = len(x)
+        if t.shape != (B,) or len(mask) != B:
+            raise ValueError(
+                f"t must have shape ({B},) and there must be {B} captions for {B} images, "
+                f"got {tuple(t.shape)} and {len(mask)}"
+            )
+
+    def _rope(
+        self, tokens: Tokens, t: Tensor, scaling: RopeScaling | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """positions, inv_freq and axis of the rope ops."""
+        K, axes = self.config.head_dim, self.config.axes
+        frame = [h * w for _, h, w in tokens.grids]
+        tokens_per_frame = frame[0] if len(frame) == 1 else filled(frame, t.device)
+        inv_freq = rope_frequencies(
+            K, axes, self.config.rope_theta, scaling=scaling, t=t, tokens=tokens_per_frame,
+            device=t.device, dtype=torch.promote_types(tokens.patches.dtype, torch.float32),
+        )  # fmt: skip
+        return tokens.positions, inv_freq, rope_axes(K, axes, device=t.device)
+
+
+class FinalLayer(nn.Module):
+    """linear(layer_norm(x) * (1 + scale)); the norm has no weight, and an epsilon of its own."""
+
+    def __init__(self, config: NextDiTConfig, backend: str | None):
+        super().__init__()
+        self.linear = nn.Linear(config.dim, config.patch_volume * config.out_channels)
+        # The SiLU is done once for all.
+        self.adaLN_modulation = nn.Sequential(nn.Identity(), nn.Linear(config.cond_dim, config.dim))
+        self.backend = backend
+
+    def forward(self, x, c):
+        scale = self.adaLN_modulation(c)
+        x = norm_modulate(x, scale=scale, eps=1e-6, kind="layer", backend=self.backend)
+        return self.linear(x)
+
+
+def _key_scale(grids: list[Grid], base_seqlen: int | None, like: Tensor) -> Tensor | None:
+    """Proportional attention's factor, one of all images or one of each, (B or 1, 1, 1, 1).
+
+    A tensor: as a number it would be a constant of the compiled graph, one graph for every size.
+    """
+    if base_seqlen is None:
+        return None
+    if base_seqlen < 2:
+        raise ValueError(f"base_seqlen must be at least 2 tokens, got {base_seqlen}")
+    # Not in 16 bits: the factor would be off by up to 1/256, and for all keys alike.
+    acc = torch.promote_types(like.dtype, torch.float32)
+    tokens = filled([t * h * w for t, h, w in grids], like.device, acc)
+    return (tokens.log() / math.log(base_seqlen)).sqrt()[:, None, None, None]

@@ -1,0 +1,1 @@
+"""What the networks of two families or more are made of."""

@@ -1,0 +1,258 @@
+"""From noise to pictures: integrates a Next-DiT's guided velocity over t = 0..1."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lumina.models.next_dit.model import Caption, NextDiT
+from lumina.models.parts.rope import RopeScaling
+from lumina.sampling.context_drop import ContextDrop
+from lumina.sampling.guidance import Guidance
+from lumina.sampling.schedules import parse_schedule, start_at
+from lumina.sampling.solvers import solve
+from lumina_kernels import guided_step
+
+Size = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Result of `sample`.
+
+    Args:
+        latents: (B, C, *size), or a list of (C, *size_i) where sizes were a list; float32, float64
+            from a float64 model.
+        nfe: evaluations of the velocity; with guidance each is one call of the network on 2B
+            images.
+    """
+
+    latents: Tensor | list[Tensor]
+    nfe: int
+
+
+@torch.no_grad()  # inference mode would spoil the parameters that FSDP gathers during the call
+def sample(
+    model: nn.Module,
+    cap_feats: Tensor,
+    cap_mask: Tensor,
+    neg_feats: Tensor | None = None,
+    neg_mask: Tensor | None = None,
+    *,
+    size: Size | Sequence[Size],
+    steps: int = 10,
+    solver: str = "midpoint",
+    schedule: str | Callable[[int], Tensor] = "rational:4",
+    guidance: float | Guidance = 4.0,
+    rope_scaling: RopeScaling | None = None,
+    base_seqlen: int | None = None,
+    context_drop: ContextDrop | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    latents: Tensor | list[Tensor] | None = None,
+    image: Tensor | list[Tensor] | None = None,
+    strength: float = 1.0,
+    rtol: float = 1e-3,
+    atol: float = 1e-3,
+    callback: Callable | None = None,
+    progress: bool = False,
+) -> Sample:
+    """Draw one picture for each caption.
+
+    Args:
+        model: a `NextDiT`, or whatever runs one when it is called: `torch.compile(model)`, a
+            wrapper for distributed use or for adapters, a network with hooks.
+        cap_feats, cap_mask: captions, (B, T, cap_feat_dim) and (B, T) bool.
+        neg_feats, neg_mask: what guidance leads away from, usually the encoded empty caption:
+            (1 or B, T', cap_feat_dim) and (1 or B, T'). Needed unless guidance is 1.
+        size: of a latent without batch and channels: (H, W), or (T, H, W), or (L,) for audio; a
+            list of B of them samples pictures of different sizes in one batch.
+        steps: intervals of the time grid; `lumina.sampling.solvers.SOLVERS` has the evaluations of
+            each.
+        solver: "euler", "midpoint", "heun", "rk4", "ab2", "dopri5".
+        schedule: "uniform", "rational:SHIFT", "sigmoid[:MU,ALPHA,BETA]", or a function from steps
+            to a grid.
+        guidance: `Guidance`, or its scale.
+        rope_scaling, base_seqlen: as for `NextDiT.forward`.
+        context_drop: which layers, at the time of each evaluation, see averages of keys and values.
+            None: no layer.
+        generator: of the noise; a list of B makes every picture independent of its batch. The
+            noise is drawn on the generator's device, so a CPU generator gives the same on every
+            device.
+        latents: the noise itself, instead of drawing it.
+        image: start from these data latents (image-to-image), noised to t = 1 - strength.
+        strength: share of the time axis that is run from `image`; 1 ignores it.
+        rtol, atol: of dopri5.
+        callback: called as callback(i, t, latents) after every step.
+        progress: show a bar.
+
+    Raises:
+        ValueError: arguments that do not fit each other or the model.
+        TypeError: latents or image are not floating.
+    """
+    B = len(cap_feats)
+    sizes, ragged = _sizes(size, B)
+    network = _network(model)
+    config, dtype = network.config, network.dtype
+    # Offloaded parameters have no device; the hooks that load them move the inputs as well.
+    device = network.device if network.device.type != "meta" else cap_feats.device
+    if not isinstance(guidance, Guidance):
+        guidance = Guidance(guidance)
+    _check(guidance, config.in_channels, strength, image)
+    if guidance.needed and (neg_feats is None or neg_mask is None):
+        raise ValueError("guidance needs neg_feats and neg_mask, got None; guidance=1 does without")
+
+    def prepared(feats: Tensor, mask: Tensor) -> Caption:
+        return model(cap_feats=feats.to(device, dtype), cap_mask=mask.to(device))
+
+    conditional = both = _copied(prepared(cap_feats, cap_mask))
+    if guidance.needed:
+        both = _stack(conditional, prepared(neg_feats, neg_mask))
+
+    grid = (parse_schedule(schedule) if isinstance(schedule, str) else schedule)(steps)
+    shapes = [(config.in_channels, *s) for s in sizes]
+    x = _noise(shapes, ragged, generator, latents, dtype, device)
+    if image is not None:
+        grid = start_at(grid, strength)
+        x = _noised(image, x, float(grid[0]), shapes)
+
+    def evaluate(t: float, x: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+        """Velocities for the captions and, where they are guided at t, for the negative ones."""
+        double = guidance.acts_at(t)
+        batch = [xi.to(dtype) for xi in x] if ragged else x.to(dtype)
+        if double:
+            batch = batch + batch if ragged else torch.cat([batch, batch])
+        # Never in 16 bits, which would merge neighbouring times.
+        acc = torch.promote_types(dtype, torch.float32)
+        time = torch.full((2 * B if double else B,), t, dtype=acc, device=device)
+        return model(
+            batch, time, both if double else conditional, rope_scaling=rope_scaling,
+            base_seqlen=base_seqlen,
+            context_drop=context_drop and context_drop.at(t, config.n_layers),
+        )  # fmt: skip
+
+    def velocity(t: float, x: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+        v = evaluate(t, x)
+        if len(v) == B:
+            return v
+        v = [guidance.velocity(c, u) for c, u in zip(v[:B], v[B:], strict=True)]
+        return v if ragged else torch.stack(v)
+
+    def guided_euler(t: float, dt: float, x: Tensor) -> Tensor:
+        v = evaluate(t, x)
+        if len(v) == B:
+            return x + dt * v
+        return guided_step(x, v, guidance.scale, dt, guidance.channels, backend=network.backend)
+
+    # Guidance and the update in one pass, where nothing else needs the guided velocity.
+    fused = solver == "euler" and guidance.needed and guidance.renorm is None and not ragged
+
+    total = None if solver == "dopri5" else len(grid) - 1
+    with tqdm(total=total, unit="step", disable=not progress) as bar:
+
+        def after_step(i: int, t: float, x: Tensor | list[Tensor]) -> None:
+            bar.update()
+            if callback is not None:
+                callback(i, t, x)
+
+        x, nfe = solve(
+            velocity, x, grid, solver, rtol=rtol, atol=atol, callback=after_step,
+            euler_step=guided_euler if fused else None,
+        )  # fmt: skip
+    return Sample(x, nfe)
+
+
+def _network(model: nn.Module) -> NextDiT:
+    """The network itself, within torch.compile, DDP, FSDP, PEFT or no wrapper."""
+    for module in model.modules():
+        if isinstance(module, NextDiT):
+            return module
+    raise ValueError(f"model must be a NextDiT or contain one, got {type(model).__name__}")
+
+
+def _check(guidance: Guidance, channels: int, strength: float, image) -> None:
+    if guidance.channels is not None and guidance.channels > channels:
+        raise ValueError(f"guidance channels must lie in [1, {channels}], got {guidance.channels}")
+    if image is None and strength != 1:
+        raise ValueError(f"strength {strength} needs an image to start from")
+
+
+def _sizes(size, B: int) -> tuple[list[Size], bool]:
+    """The size of each picture, and whether they came as a list."""
+    if all(isinstance(n, int) for n in size):
+        return [tuple(size)] * B, False
+    if not all(isinstance(s, Sequence) and all(isinstance(n, int) for n in s) for s in size):
+        raise ValueError(f"size must be whole numbers, or a list of such sizes, got {size}")
+    sizes = [tuple(s) for s in size]
+    if len(sizes) != B:
+        raise ValueError(f"size must be one size or {B}, one for each caption, got {len(sizes)}")
+    return sizes, True
+
+
+def _copied(caption: Caption) -> Caption:
+    """With memory of its own: a CUDA graph overwrites what it returned when it runs again."""
+    return Caption(
+        caption.pooled.clone(),
+        [z.clone() for z in caption.keys],
+        [z.clone() for z in caption.values],
+        caption.mask.clone(),
+    )
+
+
+def _stack(conditional: Caption, negative: Caption) -> Caption:
+    """Both as one batch of 2B; the shorter text is padded, a single negative caption serves all."""
+    B, T = conditional.mask.shape
+    if len(negative.mask) not in (1, B):
+        raise ValueError(f"there must be 1 or {B} negative captions, got {len(negative.mask)}")
+    length = max(T, negative.mask.shape[1])
+
+    def join(a: Tensor, b: Tensor) -> Tensor:  # (B, T, ...)
+        b = b.expand(B, *b.shape[1:])
+        pad = [(0, 0) * (z.ndim - 2) + (0, length - z.shape[1]) for z in (a, b)]
+        return torch.cat([F.pad(a, pad[0]), F.pad(b, pad[1])])
+
+    return replace(
+        conditional,
+        pooled=torch.cat([conditional.pooled, negative.pooled.expand(B, -1)]),
+        keys=[join(a, b) for a, b in zip(conditional.keys, negative.keys, strict=True)],
+        values=[join(a, b) for a, b in zip(conditional.values, negative.values, strict=True)],
+        mask=join(conditional.mask, negative.mask),
+    )
+
+
+def _noise(shapes, ragged, generator, latents, dtype, device) -> Tensor | list[Tensor]:
+    """The state at t = 0, in at least float32."""
+    acc = torch.promote_types(dtype, torch.float32)
+    if latents is None:
+        each = [generator] * len(shapes) if not isinstance(generator, Sequence) else generator
+        if len(each) != len(shapes):
+            raise ValueError(f"there must be 1 or {len(shapes)} generators, got {len(each)}")
+        latents = [
+            torch.randn(shape, generator=g, device=g.device if g is not None else None)
+            for shape, g in zip(shapes, each, strict=True)
+        ]
+    return _batch("latents", latents, shapes, ragged, acc, device)
+
+
+def _batch(name, images, shapes, ragged, dtype, device) -> Tensor | list[Tensor]:
+    got = [tuple(z.shape) for z in images]
+    if got != [tuple(s) for s in shapes]:
+        raise ValueError(f"{name} must have the shapes {shapes}, got {got}")
+    for z in images:
+        if not z.is_floating_point():  # bytes 0..255 are not latents
+            raise TypeError(f"{name} must be floating, got {z.dtype}")
+    images = [z.to(device, dtype) for z in images]
+    return images if ragged else torch.stack(images)
+
+
+def _noised(image, noise, t: float, shapes) -> Tensor | list[Tensor]:
+    """t image + (1 - t) noise."""
+    if isinstance(noise, Tensor):
+        image = _batch("image", image, shapes, False, noise.dtype, noise.device)
+        return t * image + (1 - t) * noise
+    image = _batch("image", image, shapes, True, noise[0].dtype, noise[0].device)
+    return [t * a + (1 - t) * b for a, b in zip(image, noise, strict=True)]
