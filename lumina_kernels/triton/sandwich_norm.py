@@ -67,9 +67,9 @@ def one_minus_square(tile):
 @triton.jit
 def sandwich(n, residual, weight_ptr, gate, b, rows, L, D: tl.constexpr, DS: tl.constexpr):
     """residual + tanh(gate) * n * weight, n the normalised row"""
-    residual = load_rows(residual, b, rows, L, D, DS)
     weight = load_vector(weight_ptr, D, DS)
     gate = load_rows(gate, b, rows, L, D, DS)
+    residual = load_rows(residual, b, rows, L, D, DS)
     out = ()
     for j in tl.static_range(len(n)):
         out = out + (residual[j] + tanh(gate[j]) * (n[j] * weight[j]),)
