@@ -147,7 +147,7 @@ def sandwich_norm_gate_kernel(
         first = partial_ptr + b * sample
         S = sum_partials(first, chunks, sums * D, columns, D, BLOCK, BLOCK_D)
         if gate is not None:
-            gate_ptr, stride_b, _ = gate
+            gate_ptr, stride_b = gate
             g = tanh(tl.load(gate_ptr + b * stride_b + columns, mask=mask).to(tl.float32))
             w = tl.load(weight_ptr + columns, mask=mask).to(tl.float32)
             dgate = ((1 - g * g) * w * S).to(dgate_ptr.dtype.element_ty)
