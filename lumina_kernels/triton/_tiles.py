@@ -110,8 +110,8 @@ def load_vector(ptr, N: tl.constexpr, NS: tl.constexpr):
 
 @triton.jit
 def load_rows(x, b, rows, L, D: tl.constexpr, DS: tl.constexpr):
-    """Rows of a (B, L, D) tensor in float32, zeros from L on. A (B, D) tensor comes without a stride
-    of l: it gives the one row of the sample."""
+    """Rows of a (B, L, D) tensor in float32, zeros from L on. A (B, D) tensor has no stride
+    of l and gives the one row of the sample."""
     ptr = x[0] + b * x[1]
     if len(x) == 2:
         return load_vector(ptr, D, DS)
