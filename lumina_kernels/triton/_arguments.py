@@ -15,13 +15,15 @@ def contiguous(tensor: Tensor | None) -> Tensor | None:
 
 
 def rows_of(x: Tensor | None) -> tuple | None:
-    """(x, stride of b, of l) of rows without gaps, (B, L, D); None for the stride of l of (B, D),
-    one row per sample."""
+    """(x, stride of b, of l) of rows without gaps, (B, L, D); (x, stride of b) of (B, D), which has
+    one row per sample.
+
+    No tuple holds None: Triton 3.6 cannot compare such a tuple with None."""
     if x is None:
         return None
     if x.stride(-1) != 1:
         x = x.contiguous()
-    return x, x.stride(0), None if x.ndim == 2 else x.stride(1)
+    return (x, x.stride(0)) if x.ndim == 2 else (x, x.stride(0), x.stride(1))
 
 
 def heads_of(x: Tensor | None) -> tuple | None:

@@ -205,7 +205,7 @@ def modulation_grads_kernel(
         if dshift_ptr is not None:
             tl.store(dshift_ptr + b * D + columns, E.to(dshift_ptr.dtype.element_ty), mask=mask)
         if scale is not None:
-            scale_ptr, stride_b, _ = scale
+            scale_ptr, stride_b = scale
             dscale = A
             if weight_ptr is not None:
                 dscale *= tl.load(weight_ptr + columns, mask=mask).to(tl.float32)

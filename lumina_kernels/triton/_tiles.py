@@ -110,14 +110,13 @@ def load_vector(ptr, N: tl.constexpr, NS: tl.constexpr):
 
 @triton.jit
 def load_rows(x, b, rows, L, D: tl.constexpr, DS: tl.constexpr):
-    """Rows of a (B, L, D) tensor in float32, zeros from L on. Of a (B, D) tensor, whose stride of l
-    is None, the one row of the sample."""
-    ptr, stride_b, stride_l = x
-    ptr += b * stride_b
-    if stride_l is None:
+    """Rows of a (B, L, D) tensor in float32, zeros from L on. A (B, D) tensor has no stride
+    of l and gives the one row of the sample."""
+    ptr = x[0] + b * x[1]
+    if len(x) == 2:
         return load_vector(ptr, D, DS)
     else:
-        return to_float32(load_tile(ptr + rows * stride_l, 0, rows < L, D, DS))
+        return to_float32(load_tile(ptr + rows * x[2], 0, rows < L, D, DS))
 
 
 @triton.jit

@@ -131,13 +131,13 @@ def _branch(k: tuple | None, v: tuple | None, mask: Tensor | None, scale: float)
     if k is None:
         return None
     if v[1:] == k[1:]:
-        v = (v[0], None, None, None)
+        v = v[:1]
     return k, v, _mask(mask), k[0].shape[1], scale
 
 
 def _has_two_layouts(branch: tuple) -> bool:
     """Whether the strides of v are not those of k."""
-    return branch[1][1] is not None
+    return len(branch[1]) > 1
 
 
 def _mask(mask: Tensor | None) -> tuple | None:

@@ -70,7 +70,7 @@ def gqa_attention_dq_kernel(
     q_tile = load_queries(q, block * BLOCK_M, exist, b, g, R, UNIT, BLOCK_M, K, KS)
     where = (b, g, rows, n_rows)
 
-    if text is not None:
+    if text_gate_ptr is not None:
         keys = keys_of(text, b, g, UNIT)
         text_lse = load_lse(text_lse_ptr, stats, exist)
         text_context = (q_tile, dout_tile, keys, text_lse, text[4] * LOG2E, None, where)
@@ -92,7 +92,7 @@ def gqa_attention_dq_kernel(
         tokens[2], b, tokens[3], K, KS, R, BLOCK_N, EDGE, SCAN,
     )  # fmt: skip
     acc = scale_by(acc, scale)
-    if text is not None:
+    if text_gate_ptr is not None:
         acc = walk_tiles(
             _add_dq, acc, (text_context, e, gate * text[4], None, G),
             text[2], b, text[3], K, KS, R, EDGE, EDGE, SCAN,
@@ -187,11 +187,11 @@ def gqa_attention_dkv_kernel(
 ):  # fmt: skip
     """dk and dv of one tile of keys, of the text (first) or of the tokens."""
     text_blocks = 0
-    if text is not None:
+    if text_gate_ptr is not None:
         text_blocks = tl.cdiv(text[3], BLOCK_N)
     block, g, b = program_block(text_blocks + tl.cdiv(tokens[3], BLOCK_N), G)
     if block < text_blocks:
-        if text is not None:
+        if text_gate_ptr is not None:
             _dkv(
                 dout, q, text, None, text_gate_ptr, text_lse_ptr, text_delta_ptr, dtext_k_ptr,
                 dtext_v_ptr, block, b, g, G, L * R, K, KS, R, UNIT, BLOCK_M, BLOCK_N,

@@ -47,7 +47,7 @@ def gqa_attention_fwd_kernel(
     stats = (b * G + g) * n_rows + rows
     tl.store(lse_ptr + stats, m + tl.log2(total), mask=exist)
 
-    if text is not None:
+    if text_gate_ptr is not None:
         keys = keys_of(text, b, g, UNIT)
         text_acc, m, total = walk_tiles(
             _step, _no_keys(BLOCK_M, KS), (q_tile, keys, text[4], None, where),

@@ -67,7 +67,7 @@ def keys_of(branch, b, g, UNIT: tl.constexpr):
     """Keys and values of one head for `load_keys`: (pointer to the first, stride) of each. Values
     laid out as the keys come without strides and share the registers of the offsets."""
     k, v = branch[0], branch[1]
-    if v[1] is None:
+    if len(v) == 1:
         v = (v[0], k[1], k[2], k[3])
     return _first_key(k, b, g, UNIT), _first_key(v, b, g, UNIT)
 

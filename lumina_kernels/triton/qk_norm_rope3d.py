@@ -171,7 +171,7 @@ def qk_norm_rope3d_kernel(
 @triton.jit
 def qk_norm_rope3d_bwd_kernel(
     dout, x, weight_ptr, positions, inv_freq, axis_ptr, dx_ptr, partial_ptr, eps,
-    pool,  # (pointer of counts, windows of a sample, grid, factor) or None
+    counts_ptr, pool,  # pointer or None; (windows of a sample, grid, factor) or None
     key_mask, L, tokens, chunk,
     UNIT: tl.constexpr, H: tl.constexpr, K: tl.constexpr, HS: tl.constexpr, KS: tl.constexpr,
     NORM: tl.constexpr, SUMS: tl.constexpr,
@@ -179,7 +179,7 @@ def qk_norm_rope3d_bwd_kernel(
     """dx of `chunk` tokens, and the sums of their terms in dweight and dbias. SUMS: 0 for no
     parameter, 1 for the weight alone, 2 for weight and bias.
 
-    With `pool` (qk_norm_rope3d_pool) dout is the gradient of means over windows: a valid token gets
+    With counts (qk_norm_rope3d_pool) dout is the gradient of means over windows: a valid token gets
     its share of it, others get 0."""
     first = tl.program_id(0) * chunk
     dweight, dbias = zeros(HS, KS), zeros(HS, KS)
@@ -187,10 +187,10 @@ def qk_norm_rope3d_bwd_kernel(
         number, b, index = split_token(first + step, L)
         valid = None if key_mask is None else load_valid(key_mask, b, index)
         tile = load_token(x, b, index, UNIT, H, K, HS, KS, valid)
-        if pool is None:
+        if counts_ptr is None:
             d = load_token(dout, b, index, UNIT, H, K, HS, KS, valid)
         else:
-            counts_ptr, windows, grid, factor = pool
+            windows, grid, factor = pool
             window = window_of(index.to(tl.int32), grid, factor)
             d = load_token(dout, b, window, UNIT, H, K, HS, KS, valid)
             count = tl.load(counts_ptr + b * windows + window)
@@ -276,14 +276,14 @@ def heads_bwd(
     sums = 0 if weight is None and bias is None else 1 if bias is None else 2
     dx = x.new_empty(x.shape)
     partial = x.new_empty(blocks(B * L, chunk), sums * H * K, dtype=torch.float32)
-    key_mask = None
+    counts = key_mask = None
     if pool is not None:
         counts, grid, factor, key_mask = pool
-        pool = counts, counts.shape[1], tuple(grid), factor
+        pool = counts.shape[1], tuple(grid), factor
     (dout, x), unit = in_units(heads_of(dout), heads_of(x))
     qk_norm_rope3d_bwd_kernel[(len(partial),)](
         dout, x, contiguous(weight), positions_of(positions), frequencies_of(inv_freq),
-        axis.contiguous(), dx, partial, eps, pool, mask_of(key_mask), L, B * L, chunk,
+        axis.contiguous(), dx, partial, eps, counts, pool, mask_of(key_mask), L, B * L, chunk,
         UNIT=unit, H=H, K=K, HS=cut(H), KS=cut(K), NORM=norm, SUMS=sums,
         **loop_options(H * K, BWD_PER_LANE),
     )  # fmt: skip

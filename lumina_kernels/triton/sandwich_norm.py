@@ -67,9 +67,9 @@ def one_minus_square(tile):
 @triton.jit
 def sandwich(n, residual, weight_ptr, gate, b, rows, L, D: tl.constexpr, DS: tl.constexpr):
     """residual + tanh(gate) * n * weight, n the normalised row"""
-    residual = load_rows(residual, b, rows, L, D, DS)
     weight = load_vector(weight_ptr, D, DS)
     gate = load_rows(gate, b, rows, L, D, DS)
+    residual = load_rows(residual, b, rows, L, D, DS)
     out = ()
     for j in tl.static_range(len(n)):
         out = out + (residual[j] + tanh(gate[j]) * (n[j] * weight[j]),)
@@ -147,7 +147,7 @@ def sandwich_norm_gate_kernel(
         first = partial_ptr + b * sample
         S = sum_partials(first, chunks, sums * D, columns, D, BLOCK, BLOCK_D)
         if gate is not None:
-            gate_ptr, stride_b, _ = gate
+            gate_ptr, stride_b = gate
             g = tanh(tl.load(gate_ptr + b * stride_b + columns, mask=mask).to(tl.float32))
             w = tl.load(weight_ptr + columns, mask=mask).to(tl.float32)
             dgate = ((1 - g * g) * w * S).to(dgate_ptr.dtype.element_ty)
