@@ -99,7 +99,9 @@ def test_mixed_dtypes(op, name, backend):
         else:
             assert_as_definition(results(op, backend, inputs), inputs, op, backend, key)
     inputs = example | shared
-    assert_as_definition(results(op, backend, inputs), inputs, op, backend, ", ".join(shared))
+    found = results(op, backend, inputs)  # kernels keep results for the gradient in their dtype
+    low = cast(inputs, torch.float16)
+    assert_as_definition(found, inputs, op, backend, ", ".join(shared), low)
 
 
 @every_call
