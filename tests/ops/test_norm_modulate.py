@@ -1,10 +1,6 @@
-from functools import partial
-
 import pytest
 import torch
 from common import (
-    BACKENDS,
-    assert_accurate,
     assert_rounded_once,
     assert_same_in_float64,
     cast,
@@ -98,23 +94,3 @@ def test_errors():
     raises(ValueError, "shift must be on .*, got meta", op, good, shift=randn(2, 48).to("meta"))
     raises(ValueError, "kind must be one of rms, layer, got 'batch'", op, good, kind="batch")
     raises(ValueError, "unknown", op, good, backend="numpy")
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kind", ("rms", "layer"))
-@pytest.mark.parametrize(
-    "left_out",
-    (("weight",), ("bias",), ("scale",), ("shift",), ("weight", "bias", "scale", "shift")),
-)
-def test_every_term_is_optional_on_kernels(left_out, kind, backend):
-    inputs = make_inputs() | {"kind": kind} | dict.fromkeys(left_out)
-    assert_accurate(partial(norm_modulate, backend=backend), eager, inputs, torch.float32)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("scale_per_token", (False, True))
-def test_one_modulation_per_token_and_one_per_sample(scale_per_token, backend):
-    inputs, per_token = make_inputs(), make_inputs(per_token=True)
-    name = "scale" if scale_per_token else "shift"
-    inputs |= {name: per_token[name]}
-    assert_accurate(partial(norm_modulate, backend=backend), eager, inputs, torch.float32)

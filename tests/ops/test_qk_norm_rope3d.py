@@ -114,12 +114,6 @@ def test_errors():
     raises(ValueError, r"k_weight must have shape \(12,\)", op, good, k_weight=randn(24))
 
 
-def test_kernels_refuse_a_gradient_of_the_table(kernel):
-    inputs = cast(make_inputs()) | make_table(5, 12)
-    learned = inputs["inv_freq"].requires_grad_()
-    raises(NotImplementedError, "no gradient of inv_freq", kernel, inputs, inv_freq=learned)
-
-
 @pytest.mark.parametrize("kernel, dtype", IMPLEMENTATIONS, indirect=["kernel"])
 @pytest.mark.parametrize("per_sample", (False, True))
 @pytest.mark.parametrize("norm", NORMS)
@@ -217,10 +211,3 @@ def test_rows_too_wide_for_the_cuda_kernels():
     raises(RuntimeError, "12800 values.*at most 8192", torch.Tensor.backward, {"self": out.sum()})
     wider = cast(make_inputs(1, 1, 257, 1, 64)) | make_table(1, 64)
     raises(RuntimeError, "16512 values.*at most 16384", op, wider)
-
-
-def test_a_learned_table_gets_its_gradient_where_no_kernel_was_asked_for():
-    inputs = cast(make_inputs()) | make_table(5, 12)
-    inputs["inv_freq"] = inputs["inv_freq"].float().requires_grad_()
-    qk_norm_rope3d(**inputs)[0].square().sum().backward()
-    assert inputs["inv_freq"].grad.abs().max() > 0

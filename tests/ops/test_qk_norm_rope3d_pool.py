@@ -108,12 +108,6 @@ def test_errors():
     raises(ValueError, "norm must be one of layer_across_heads", op, good, norm="layer")
 
 
-def test_kernels_refuse_a_gradient_of_the_table(kernel):
-    inputs = cast(make_inputs()) | make_rest()
-    learned = inputs["positions"].float().requires_grad_()
-    raises(NotImplementedError, "no gradient of positions", kernel, inputs, positions=learned)
-
-
 @pytest.mark.parametrize("kernel, dtype", IMPLEMENTATIONS, indirect=["kernel"])
 @pytest.mark.parametrize("masked", (False, True))
 @pytest.mark.parametrize("norm", NORMS)

@@ -78,21 +78,6 @@ def test_is_rope3d_with_a_table():
         torch.testing.assert_close(out, value)
 
 
-def test_queries_alone():
-    inputs = make_inputs()
-    q, k = rope_table(**inputs | {"k": None})
-    assert k is None
-    assert torch.equal(q, rope_table(**inputs)[0])
-
-
-def test_float32_tables_of_a_bfloat16_model():
-    inputs = cast(make_inputs())
-    low = inputs | {"q": inputs["q"].bfloat16(), "k": inputs["k"].bfloat16()}
-    q, k = rope_table(**low)
-    expected = rope_table(**low | {"q": low["q"].float(), "k": low["k"].float()})
-    assert torch.equal(q, expected[0].bfloat16()) and torch.equal(k, expected[1].bfloat16())
-
-
 def test_errors():
     good, op = make_inputs(), rope_table
     raises(ValueError, r"q must have shape \(B, L, H, K\)", op, good, q=randn(2, 5, 12))
@@ -103,35 +88,6 @@ def test_errors():
     raises(ValueError, "sin must have shape", op, good, sin=randn(6, 12))
     raises(TypeError, "sin must be float16.*complex", op, good, sin=good["sin"] + 1j)
     raises(ValueError, "pairing must be one of interleaved, half", op, good, pairing="pairs")
-
-
-def test_kernels_refuse_gradients_of_tables(kernel):
-    inputs = cast(make_inputs())
-    learned = inputs | {"sin": inputs["sin"].clone().requires_grad_()}
-    raises(NotImplementedError, "no gradient of sin", kernel, learned)
-    with torch.no_grad():
-        assert torch.equal(kernel(**learned)[0], kernel(**inputs)[0])
-
-
-def heads_and_table(*args, dtype=None, **kwargs):
-    """The inputs, q and k in `dtype`, and tables in float32."""
-    inputs = make_inputs(*args, **kwargs)
-    heads = {name: inputs[name] if dtype is None else inputs[name].to(dtype) for name in "qk"}
-    return heads, {name: inputs[name].float() for name in ("cos", "sin")}
-
-
-def with_table(fn, table, pairing):
-    """fn of q and k, with the table filled in, in float64 where q is."""
-
-    def of_heads(q, k):
-        cos, sin = (x.double() if q.dtype == torch.float64 else x for x in table.values())
-        return fn(q=q, k=k, cos=cos, sin=sin, pairing=pairing)
-
-    return of_heads
-
-
-def rounding_matrices(q, k, cos, sin, pairing):
-    return with_matrices(q, k, cos.to(q.dtype), sin.to(q.dtype), pairing)
 
 
 @pytest.mark.parametrize("kernel, dtype", IMPLEMENTATIONS, indirect=["kernel"])
@@ -149,45 +105,37 @@ def rounding_matrices(q, k, cos, sin, pairing):
 )
 @pytest.mark.parametrize("pairing", PAIRINGS)
 def test_accuracy(kernel, pairing, shape, per_sample, dtype):
-    inputs, table = heads_and_table(*shape, per_sample=per_sample)
-    fns = (with_table(fn, table, pairing) for fn in (kernel, rounding_matrices))
-    assert_accurate(*fns, inputs, dtype)
+    inputs = make_inputs(*shape, per_sample=per_sample) | {"pairing": pairing}
+    assert_accurate(kernel, with_matrices, inputs, dtype, wrt="qk")
 
 
+@pytest.mark.parametrize("kernel", ("torch", *BACKENDS), indirect=True)
 @pytest.mark.parametrize("pairing", PAIRINGS)
 def test_queries_or_keys_alone(kernel, pairing):
-    inputs, table = heads_and_table(dtype=torch.float32)
-    fn = partial(kernel, **table, pairing=pairing)
-    both = run(fn, inputs)
-    alone = run(lambda q: fn(q, None)[0], {"q": inputs["q"]})
-    assert_equal_results(alone, {name: both[name] for name in alone})
-    assert fn(inputs["q"], None)[1] is None
-    no_keys = run(fn, inputs | {"k": inputs["k"][:, :, :0]})
-    assert torch.equal(no_keys["out 0"], both["out 0"]) and no_keys["dk"].numel() == 0
-    no_queries = run(fn, inputs | {"q": inputs["q"][:, :, :0]})
-    assert torch.equal(no_queries["out 1"], both["out 1"])
+    inputs = cast(make_inputs()) | {"pairing": pairing}
+    both, alone = run(kernel, inputs, "qk"), run(kernel, inputs | {"k": None}, "q")
+    assert_equal_results(alone, {name: both[name] for name in ("out 0", "dq")})
+    for empty, other in (("k", "out 0"), ("q", "out 1")):
+        if "triton" not in kernel.keywords.values():
+            results = run(kernel, inputs | {empty: inputs[empty][:, :, :0]}, "qk")
+            assert torch.equal(results[other], both[other])
+            assert results[f"d{empty}"].numel() == 0
 
 
 @pytest.mark.parametrize("pairing", PAIRINGS)
 def test_views(kernel, pairing):
     """Parts of one projection, aligned to 16 bytes, to 8 or not; tables in every layout."""
-    _, table = heads_and_table(K=16, dtype=torch.float16)
-    transposed = {name: x.mT.contiguous().mT for name, x in table.items()}
-    gaps = {name: torch.cat((x, x), -1)[:, :16] for name, x in table.items()}
-    cos, sin = table.values()
-    odd = {"cos": torch.cat((cos[:, :1], cos), -1)[:, 1:], "sin": sin.expand(2, 5, 16)}
+    kernel = partial(kernel, pairing=pairing)
+    cos, sin = randn(2, 5, 16).half()
+    tables = (
+        (cos.mT.contiguous().mT, sin.mT.contiguous().mT),
+        (torch.cat((cos, cos), -1)[:, :16], torch.cat((sin, sin), -1)[:, :16]),
+        (torch.cat((cos[:, :1], cos), -1)[:, 1:], sin.expand(2, 5, 16)),
+    )
     for start, width in ((0, 104), (4, 104), (3, 104), (0, 107)):
         q, k = randn(2, 5, width).half()[..., start : start + 96].split((64, 32), -1)
         q, k = q.unflatten(-1, (-1, 16)), k.unflatten(-1, (-1, 16))
-        expected = kernel(q.contiguous(), k.contiguous(), **table, pairing=pairing)
-        for other in (table, transposed, gaps, odd):
-            for out, value in zip(kernel(q, k, **other, pairing=pairing), expected, strict=True):
+        packed = kernel(q.contiguous(), k.contiguous(), cos, sin)
+        for table in tables:
+            for out, value in zip(kernel(q, k, *table), packed, strict=True):
                 assert torch.equal(out, value)
-
-
-@pytest.mark.parametrize("name", ("cos", "sin"))
-def test_a_learned_table_gets_its_gradient_where_no_kernel_was_asked_for(name):
-    inputs = cast(make_inputs())
-    inputs[name].requires_grad_()
-    rope_table(**inputs)[0].square().sum().backward()
-    assert inputs[name].grad.abs().max() > 0

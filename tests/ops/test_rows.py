@@ -15,7 +15,10 @@ from common import (
     IMPLEMENTATIONS,
     assert_accurate,
     assert_equal_results,
+    assert_rounded_once,
     at_cpu_level,
+    cast,
+    randn,
     run,
 )
 
@@ -36,15 +39,24 @@ every_op = pytest.mark.parametrize(
 )
 
 
-def assert_op_accurate(op, kind, shape, per_token, backend, dtype):
-    inputs = MODULES[op].make_inputs(*shape, per_token) | ({"kind": kind} if kind else {})
+def assert_op_accurate(op, kind, shape, per_token, backend, dtype, **changed):
+    inputs = MODULES[op].make_inputs(*shape, per_token) | ({"kind": kind} if kind else {}) | changed
     kernel = partial(getattr(lumina_kernels, op), backend=backend)
     assert_accurate(kernel, MODULES[op].eager, inputs, dtype)
 
 
 @pytest.mark.parametrize("backend, dtype", IMPLEMENTATIONS)
-@pytest.mark.parametrize("per_token", (False, True))
-@pytest.mark.parametrize("shape", ((2, 1, 8), (1, 5, 2), (2, 9, 100), (1, 6, 576), (2, 33, 144)))
+@pytest.mark.parametrize(
+    "shape, per_token",
+    (
+        ((2, 1, 8), False),
+        ((1, 5, 2), True),
+        ((2, 9, 100), False),
+        ((1, 6, 576), True),
+        ((2, 33, 144), False),
+        ((2, 33, 144), True),
+    ),
+)
 @every_op
 def test_accuracy(op, kind, shape, per_token, backend, dtype):
     assert_op_accurate(op, kind, shape, per_token, backend, dtype)
@@ -63,7 +75,7 @@ def test_chunks_of_rows_on_the_cpu(op, kind, level, per_token, dtype):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("op", MODULES)
 def test_transposed_and_expanded_views(op, backend):
-    inputs = {name: x.float() for name, x in MODULES[op].make_inputs(4, 3, 12).items()}
+    inputs = cast(MODULES[op].make_inputs(4, 3, 12))
     for name, x in inputs.items():
         if name == "gate":
             inputs[name] = x[:1, None].expand(3, 4, 12)
@@ -80,7 +92,44 @@ def test_transposed_and_expanded_views(op, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("op", MODULES)
 def test_misaligned_tensors(op, backend, D):
-    inputs = {name: x.half() for name, x in MODULES[op].make_inputs(2, 5, D).items()}
+    inputs = cast(MODULES[op].make_inputs(2, 5, D), torch.float16)
     shifted = {name: torch.cat((x[..., :1], x), -1)[..., 1:] for name, x in inputs.items()}
     fn = partial(getattr(lumina_kernels, op), backend=backend)
     assert_equal_results(run(fn, shifted), run(fn, inputs))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@every_op
+def test_every_term_is_optional(op, kind, backend):
+    names = {"sandwich_norm": (), "sandwich_norm_chain": ("next_weight", "next_scale")}
+    names = names.get(op, ("weight", "bias", "scale", "shift"))
+    for left_out in (*((name,) for name in names), names):
+        none = dict.fromkeys(left_out)
+        assert_op_accurate(op, kind, (2, 3, 48), False, backend, torch.float32, **none)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ("scale", "shift"))
+@pytest.mark.parametrize("op", list(MODULES)[:2])
+def test_one_modulation_per_token_and_one_per_sample(op, name, backend):
+    per_token = {name: randn(2, 5, 48)}
+    assert_op_accurate(op, "layer", (2, 5, 48), False, backend, torch.float32, **per_token)
+
+
+@every_op
+def test_each_output_is_rounded_once(op, kind):
+    inputs = cast(MODULES[op].make_inputs(L=64), torch.bfloat16) | ({"kind": kind} if kind else {})
+    outs = getattr(lumina_kernels, op)(**inputs)
+    exact = MODULES[op].eager(**cast(inputs, torch.float64))
+    if isinstance(outs, torch.Tensor):
+        outs, exact = (outs,), (exact,)
+    for out, value in zip(outs, exact, strict=True):
+        assert_rounded_once(out, value)
+
+
+@pytest.mark.parametrize("op", list(MODULES)[1:])
+def test_the_residual_decides_the_dtype(op):
+    inputs = cast(MODULES[op].make_inputs())
+    outs = getattr(lumina_kernels, op)(**inputs | {"y": inputs["y"].bfloat16()})
+    outs = (outs,) if isinstance(outs, torch.Tensor) else outs
+    assert [out.dtype for out in outs] == [torch.float32] * len(outs)

@@ -1,11 +1,10 @@
 """DTensor's rules: a call on tensors that two processes share gives what the whole call gives."""
 
-from importlib import import_module
-
 import pytest
 import torch
 import torch.distributed as dist
 from common import CPU_LEVELS, is_float
+from contract import forward
 from torch import multiprocessing
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 
@@ -16,10 +15,6 @@ from lumina_kernels.sharding import _letters
 
 SIZES = Sizes(B=4, grid=(1, 4, 4))
 pytestmark = pytest.mark.skipif(not CPU_LEVELS, reason="the C++ kernels are not built")
-
-
-def declaration(op):
-    return getattr(import_module(f"lumina_kernels.ops.{op}"), f"{op}_fwd")
 
 
 def calls(op):
@@ -35,7 +30,7 @@ def calls(op):
 
 
 def letters_of(op):
-    over = declaration(op).over
+    over = forward(op).over
     return ("0", "1", "2") if over == "..." else tuple(over.split())
 
 
@@ -72,16 +67,16 @@ def main(rank, folder):
     torch.set_num_threads(1)
     mesh, found = init_device_mesh("cpu", (2,)), {}
     for op, name, letter in CASES:
-        inputs, forward = calls(op)[name], declaration(op)
+        inputs, declared = calls(op)[name], forward(op)
 
-        def leaf(key, x, place, op=op, forward=forward):
+        def leaf(key, x, place, declared=declared):
             if not isinstance(x, torch.Tensor):
                 return x
-            x = place(key, x) if key in forward.inputs else x
-            return x.detach().requires_grad_(key in forward.differentiable)
+            x = place(key, x) if key in declared.inputs else x
+            return x.detach().requires_grad_(key in declared.differentiable)
 
-        def shard(key, x, forward=forward, letter=letter):
-            n = dimension(forward.inputs[key], x.shape, letter)
+        def shard(key, x, declared=declared, letter=letter):
+            n = dimension(declared.inputs[key], x.shape, letter)
             return distribute_tensor(x, mesh, [Replicate() if n is None else Shard(n)])
 
         try:
@@ -111,7 +106,7 @@ def test_sharded_is_whole(found, op, name, letter):
     assert whole.keys() == sharded.keys()
     for key, value in sharded.items():
         torch.testing.assert_close(value, whole[key], msg=lambda text, key=key: f"{key}: {text}")
-    outputs = list(declaration(op).outputs.values())
+    outputs = list(forward(op).outputs.values())
     for key, placement in placements.items():
         n = dimension(outputs[int(key.removeprefix("out "))], whole[key].shape, letter)
         assert placement == (Replicate() if n is None else Shard(n)), key

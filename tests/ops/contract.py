@@ -1,0 +1,101 @@
+"""Calls of every op on every backend, for tests of what all ops have in common."""
+
+from functools import cache, partial
+from importlib import import_module
+
+import pytest
+import torch
+from common import (
+    BACKENDS,
+    DEVICE,
+    assert_as_accurate,
+    cast,
+    is_float,
+    run,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lumina_kernels
+from lumina_kernels.examples import Sizes, examples
+from lumina_kernels.ops import OPS
+
+SIZES = Sizes(device=DEVICE)
+# Several chunks of rows, windows and tiles of keys, for several threads.
+LARGE = Sizes(grid=(2, 9, 9), T=70, H=20, G=5, K=52, F=1040, device=DEVICE)
+# One graph must serve all. The dimensions of the first differ: torch.compile takes equal ones to be
+# the same.
+COMPILED = (
+    Sizes(B=9, grid=(2, 4, 11), T=7, H=12, G=6, K=10, F=26, device=DEVICE),
+    Sizes(B=2, grid=(3, 2, 3), T=5, H=4, G=2, K=10, F=40, device=DEVICE),
+    Sizes(B=4, grid=(2, 3, 5), T=6, H=8, G=4, K=10, F=56, device=DEVICE),
+)
+CALLS = [
+    pytest.param(op, name, backend, id=f"{op}-{name or 'plain'}-{backend}")
+    for op in OPS
+    for name in examples(op, SIZES)
+    for backend in BACKENDS
+]
+every_call = pytest.mark.parametrize("op, name, backend", CALLS)
+every_op = pytest.mark.parametrize(
+    "op, name", [(op, name) for op in OPS for name in examples(op, SIZES)]
+)
+
+
+def forward(op):
+    """The declaration of the op's forward kernel."""
+    return getattr(import_module(f"lumina_kernels.ops.{op}"), f"{op}_fwd")
+
+
+def arguments(op, name, sizes=SIZES, seed=0):
+    torch.manual_seed(seed)
+    return examples(op, sizes)[name]
+
+
+def differentiated(op, backend):
+    """The inputs whose gradients the backend computes."""
+    without = op == "gqa_attention" and backend == "cuda"
+    return frozenset() if without else forward(op).differentiable
+
+
+def call(op, backend):
+    return partial(getattr(lumina_kernels, op), backend=backend)
+
+
+def results(op, backend, inputs, fn=None):
+    """Outputs, and gradients where the backend has them; `fn` instead of the op itself."""
+    return run(fn or call(op, backend), inputs, wrt=differentiated(op, backend))
+
+
+@cache
+def expected(op, name, backend):
+    """Outputs and gradients of the example. In tests memory that nothing wrote is NaN."""
+    found = results(op, backend, arguments(op, name))
+    assert not any(value.isnan().any() for value in found.values())
+    return found
+
+
+def assert_as_definition(found, inputs, op, backend, label="", low=None):
+    """`found` has the definition's dtypes and keeps the accuracy rule: it errs at most twice as
+    much as the definition on these inputs, or on `low`."""
+    definition, wrt = call(op, "torch"), differentiated(op, backend)
+    same, high = run(definition, inputs, wrt), run(definition, cast(inputs, torch.float64), wrt)
+    low = same if low is None else run(definition, low, wrt)
+    assert found.keys() == high.keys()
+    for key, value in found.items():
+        assert value.dtype == same[key].dtype, (label, key)
+        assert_as_accurate(f"{label} {key}", value, low[key], high[key])
+
+
+class Calls(TorchDispatchMode):
+    """Records the calls of this package's ops, those of forwards with leaves as inputs."""
+
+    def __init__(self, with_gradient=True):
+        super().__init__()
+        self.made, self.with_gradient = [], with_gradient
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "lumina_kernels":
+            grads = self.with_gradient and "_fwd" in func.name()
+            leaves = (x.detach().clone().requires_grad_(grads) if is_float(x) else x for x in args)
+            self.made.append((func, list(leaves)))
+        return func(*args, **(kwargs or {}))
