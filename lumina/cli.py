@@ -195,7 +195,7 @@ def _add_context_drop(sub: argparse.ArgumentParser) -> None:
         default=1,
         metavar="FACTOR",
         help="side of the squares of tokens over which attention averages its keys, in all layers "
-        "at t = 0 and ever fewer towards t = 1; 1 is off",
+        "at t = 0 and in fewer and fewer towards t = 1; 1 is off",
     )
 
 

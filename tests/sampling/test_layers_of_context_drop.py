@@ -35,8 +35,8 @@ def test_the_schedule(a, b, n_layers, levels):
     assert all(drop.layers(0.0, n_layers)) and not any(drop.layers(1.0, n_layers))
     early, late = (drop.layers(t, n_layers) for t in sorted((a, b)))
     assert len(early) == n_layers
-    assert all(x or not y for x, y in zip(early, late, strict=True))  # ever fewer
-    assert list(early) == sorted(early, reverse=True)  # the last layers are whole first
+    assert all(x or not y for x, y in zip(early, late, strict=True))  # fewer and fewer
+    assert list(early) == sorted(early, reverse=True)  # the last layers stop pooling first
     share = sum(early) / n_layers
     assert abs(share - (1 - min(a, b))) <= 0.5 / levels + 0.5 / n_layers + 1e-9
     every = {drop.layers(i / 999, n_layers) for i in range(1000)}

@@ -93,7 +93,7 @@ def test_truncated_guidance_spares_the_network(calls):
 
 
 def test_guidance_and_euler_are_one_op(monkeypatch):
-    """Where nothing but the update needs the guided velocity; it goes by the same numbers."""
+    """Where nothing but the update needs the guided velocity; with the same settings."""
     seen, op = [], sampler.guided_step
 
     def recorded(x, v, weight, dt, channels=None, *, backend=None):

@@ -106,7 +106,7 @@ def test_one_negative_caption_serves_all():
 
 
 def test_length_of_the_texts_does_not_matter():
-    """Either may be the longer; what lies beyond a mask is never seen."""
+    """Captions or negative captions may be longer; what a mask excludes has no influence."""
     feats, mask, negative, negative_mask = captions()
     expected = draw().latents
 

@@ -155,7 +155,7 @@ def window_averages(grid, factor: int, log_count: bool, device) -> tuple[Tensor,
 def rotations(config, grid: tuple[int, int, int], scaling, t: Tensor) -> Tensor:
     """exp(i angle), (B or 1, L, 1, K/2), the rotation of each pair of channels.
 
-    Pair j turns by its position on axis j mod n times theta^(-2 n (j div n) / K).
+    Pair j is rotated by its position on axis j mod n times theta^(-2 n (j div n) / K).
     """
     n, K, theta = len(config.axes), config.head_dim, config.rope_theta
     pair = torch.arange(K // 2, device=t.device)

@@ -1,7 +1,7 @@
 """Norms that fused ops compute together with what stands around them, or that are called.
 
 A fused op takes a norm's weight, bias and eps, by name. That equals a call only where the module is
-exactly one of the classes below and nobody has put anything around its forward. Everything else (a
+exactly one of the classes below and nothing has been put around its forward. Everything else (a
 subclass, a parametrization, a wrapper of PEFT, a forward or backward hook) is called, and the
 arithmetic around it is plain PyTorch. Hooks on all modules of a process
 (`torch.nn.modules.module.register_module_forward_hook`) do not see the fused norms.
