@@ -64,7 +64,7 @@ def gqa_attention(
     _check_text(q, k, text_k, text_v, text_mask, text_gate)
     floats = (q, k, v, text_k, text_v, text_gate, bias)
     with_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in floats)
-    backend = _resolve(backend, q, text_gate, bias, with_grad)
+    backend = _resolve(backend, floats, with_grad)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     inputs = q, k, v, key_mask, scale, text_k, text_v, text_mask, text_gate, bias
     if backend == "torch":
@@ -85,14 +85,13 @@ def gqa_attention_ref(
     return out.to(q.dtype)
 
 
-def _resolve(backend, q, text_gate, bias, with_grad) -> str:
-    wide = q.shape[-1] > MAX_HEAD_DIM
+def _resolve(backend, floats, with_grad) -> str:
+    K = floats[0].shape[-1]
+    wide = K > MAX_HEAD_DIM
     able = () if wide else BACKENDS_WITH_GRADIENT if with_grad else BEST_FIRST
-    name = resolve(backend, BEST_FIRST if backend else able, q, text_gate, bias)
+    name = resolve(backend, BEST_FIRST if backend else able, *floats)
     if wide and name != "torch":
-        raise ValueError(
-            f"backend {name!r} takes a head_dim of at most {MAX_HEAD_DIM}, got {q.shape[-1]}"
-        )
+        raise ValueError(f"backend {name!r} takes a head_dim of at most {MAX_HEAD_DIM}, got {K}")
     if with_grad and name not in ("torch", *BACKENDS_WITH_GRADIENT):
         raise NotImplementedError(
             f"backend {name!r} computes no gradients of gqa_attention, which a tensor requires: "

@@ -84,13 +84,16 @@ def test_forward_mode(op, name, backend):
 
 @every_op
 def test_forward_mode_takes_the_definition(op, name):
-    tangents = {}
-    for backend in (None, "torch"):
-        fn, primals, directions = _forward_mode(op, name, backend)
-        tangents[backend] = jvp(fn, primals, directions)[1]
-    assert any(x.any() for x in tangents["torch"])
-    for found, want in zip(tangents[None], tangents["torch"], strict=True):
-        assert torch.equal(found, want)
+    """Along all inputs together, and along each of them alone."""
+    for only in (None, *_primals(op, name)):
+        tangents = {}
+        for backend in (None, "torch"):
+            torch.manual_seed(0)
+            fn, primals, directions = _forward_mode(op, name, backend, only)
+            tangents[backend] = jvp(fn, primals, directions)[1]
+        assert any(x.any() for x in tangents["torch"]), only
+        for found, want in zip(tangents[None], tangents["torch"], strict=True):
+            assert torch.equal(found, want), only
 
 
 @every_call
@@ -108,11 +111,16 @@ def test_a_gradient_of_a_gradient_is_refused(op, name, backend):
         sum(x.sum() for x in first).backward()
 
 
-def _forward_mode(op, name, backend):
-    """The op as a function of its differentiable inputs, these, and their tangents."""
-    inputs = arguments(op, name)
+def _primals(op, name):
+    """The inputs that have derivatives."""
     wrt = forward(op).differentiable or {"x", "v"}
-    primals = {n: x for n, x in inputs.items() if n in wrt and is_float(x)}
+    return {n: x for n, x in arguments(op, name).items() if n in wrt and is_float(x)}
+
+
+def _forward_mode(op, name, backend, only=None):
+    """The op as a function of its differentiable inputs or of one, these, and their tangents."""
+    inputs, primals = arguments(op, name), _primals(op, name)
+    primals = primals if only is None else {only: primals[only]}
 
     def fn(*values):
         outs = call(op, backend)(**inputs | dict(zip(primals, values, strict=True)))
