@@ -19,7 +19,7 @@ install: .venv/installed
 	@$(BIN)/python -c 'import torch; print("Installed: torch", torch.__version__)'
 	@touch $@
 
-# Changes only when the choice of torch does, so that another TORCH installs anew.
+# Touched only when TORCH changes, so that choosing another torch reinstalls everything.
 .venv/torch: FORCE
 	@mkdir -p .venv
 	@echo '$(TORCH)' | cmp -s - $@ || echo '$(TORCH)' > $@

@@ -30,7 +30,7 @@ def call_of(op: str) -> Callable:
 
 
 def recorded(call: partial) -> Callable:
-    """The same call, in which the first tensor wants a gradient."""
+    """The same call with a gradient required for the first tensor."""
     name, value = next(iter(call.keywords.items()))
     return partial(call, **{name: value.detach().requires_grad_()})
 

@@ -230,7 +230,7 @@ def write(report: dict, out: Path) -> None:
 
 
 def put(path: Path, text: str) -> None:
-    """Writes a file so that it is complete or not there at all."""
+    """Write a file completely or not at all."""
     draft = path.with_name(path.name + ".tmp")
     draft.write_text(text)
     draft.replace(path)

@@ -1,4 +1,4 @@
-// What both rooms share and device code may use: no torch in here.
+// Shared by the CPU and the CUDA code: what device code may use too, so no torch in here.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,5 @@
-// torch's tensors through its stable ABI, as both rooms use them: dtypes and new tensors.
+// Shared by the CPU and the CUDA code: torch's tensors through its stable ABI, their dtypes, and
+// new tensors.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -54,7 +55,7 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, Sc
 inline Tensor empty_as(const Tensor& like) { return torch::stable::new_empty(like, like.sizes()); }
 inline Tensor zeros_as(const Tensor& like) { return torch::stable::new_zeros(like, like.sizes()); }
 
-// Stands for a result that does not exist, as an op cannot return None; float32 for every op.
+// An absent result, since an op cannot return None; always float32.
 inline Tensor nothing(const Tensor& like) { return empty(like, {0}, ScalarType::Float); }
 
 // The gradient of an optional input: `nothing` where the input is missing.

@@ -25,7 +25,7 @@ from lumina.sampling.solvers import SOLVERS
 
 
 class _Parser(argparse.ArgumentParser):
-    """Complains in one line."""
+    """Reports errors in one line."""
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message}\n")

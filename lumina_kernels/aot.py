@@ -44,7 +44,8 @@ _ACCESS = re.compile(r"\b(LDG|STG|LDGSTS)\.E((?:\.\w+)*)")
 
 
 class OfflineDriver:
-    """A Triton driver for a GPU that is not there: kernels are compiled, not loaded or launched.
+    """A Triton driver for a GPU that this machine lacks: kernels are compiled but not loaded or
+    launched.
 
     The device number is the architecture, because Triton caches compiled kernels by device.
     """

@@ -1,6 +1,6 @@
 """Tensors by their dimensions, in the alphabet of `lumina_kernels`; see `lumina_kernels.kernel_op`.
 
-A letter in brackets is of a dimension that may be missing.
+A letter in brackets names a dimension that may be missing.
 """
 
 from typing import Annotated

@@ -73,13 +73,13 @@ def resolve(
         NotImplementedError: a kernel was asked for, and a gradient of one of `constants` or a
             forward-mode derivative, which None takes "torch" for.
     """
-    wanted = _first_that_wants_a_gradient(constants)
+    learned = _first_requiring_grad(constants)
     forward_mode = any_tangent((*tensors, *constants.values()))
     asked = f"backend {backend!r}"
     if backend is None and DEFAULT is None:
         for name in implemented:
             if name not in MISSING and DEVICES[name] == tensors[0].device.type:
-                only_torch = _any_float64(tensors) or wanted or forward_mode
+                only_torch = _any_float64(tensors) or learned or forward_mode
                 return "torch" if only_torch else name
         return "torch"
     if backend is None:
@@ -90,7 +90,7 @@ def resolve(
         return backend
     if backend not in implemented:
         have = ", ".join(("torch", *implemented))
-        raise ValueError(f"{asked} is not there for this op, it has: {have}")
+        raise ValueError(f"{asked} is not implemented for this op, which has: {have}")
     if backend in MISSING:
         raise RuntimeError(f"{asked} is not available here: {MISSING[backend]}")
     device = tensors[0].device.type
@@ -103,15 +103,15 @@ def resolve(
         raise NotImplementedError(
             f"{asked} has no forward-mode derivative, use backend='torch' for it"
         )
-    if wanted:
+    if learned:
         raise NotImplementedError(
-            f"{asked} computes no gradient of {wanted}, which requires one: detach it or use "
+            f"{asked} computes no gradient of {learned}, which requires one: detach it or use "
             "backend='torch'"
         )
     return backend
 
 
-def _first_that_wants_a_gradient(constants) -> str | None:
+def _first_requiring_grad(constants) -> str | None:
     if torch.is_grad_enabled():
         for name, value in constants.items():
             if isinstance(value, Tensor) and value.requires_grad:

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from types import UnionType
 from typing import Annotated, Union, get_args, get_origin, get_type_hints
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._library.autograd import Info, make_autograd_impl
 
-from lumina_kernels import backend
+from lumina_kernels import backend, sharding
 from lumina_kernels.when_imported import when_imported
 
 # Kept for the life of the process: a library that is freed takes its ops with it.
@@ -61,9 +62,10 @@ class KernelOp:
     """
 
     def __init__(self, fake: Callable, inputs: dict, outputs: dict, over: str):
+        assert not inputs.keys() & outputs.keys(), "a result is named as an input"
         self.name, self.inputs, self.outputs, self.over = fake.__name__, inputs, outputs, over
         self._fake, self._gradient = fake, None
-        self.wants = any(name.startswith("needs_") for name in inputs)
+        self.takes_needs = any(name.startswith("needs_") for name in inputs)
         self.__module__ = fake.__module__
         self._op_file = fake.__module__.rpartition(".")[2]
         arguments, results = _schema(inputs, outputs)
@@ -78,7 +80,7 @@ class KernelOp:
         # As torch.library.register_autograd does, which would drop tangents without a word.
         self._reverse_mode = make_autograd_impl(self.overload, Info(self._backward, self._keep))
         _PUBLIC.impl(self.name, self._autograd, "Autograd", with_keyset=True)
-        when_imported("torch.distributed.tensor", self._declare_sharding)
+        when_imported("torch.distributed.tensor", partial(sharding.declare, self))
 
     def __call__(self, *args):
         return self.overload(*args)
@@ -110,12 +112,12 @@ class KernelOp:
         return self._reverse_mode(keyset, *args)
 
     def backward(self, outputs: str, **same: str) -> Callable[[Callable], "KernelOp"]:
-        """Declare the kernel that computes the gradients of this op, and that it does.
+        """Declare the kernel that computes the gradients of this op, which makes it differentiable.
 
         The parameters of the decorated fake say by name what the kernel needs, with the types they
         have in the forward: inputs and results of the forward, which are kept for it, `d<result>`
         for the gradient of a result (None where an optional one is absent), `needs_<input>` for
-        whether that input wants a gradient. A result whose gradient nobody needs is not
+        whether that input needs a gradient. A result whose gradient the kernel does not take is not
         differentiable.
 
         Args:
@@ -123,7 +125,9 @@ class KernelOp:
             same: input -> name of the parameter that is its gradient as it is.
         """
         known = self.inputs | self.outputs
-        known |= {f"d{name}": hint for name, hint in known.items()}
+        gradients = {f"d{name}": hint for name, hint in known.items()}
+        assert not known.keys() & gradients.keys(), "a name is that of another's gradient"
+        known |= gradients
         known |= {f"needs_{name}": bool for name in self.inputs}
 
         def declare(fake: Callable) -> KernelOp:
@@ -162,7 +166,7 @@ class KernelOp:
             optional = absent and _is_optional(self.outputs[name])
             values[f"d{name}"] = None if optional else dout
         op = self._gradient
-        if op.wants:
+        if op.takes_needs:
             asked = zip(self.inputs, ctx.needs_input_grad, strict=False)
             values |= {f"needs_{name}": needed for name, needed in asked}
         results = op(*[values[name] for name in op.inputs], values["backend"])
@@ -173,8 +177,8 @@ class KernelOp:
         return tuple([None if absent else grads.get(f"d{name}") for name, absent in names])
 
     def flops(self, formula: Callable) -> Callable:
-        """Decorate what `torch.utils.flop_counter` counts: a function of the shapes of the inputs,
-        as its `register_flop_formula` wants it."""
+        """Decorate the FLOP formula of this op for `torch.utils.flop_counter`: a function of the
+        input shapes, as `register_flop_formula` takes it."""
 
         def register():
             from torch.utils.flop_counter import register_flop_formula
@@ -183,11 +187,6 @@ class KernelOp:
 
         when_imported("torch.utils.flop_counter", register)
         return formula
-
-    def _declare_sharding(self) -> None:
-        from lumina_kernels.sharding import declare
-
-        declare(self)
 
 
 _ABSENT = (0,)
@@ -229,10 +228,3 @@ def _plain(hint):
     if _is_optional(hint):
         return _plain(next(x for x in get_args(hint) if x is not type(None))) | None
     return get_args(hint)[0] if get_origin(hint) is Annotated else hint
-
-
-def axes_of(hint) -> str | None:
-    """The letters of the dimensions of a tensor, "B L D"; None where nothing says them."""
-    if _is_optional(hint):
-        hint = next(x for x in get_args(hint) if x is not type(None))
-    return hint.__metadata__[0] if get_origin(hint) is Annotated else None

@@ -1,37 +1,43 @@
-"""Declarations for modules of PyTorch that cost too much to import for everyone."""
+"""Declarations for modules of PyTorch that take too long to import for everyone."""
 
 import importlib.abc
-import importlib.machinery
 import sys
 from collections.abc import Callable
 
 
 def when_imported(module: str, declare: Callable[[], None]) -> None:
-    """Call `declare` once `module` is there: now, or right after somebody has imported it."""
+    """Call `declare` now if `module` is imported, otherwise right after its first import.
+
+    A declaration that fails makes that import fail, and is tried again by the next one.
+    """
     if module in sys.modules:
         declare()
     else:
-        _finder.waiting.setdefault(module, []).append(declare)
+        _finder.awaited.setdefault(module, []).append(declare)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds the modules that are waited for, with a loader that tells when they are loaded."""
+    """Finds the awaited modules and runs their declarations once they are loaded."""
 
     def __init__(self):
-        self.waiting: dict[str, list[Callable[[], None]]] = {}
+        self.awaited: dict[str, list[Callable[[], None]]] = {}
 
     def find_spec(self, name, path, target=None):
-        if name not in self.waiting:
+        if name not in self.awaited:
             return None
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
-        if spec is None:
+        others = (finder for finder in sys.meta_path if finder is not self)
+        specs = (finder.find_spec(name, path, target) for finder in others)
+        spec = next((spec for spec in specs if spec is not None), None)
+        if spec is None or not hasattr(spec.loader, "exec_module"):
             return None
         load = spec.loader.exec_module
 
         def load_and_declare(module):
             load(module)
-            for declare in self.waiting.pop(name, ()):
-                declare()
+            while self.awaited.get(name):
+                self.awaited[name][0]()
+                self.awaited[name].pop(0)
+            self.awaited.pop(name, None)
 
         spec.loader.exec_module = load_and_declare
         return spec

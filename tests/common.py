@@ -108,8 +108,8 @@ def assert_accurate(fn, eager, inputs, dtype, wrt=None):
 
 
 def assert_rounded_once(out, exact):
-    """`out` is the nearest number of its dtype to `exact`, but for the odd near-tie that the
-    float32 arithmetic before the rounding decides the other way."""
+    """`out` is the nearest number of its dtype to `exact`, apart from rare near-ties that
+    float32 arithmetic rounds the other way."""
     assert (out == exact.to(out.dtype)).float().mean() > 0.99
 
 

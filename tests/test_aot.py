@@ -9,7 +9,7 @@ import pytest
 
 from lumina_kernels import aot
 
-# What only adds up partial sums, or fills small outputs, has no 16 bytes a lane to move.
+# Kernels that only add up partial sums or fill small outputs do not move 16 bytes per lane.
 SECOND_STAGES = {
     "modulation_grads_kernel",
     "sandwich_norm_gate_kernel",

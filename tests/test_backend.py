@@ -36,7 +36,9 @@ def test_torch_is_everywhere():
 
 @pytest.mark.parametrize("name", ("triton", "cuda", "cpu"))
 def test_a_backend_the_op_lacks(name):
-    with pytest.raises(ValueError, match=f"backend '{name}' is not there for this op.*: torch$"):
+    with pytest.raises(
+        ValueError, match=f"backend '{name}' is not implemented for this op.*: torch$"
+    ):
         resolve(name, (), HERE)
 
 
@@ -70,7 +72,9 @@ def test_an_unknown_backend(name):
 
 def test_the_default_is_for_calls_that_name_none(monkeypatch):
     monkeypatch.setattr(backend, "DEFAULT", "cuda")
-    with pytest.raises(ValueError, match="LUMINA_KERNELS_BACKEND='cuda' is not there for this op"):
+    with pytest.raises(
+        ValueError, match="LUMINA_KERNELS_BACKEND='cuda' is not implemented for this op"
+    ):
         resolve(None, (), HERE)
     assert resolve("torch", (), HERE) == "torch"
     monkeypatch.setattr(backend, "DEFAULT", "fastest")

@@ -19,7 +19,7 @@ WASTE = shutil.ignore_patterns("*.pyc", "*.tmp", "*.so")
 SOURCES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
 SOURCES += ("csrc", "lumina", "lumina_kernels")
 
-# An editable install lends its modules to the package of a wheel, which lacks them.
+# An editable install would make its modules visible to the wheel under test.
 ALONE = "import sys; sys.meta_path = [f for f in sys.meta_path if 'ditable' not in repr(f)];"
 
 
@@ -128,7 +128,7 @@ def test_the_sdist_holds_the_native_sources(tmp_path):
 
 @pytest.mark.skipif("cpu" in backend.MISSING, reason="needs a C++ compiler")
 def test_one_wheel_serves_every_python(tmp_path):
-    """Native code, built for the stable ABIs; on its way one kernel stands for all."""
+    """Native code, built for the stable ABIs; one kernel is enough."""
     few = ("extension.cpp", "swiglu.cpp")
     folder = tmp_path / "wheel"
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""What belongs to modules of PyTorch that cost much to import waits for somebody to import them."""
+"""Declarations for PyTorch modules that are slow to import run when somebody imports them."""
 
 import subprocess
 import sys

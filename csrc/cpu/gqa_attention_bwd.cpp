@@ -71,8 +71,8 @@ void rows_over_keys(const Gradients& a, const Keys& keys, bool is_text, bool fin
   }
 }
 
-// Packs a block's rows, of which `some` exist, and initialises their terms; the text's part is
-// still to be subtracted from e of the image.
+// Packs the `some` existing rows of a block and initialises their terms; the text's part is still
+// to be subtracted from e of the image.
 template <class Unit>
 void begin_rows(const Gradients& a, RowBlock& block, int64_t b, int64_t g, int64_t start,
                 int64_t some) {

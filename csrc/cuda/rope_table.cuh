@@ -27,7 +27,7 @@ inline LaunchConfig rope_table_config(const RowLayout& layout, int64_t tokens, i
   return token_config(layout, tokens, pieces, 0);
 }
 
-// 4 values, of which the first `count` exist.
+// 4 values; only the first `count` exist.
 __device__ __forceinline__ void load4(const Values& x, int64_t i, int count, float* out) {
   if (!x.vectors || count < 4) {
 #pragma unroll

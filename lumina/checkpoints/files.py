@@ -84,7 +84,7 @@ def check_released(where: Path | str, config: NextDiTConfig, **fixed: object) ->
 
 
 def on_cpu(module: nn.Module) -> dict[str, Tensor]:
-    """State dict as safetensors wants it; shares memory with the module where it can."""
+    """State dict in the form safetensors accepts; shares memory with the module where it can."""
     return {name: t.detach().cpu().contiguous() for name, t in module.state_dict().items()}
 
 

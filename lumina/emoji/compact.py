@@ -5,7 +5,8 @@ from typing import Any
 
 COMPACT = Path(__file__).with_name("weights") / "compact.safetensors"
 
-# The settings of `lumina.sample` it draws best with within 20 evaluations, measured by `evaluate`.
+# The `lumina.sample` settings with the best pictures within 20 evaluations, as measured by
+# `evaluate`.
 COMPACT_SETTINGS: dict[str, Any] = {
     "steps": 10,
     "solver": "midpoint",

@@ -114,7 +114,7 @@ def find_font(path: str | os.PathLike | None = None) -> Path:
 def render(character: str, font: ImageFont.FreeTypeFont) -> np.ndarray:
     """One emoji on white, uint8 `(32, 32, 3)`.
 
-    Raises ValueError where the font has no 136 x 128 bitmap of it.
+    Raises ValueError where the font has no 136 x 128 bitmap for it.
     """
     glyph = character.replace("\ufe0f", "")  # a bare code point needs no text shaping library
     box = font.getbbox(glyph)

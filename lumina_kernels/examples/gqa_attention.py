@@ -1,5 +1,3 @@
-import torch
-
 from lumina_kernels.examples._sizes import Sizes
 
 
@@ -10,5 +8,5 @@ def examples(n: Sizes) -> dict[str, dict]:
     return {
         "text": {**inputs, "key_mask": n.mask(n.L), **text},
         "plain": inputs,
-        "bias": {**inputs, "bias": torch.zeros(n.B, 1, 1, n.L, device=n.device)},
+        "bias": {**inputs, "bias": n.normal(n.B, 1, 1, n.L)},
     }

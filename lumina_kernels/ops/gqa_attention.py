@@ -23,7 +23,7 @@ MAX_HEAD_DIM = 256
 
 Keys, KeyMask = Annotated[Tensor, "B M H K"], Annotated[Tensor, "B M"]
 Text, TextMask = Annotated[Tensor, "B T H K"], Annotated[Tensor, "B T"]
-Gate, Bias = Annotated[Tensor, "H"], Annotated[Tensor, "[B] [H] [L] M"]
+Gate, Bias = Annotated[Tensor, "H"], Annotated[Tensor, "[B] [H] [L] [M]"]
 Lse = Annotated[Tensor, "B H L R"]
 
 
@@ -181,5 +181,5 @@ def gqa_attention_flops(q, k, v, key_mask, scale, text_k, *rest, **kwargs) -> in
 
 @gqa_attention_bwd.flops
 def gqa_attention_bwd_flops(dout, out, error, lse, text_lse, *inputs, **kwargs) -> int:
-    """Twice the forward's. The kernels compute the scores again, which the definition keeps."""
+    """Twice the forward's. The recomputation of the scores is not counted."""
     return 2 * gqa_attention_flops(*inputs)

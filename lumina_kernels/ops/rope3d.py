@@ -10,8 +10,8 @@ from lumina_kernels.kernel_op import kernel_op, like
 
 
 def rope3d(
-    q: Tensor, k: Tensor, positions: Tensor, inv_freq: Tensor, axis: Tensor, *, backend: str | None
-    = None,
+    q: Tensor, k: Tensor, positions: Tensor, inv_freq: Tensor, axis: Tensor,
+    *, backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Rotate pair j, the channels (2j, 2j + 1), by phi_j = positions[..., axis[j]] * inv_freq[j].
 

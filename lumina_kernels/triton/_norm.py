@@ -107,7 +107,7 @@ def normalise(x, eps, rstd_ptr, mean_ptr, b, rows, L, D: tl.constexpr, DS: tl.co
 
 
 @triton.jit
-def normalise_again(x, rstd_ptr, mean_ptr, b, rows, L, D: tl.constexpr, DS: tl.constexpr):
+def normalise_from_statistics(x, rstd_ptr, mean_ptr, b, rows, L, D: tl.constexpr, DS: tl.constexpr):
     """norm(x) from the stored statistics, and rstd."""
     rstd = load_row_values(rstd_ptr, b, rows, L)
     if mean_ptr is not None:

@@ -14,7 +14,7 @@ from lumina_kernels.triton._tiles import blocks
 
 @cache
 def token_options(values: int, per_lane: int) -> dict:
-    """Launch options for tokens of so many values, at most `per_lane` of them a lane."""
+    """Launch options for tokens of this many values, at most `per_lane` per lane."""
     num_warps = min(16, 1 << (blocks(values, 32 * per_lane) - 1).bit_length())
     return {"num_warps": num_warps, "enable_fp_fusion": True}
 

@@ -14,7 +14,7 @@ from lumina_kernels.triton._norm import (
     modulation_grads,
     norm_bwd,
     normalise,
-    normalise_again,
+    normalise_from_statistics,
     rows_per_program,
     rstd_and_mean,
     store_sums,
@@ -55,8 +55,8 @@ def gate_residual_norm_bwd_kernel(
     dy_ptr, dresidual_ptr, dgate_ptr, dscale_ptr, partial_ptr,
     L, chunk, D: tl.constexpr, DS: tl.constexpr,
 ):  # fmt: skip
-    """dresidual = dnew + the gradient of the norm's input, dy = gate * dresidual. `new` is computed
-    again, as the stored one is rounded. partial: over `chunk` rows the sums of `modulate_bwd` and
+    """dresidual = dnew + the gradient of the norm's input, dy = gate * dresidual. `new` is recomputed,
+    because the stored value is rounded. partial: over `chunk` rows the sums of `modulate_bwd` and
     that of dresidual * y, which is dgate."""
     b, first = program_chunk(L, chunk)
     dn_sum, d_sum, gate_sum = zero_row(DS), zero_row(DS), zero_row(DS)
@@ -66,7 +66,7 @@ def gate_residual_norm_bwd_kernel(
         residual_row = load_rows(residual, b, rows, L, D, DS)
         gate_row = load_rows(gate, b, rows, L, D, DS)
         new = add(residual_row, multiply(gate_row, y_row))
-        n, rstd = normalise_again(new, rstd_ptr, mean_ptr, b, rows, L, D, DS)
+        n, rstd = normalise_from_statistics(new, rstd_ptr, mean_ptr, b, rows, L, D, DS)
         d = load_rows(dnormed, b, rows, L, D, DS)
         d, dn_sum, d_sum = modulate_bwd(
             d, n, dn_sum, d_sum, weight_ptr, bias_ptr, scale, dscale_ptr, b, rows, L, D, DS

@@ -8,8 +8,8 @@ Branches. The keys of the tokens and those of the text come as tuples (k, v, mas
 scale): k and v are heads (pointer, stride of b, of l, of h), the mask is int8, (pointer, stride of
 b) or None, with the keys of a sample next to each other.
 
-Strides come in units of UNIT, see `_arguments.in_units`. Offsets within a tile are int32, which the
-launcher sees to; those of tiles are int64.
+Strides come in units of UNIT, see `_arguments.in_units`. Offsets within a tile are int32 (the
+launcher makes sure they fit); offsets of tiles are int64.
 """
 
 import triton

@@ -14,7 +14,7 @@ from lumina_kernels.triton._norm import (
     modulation_grads,
     norm_bwd,
     normalise,
-    normalise_again,
+    normalise_from_statistics,
     rows_per_program,
     rstd_and_mean,
     store_sums,
@@ -57,7 +57,7 @@ def norm_modulate_bwd_kernel(
         rows = row + tl.zeros((1, 1), tl.int64)
         d = load_rows(dout, b, rows, L, D, DS)
         x_row = load_rows(x, b, rows, L, D, DS)
-        n, rstd = normalise_again(x_row, rstd_ptr, mean_ptr, b, rows, L, D, DS)
+        n, rstd = normalise_from_statistics(x_row, rstd_ptr, mean_ptr, b, rows, L, D, DS)
         d, dn_sum, d_sum = modulate_bwd(
             d, n, dn_sum, d_sum, weight_ptr, bias_ptr, scale, dscale_ptr, b, rows, L, D, DS
         )

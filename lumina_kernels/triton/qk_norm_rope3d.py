@@ -268,8 +268,8 @@ def heads_bwd(
 ) -> tuple[Tensor, Tensor]:
     """dx of q or of k, and the partial sums of dweight and dbias, (programs, H * K of each).
 
-    `pool`: counts, grid, factor and key_mask of the windows of which dout, (B, L', H, K), is the
-    gradient.
+    `pool`: counts, grid, factor and key_mask of the windows; dout, (B, L', H, K), is then the
+    gradient of the window means.
     """
     B, L, H, K = x.shape
     chunk = max(LEAST_TOKENS, blocks(B * L, MOST_PARTIALS))

@@ -14,7 +14,7 @@ from lumina_kernels.triton._norm import (
     modulation_grads,
     norm_bwd,
     normalise,
-    normalise_again,
+    normalise_from_statistics,
     rows_per_program,
     store_sums,
     zeros_of,
@@ -56,16 +56,16 @@ def sandwich_norm_chain_bwd_kernel(
     L, chunk, D: tl.constexpr, DS: tl.constexpr,
 ):  # fmt: skip
     """dresidual = dnew + the gradient of the next norm's input; dy from it as in sandwich_norm.
-    `new` is computed again, as the stored one is rounded. partial: over `chunk` rows the sums for
+    `new` is recomputed, because the stored value is rounded. partial: over `chunk` rows the sums for
     next_weight and next_scale, then those for weight and gate."""
     b, first = program_chunk(L, chunk)
     next_sum, unused, gate_sum = zero_row(DS), zero_row(DS), zero_row(DS)
     for row in range(first, tl.minimum(first + chunk, L)):
         rows = row + tl.zeros((1, 1), tl.int64)
         y_row = load_rows(y, b, rows, L, D, DS)
-        n, rstd = normalise_again(y_row, rstd_ptr, None, b, rows, L, D, DS)
+        n, rstd = normalise_from_statistics(y_row, rstd_ptr, None, b, rows, L, D, DS)
         new = sandwich(n, residual, weight_ptr, gate, b, rows, L, D, DS)
-        next_n, next_rstd = normalise_again(new, next_rstd_ptr, None, b, rows, L, D, DS)
+        next_n, next_rstd = normalise_from_statistics(new, next_rstd_ptr, None, b, rows, L, D, DS)
         d = load_rows(dnormed, b, rows, L, D, DS)
         d, next_sum, unused = modulate_bwd(
             d, next_n, next_sum, unused, next_weight_ptr, None, next_scale, dscale_ptr, b, rows, L,

@@ -88,7 +88,7 @@ def _compile(source, csrc, cache, common):
 
 
 def _run(path, command):
-    """Run a compiler whose output is `path`, unless that is there."""
+    """Run a compiler that writes `path`, unless the file already exists."""
     if path.exists():
         return
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=path.suffix, delete=False) as part:
@@ -106,7 +106,7 @@ def _digest(*parts):
 def _define():
     """The schemas of `lumina_kernels_cpp`, which the kernels' declarations have."""
     library = torch.library.Library(NAMESPACE, "DEF")
-    _define.library = library  # its end would undefine them
+    _define.library = library  # kept alive: the library's destructor would remove the schemas
     for op in OPS:
         for declared in vars(import_module(f"lumina_kernels.ops.{op}")).values():
             if isinstance(declared, KernelOp):

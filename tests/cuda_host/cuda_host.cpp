@@ -131,7 +131,7 @@ std::string deadlock() {
     const bool barrier = fiber.state == State::kBarrier;
     block.current = &block.fibers[i];
     what = std::string(barrier ? "waits at a barrier" : "waits at a warp collective") + " (" +
-           place(fiber.site) + ") that not all of its threads reach";
+           place(fiber.site) + ") that some of its threads do not reach";
   }
   if (done >= 0) what += "; thread " + show(block.fibers[done].index) + " has returned";
   return what;

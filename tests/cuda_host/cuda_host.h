@@ -5,7 +5,7 @@
 // on when all threads named there have come; every other launch runs the threads and the blocks
 // backwards. What hardware would not forgive is a std::runtime_error, which names kernel, block and
 // thread:
-//   - a barrier or a collective that not all of its threads reach, or not at the same line;
+//   - a barrier or a collective that some of its threads do not reach, or not at the same line;
 //   - shared memory: out of bounds, misaligned, never written, still under way (cp.async), or
 //     touched by two threads with no barrier between them where one of the two writes;
 //   - global memory: out of the bounds of its tensor, or misaligned.

@@ -1,4 +1,5 @@
-"""The emoji data set: what is shipped, what the loader refuses, what the font gives again."""
+"""The emoji data set: what is shipped, what the loader refuses, and what rebuilding from the font
+reproduces."""
 
 import json
 import shutil

@@ -3,7 +3,7 @@ import torch
 from common import BACKENDS, at_cpu_level
 
 
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def cuda_is_an_ordinary_backend():
     """Without a GPU the CUDA sources run on the host, under backend="cuda"."""
     if torch.cuda.is_available() or "cuda" not in BACKENDS:

@@ -132,7 +132,7 @@ def test_multistep_on_uneven_steps_is_exact_but_for_its_start():
 
 
 def coupled(t, x):
-    """On a list: every tensor feels the mean of all, as one would of one tensor."""
+    """On a list, each tensor depends on the mean of all, as within a single tensor."""
     mean = torch.cat([xi.flatten() for xi in x]).mean()
     return [torch.cos(3 * xi + t) - mean for xi in x]
 

@@ -32,7 +32,7 @@ inline OptionalTensor gradient_per_token(const OptionalTensor& x) {
 }
 
 // dweight, dbias, dscale and dshift (`nothing` if the parameter is missing) from the partial sums
-// (B, chunks, sums, D), of which the first two are A and E (modulation_grads.cuh), and from dout,
+// (B, chunks, sums, D), whose first two are A and E (modulation_grads.cuh), and from dout,
 // the gradient of the modulated norm. dscale is `nothing` if scale has a row per token: the first
 // stage has written it.
 std::array<Tensor, 4> modulation_grads(const Tensor& partial, const OptionalTensor& weight,
@@ -43,7 +43,7 @@ std::array<Tensor, 4> modulation_grads(const Tensor& partial, const OptionalTens
 Tensor sample_sums(const Tensor& partial, int64_t which, const Tensor& like);
 
 // dweight and dgate of a sandwich norm (dgate is `nothing` if the gate has a row per token) from
-// the partial sums (B, chunks, sums, D), of which number `which` is S (sandwich_norm.cuh).
+// the partial sums (B, chunks, sums, D), whose sum number `which` is S (sandwich_norm.cuh).
 std::tuple<Tensor, Tensor> gate_grads(const Tensor& partial, int64_t which, const Tensor& weight,
                                       const Tensor& gate);
 

@@ -2,7 +2,7 @@
 // host.
 //
 // Fragments are those of the PTX manual. With g = lane / 4 and t = lane % 4, and two 16-bit numbers
-// in a register, of which the one with the lower column (A) or row (B) is in the lower half:
+// in a register, the lower half holding the lower column (A) or row (B):
 //   A (16 x 16), row major:   a[0] = A[g][2t, 2t+1]       a[1] = A[g+8][2t, 2t+1]
 //                             a[2] = A[g][2t+8, 2t+9]     a[3] = A[g+8][2t+8, 2t+9]
 //   B (16 x 8):               b[0] = B[2t, 2t+1][g]       b[1] = B[2t+8, 2t+9][g]

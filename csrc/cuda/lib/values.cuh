@@ -92,15 +92,6 @@ __device__ __forceinline__ void store_shared(Shared<T> p, const V& value) {
 
 // The same address as a pointer to another type.
 template <class U, class T>
-__device__ __forceinline__ Global<U> as_global(Global<T> p) {
-#ifdef LUMINA_CUDA_HOST
-  return {(U*)p.raw(), p.begin(), p.end()};
-#else
-  return (U*)p;
-#endif
-}
-
-template <class U, class T>
 __device__ __forceinline__ Shared<U> as_shared(Shared<T> p) {
 #ifdef LUMINA_CUDA_HOST
   return {(U*)p.raw(), p.begin(), p.end()};

@@ -28,9 +28,8 @@ class TransformerBlock(nn.Module):
 
     The last sum of a block and the first norm of the next are one pass over memory, so a block
     returns the parts of its sum, and the next one starts by adding them up: the carry of
-    `lumina.models.parts.norms`. Every parameter is read in the forward of the block it belongs to,
-    and what the carry takes along is a copy. So a block can be sharded, offloaded, checkpointed or
-    compiled alone.
+    `lumina.models.parts.norms`. Each block reads only its own parameters, and the carry holds
+    copies, so a block can be sharded, offloaded, checkpointed or compiled on its own.
     """
 
     def __init__(self, config: NextDiTConfig, backend: str | None):
@@ -84,7 +83,8 @@ class TransformerBlock(nn.Module):
         h, out, weight, gate = norms.post_norm(self.ffn_norm2, out, h, gate_mlp, eps)
         if out is None:
             return h, None, None, None
-        # The parameter may be freed or moved away when this block is done, and FSDP warns of views.
+        # Copies: the parameter may be freed or offloaded once this block returns, and FSDP warns
+        # about views.
         return h, out, weight.clone(), gate.clone()
 
 

@@ -83,7 +83,10 @@ class NextDiT(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the activations. Quantisation and casting of layers leave this parameter alone."""
+        """The dtype of the activations.
+
+        Taken from a parameter that quantisation and layerwise casting leave alone.
+        """
         return self.pad_token.dtype
 
     @property
@@ -166,6 +169,10 @@ class NextDiT(nn.Module):
         """Do, once for a sampling run, the part of `forward` that depends on the captions alone."""
         return self(cap_feats=cap_feats, cap_mask=cap_mask)
 
+    def velocity(self, x, t, caption: Caption, **options) -> Tensor | list[Tensor]:
+        """The velocity for a caption prepared by `encode_caption`; options as in `forward`."""
+        return self(x, t, caption, **options)
+
     def _pooled(self, cap_feats: Tensor, cap_mask: Tensor) -> Tensor:
         """As the released code: the mean of the raw features in float32, and no division by 0."""
         acc = torch.promote_types(cap_feats.dtype, torch.float32)
@@ -215,7 +222,7 @@ class FinalLayer(nn.Module):
     def __init__(self, config: NextDiTConfig, backend: str | None):
         super().__init__()
         self.linear = nn.Linear(config.dim, config.patch_volume * config.out_channels)
-        # The SiLU is done once for all.
+        # The network applies the SiLU once, for all layers.
         self.adaLN_modulation = nn.Sequential(nn.Identity(), nn.Linear(config.cond_dim, config.dim))
         self.backend = backend
 

@@ -56,7 +56,7 @@ def open_original(folder: Path, ema: bool | None) -> Stored:
 
 
 def save_original(model: nn.Module, folder: Path) -> None:
-    """Write a folder with all that the released scripts read of one."""
+    """Write a folder that the released scripts can read."""
     check_released("original", model.config, norm_eps=1e-5)
     args = model_args(model.config)
     replace_folder(
@@ -130,7 +130,7 @@ def _merge(files: list[Path], shards: list[dict[str, Tensor]]) -> dict[str, Tens
 
 
 def config_from_shapes(where: Path, tensors: dict[str, Tensor], preset: str) -> NextDiTConfig:
-    """The config of these tensors; the name of the preset tells the side of a patch."""
+    """The config that these tensors imply; the preset's name gives the patch size."""
 
     def shape(name: str, ndim: int) -> tuple[int, ...]:
         got = tuple(tensors[name].shape) if name in tensors else "none"

@@ -1,4 +1,4 @@
-"""Norms that fused ops compute together with what stands around them, or that are called.
+"""Norms that are fused with the operations around them where possible, and called otherwise.
 
 A fused op takes a norm's weight, bias and eps, by name. That equals a call only where the module is
 exactly one of the classes below and nothing has been put around its forward. Everything else (a
@@ -25,11 +25,12 @@ class _Norm(nn.Module):
     def forward(self, x: Tensor | None = None):
         """norm(x) in the dtype of x; without x, weight and bias.
 
-        The latter is for fused ops: a hook that brings the parameters to the device for the time of
-        a call (offloading) does so for this call as well.
+        Fused ops use the second form: hooks that load the parameters for the duration of a call
+        (offloading) then run too.
         """
         if x is None:
-            return self.weight, self.bias
+            # Copies: the hook may move or cast the parameters when the call ends.
+            return self.weight.clone(), None if self.bias is None else self.bias.clone()
         return super().forward(x).to(x.dtype)
 
 
@@ -74,7 +75,7 @@ def modulate(norm: nn.Module, x: Tensor, scale: Tensor | None, backend: str | No
 def post_norm(norm: nn.Module, out: Tensor, h: Tensor, gate: Tensor, eps: float) -> Carry:
     """The carry of h + tanh(gate) * norm(out), for out and h (B, L, D) and gate (B, D).
 
-    eps is the epsilon of the network's norms: the fused op has one for two of them.
+    eps is the epsilon of the network's norms; the fused op takes one for both norms.
     """
     fused = parameters(norm)
     if fused is not None and norm.eps == eps:

@@ -173,7 +173,7 @@ def test_a_list_of_one_size_is_the_batch():
 
 
 def test_padding_has_no_influence():
-    """Whatever the pad token is, and whatever the captions hold beyond their mask."""
+    """Neither the pad token nor caption values beyond the mask have any influence."""
     (ours, _), (x, t, feats, mask) = pair(), inputs(*RAGGED)
     with torch.no_grad():
         expected = ours(x, t, feats, mask)

@@ -57,7 +57,8 @@ def test_one_graph_serves_many_sizes(sizes, settings):
 
 
 def test_a_run_with_context_drop_is_one_graph_for_each_set_of_layers():
-    """`test_context.py` checks that there are few; torch.compile gives up after eight."""
+    """`tests/sampling/test_layers_of_context_drop.py` checks that there are few sets; torch.compile
+    gives up after eight."""
     ours, graphs = pair(dim=8, multiple_of=8)[0].float(), []
     fast = compiled(ours, graphs)
     x, _, *rest = cast(inputs(3, 8, 12), torch.float32)
