@@ -1,4 +1,4 @@
-// Shared by the CPU and the CUDA code: what device code may use too, so no torch in here.
+// Shared by the CPU and the CUDA code: dtypes, without torch, as device code uses them too.
 #pragma once
 
 #include <cstdint>

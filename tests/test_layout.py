@@ -2,15 +2,18 @@
 
 import ast
 import inspect
+import re
+from collections import Counter
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 import lumina_kernels
+from lumina_kernels.ops import OPS
 
 ROOT = Path(__file__).parent.parent
-OPS = sorted(path.stem for path in (ROOT / "lumina_kernels" / "ops").glob("[a-z]*.py"))
+FOLDERS = ("benchmarks", "csrc", "lumina", "lumina_kernels", "tests")
 
 
 def test_ops_are_found():
@@ -48,3 +51,38 @@ def test_the_definition_is_short_and_takes_the_same_arguments(op):
     body = ast.parse(source).body[0].body[1:]  # without the docstring
     lines = source.splitlines()[body[0].lineno - 1 : body[-1].end_lineno]
     assert len([line for line in lines if line.strip()]) <= 15
+
+
+def sources(*suffixes):
+    """Files with these suffixes. Not from git, which an sdist lacks."""
+    paths = (path for folder in FOLDERS for path in (ROOT / folder).rglob("*"))
+    return [path for path in paths if path.suffix in suffixes]
+
+
+def test_no_file_is_long():
+    paths = [ROOT / "setup.py", *sources(".py", ".cpp", ".cu", ".cuh", ".h")]
+    lines = {str(path): len(path.read_text().splitlines()) for path in paths}
+    assert len(lines) > 200
+    assert not {path: n for path, n in lines.items() if n > 350}
+
+
+def test_no_triton_kernel_has_many_parameters():
+    counts = {}
+    for path in (ROOT / "lumina_kernels" / "triton").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
+                if any("triton.jit" in ast.unparse(line) for line in node.decorator_list):
+                    of = node.args
+                    counts[node.name] = len(of.posonlyargs + of.args + of.kwonlyargs)
+    assert len(counts) > 20
+    assert not {name: n for name, n in counts.items() if n > 25}
+
+
+def test_no_type_of_csrc_is_defined_twice():
+    definition = re.compile(r"^\s*(?:struct|class|enum(?: class)?) (\w+)[^;(){]*\{", re.MULTILINE)
+    names = Counter()
+    for path in sources(".cpp", ".cu", ".cuh", ".h"):
+        if path.is_relative_to(ROOT / "csrc"):
+            names.update(definition.findall(path.read_text()))
+    assert len(names) > 100
+    assert not {name: n for name, n in names.items() if n > 1}

@@ -55,9 +55,9 @@ def gate_residual_norm_bwd_kernel(
     dy_ptr, dresidual_ptr, dgate_ptr, dscale_ptr, partial_ptr,
     L, chunk, D: tl.constexpr, DS: tl.constexpr,
 ):  # fmt: skip
-    """dresidual = dnew + the gradient of the norm's input, dy = gate * dresidual. `new` is recomputed,
-    because the stored value is rounded. partial: over `chunk` rows the sums of `modulate_bwd` and
-    that of dresidual * y, which is dgate."""
+    """dresidual = dnew + the gradient of the norm's input, dy = gate * dresidual. `new` is
+    recomputed, because the stored value is rounded. partial: over `chunk` rows the sums of
+    `modulate_bwd` and that of dresidual * y, which is dgate."""
     b, first = program_chunk(L, chunk)
     dn_sum, d_sum, gate_sum = zero_row(DS), zero_row(DS), zero_row(DS)
     for row in range(first, tl.minimum(first + chunk, L)):

@@ -56,8 +56,8 @@ def sandwich_norm_chain_bwd_kernel(
     L, chunk, D: tl.constexpr, DS: tl.constexpr,
 ):  # fmt: skip
     """dresidual = dnew + the gradient of the next norm's input; dy from it as in sandwich_norm.
-    `new` is recomputed, because the stored value is rounded. partial: over `chunk` rows the sums for
-    next_weight and next_scale, then those for weight and gate."""
+    `new` is recomputed, because the stored value is rounded. partial: over `chunk` rows the sums
+    for next_weight and next_scale, then those for weight and gate."""
     b, first = program_chunk(L, chunk)
     next_sum, unused, gate_sum = zero_row(DS), zero_row(DS), zero_row(DS)
     for row in range(first, tl.minimum(first + chunk, L)):

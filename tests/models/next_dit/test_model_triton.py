@@ -59,7 +59,8 @@ def test_equals_torch(changes, size, settings):
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES[1:])
 def test_is_as_accurate_as_torch_in_16_bits(dtype):
-    """For the whole model a single number is compared, since individual rounding errors are random."""
+    """For the whole model a single number is compared, since individual rounding
+    errors are random."""
     exact, triton = both(dtype, **SMALL)
     eager = NextDiT(exact.config, backend="torch").to(DEVICE)
     eager.load_state_dict(triton.state_dict())

@@ -181,6 +181,24 @@ def test_adapters_of_peft(adapter):
         torch.testing.assert_close(tuned(*arguments), expected, rtol=1e-9, atol=1e-11)
 
 
+def test_layerwise_casting_of_diffusers():
+    """Its hook casts the parameters back to 8 bits when a call ends, even one that only asks for
+    them. The reference's parameters are rounded to 8 bits once."""
+    hooks = pytest.importorskip("diffusers.hooks")
+    (ours, reference), arguments, low = pair(dim=48), inputs(*IMAGE), torch.float8_e4m3fn
+    with torch.no_grad():
+        last = reference(*arguments)
+        for name in NAMES:
+            norm = ours.get_submodule(f"layers.0.{name}")
+            hooks.apply_layerwise_casting_hook(norm, low, norm.weight.dtype, non_blocking=False)
+            for parameter in reference.get_submodule(f"layers.0.{name}").parameters():
+                parameter.copy_(parameter.to(low))
+            expected = reference(*arguments)
+            torch.testing.assert_close(ours(*arguments), expected, rtol=1e-9, atol=1e-11)
+            assert norm.weight.dtype == low and not torch.equal(expected, last), name
+            last = expected
+
+
 def test_untouched_norms_are_fused(monkeypatch):
     """None of a whole network is called, on the way to the velocity or to the gradients."""
     called = []
