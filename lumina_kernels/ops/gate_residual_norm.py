@@ -15,11 +15,11 @@ def gate_residual_norm(
     bias: Tensor | None = None, scale: Tensor | None = None, shift: Tensor | None = None,
     eps: float = 1e-6, kind: str = "layer", *, backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return new = residual + gate * y, and
-    normed = (norm(new) * weight + bias) * (1 + scale) + shift; None leaves its term out.
+    """Return new_residual = residual + gate * y, and
+    normed = (norm(new_residual) * weight + bias) * (1 + scale) + shift; None leaves its term out.
 
-    The norm is that of `norm_modulate`. `normed` is computed from the float32 row of `new`, before
-    that row is rounded. It is the adaLN block of DiT (arXiv 2212.09748) as in Flux, SD3 and Wan.
+    The norm is that of `norm_modulate`. `normed` is computed from the float32 row of `new_residual`
+    before that row is rounded. The adaLN block of DiT (arXiv 2212.09748) as in Flux, SD3 and Wan.
 
     Args:
         y: output of the attention or feed-forward layer, (B, L, D).
@@ -32,8 +32,8 @@ def gate_residual_norm(
         backend: None takes the best one available; see `lumina_kernels.backend`.
 
     Returns:
-        (new, normed), each (B, L, D) in residual.dtype (y may have another). The arithmetic is
-        float32 (float64 for float64), each output rounded once.
+        (new_residual, normed), each (B, L, D) in residual.dtype (y may have another). The
+        arithmetic is float32 (float64 for float64), each output rounded once.
 
     Raises:
         ValueError, TypeError: a shape, device, dtype or kind is not as above.
@@ -55,12 +55,12 @@ def gate_residual_norm_ref(
 ):
     """The definition."""
     acc = torch.promote_types(torch.promote_types(y.dtype, residual.dtype), torch.float32)
-    new = residual.to(acc) + per_token(gate).to(acc) * y.to(acc)
-    normed = norm_modulate_ref(new, weight, bias, scale, shift, eps, kind)
-    return new.to(residual.dtype), normed.to(residual.dtype)
+    new_residual = residual.to(acc) + per_token(gate).to(acc) * y.to(acc)
+    normed = norm_modulate_ref(new_residual, weight, bias, scale, shift, eps, kind)
+    return new_residual.to(residual.dtype), normed.to(residual.dtype)
 
 
-@kernel_op("new normed statistics", over="B L")
+@kernel_op("new_residual normed statistics", over="B L")
 def gate_residual_norm_fwd(
     y: Rows, residual: Rows, gate: Modulation, weight: Vector | None, bias: Vector | None,
     scale: Modulation | None, shift: Modulation | None, eps: float, kind: str,
@@ -71,6 +71,6 @@ def gate_residual_norm_fwd(
 
 @gate_residual_norm_fwd.backward("dy dresidual dgate dweight dbias dscale dshift")
 def gate_residual_norm_bwd(
-    dnew, dnormed, y, residual, gate, weight, bias, scale, shift, statistics
+    dnew_residual, dnormed, y, residual, gate, weight, bias, scale, shift, statistics
 ):
     return like(y, residual, gate, weight, bias, scale, shift)

@@ -15,12 +15,12 @@ def sandwich_norm_chain(
     y: Tensor, residual: Tensor, weight: Tensor, gate: Tensor, next_weight: Tensor | None,
     next_scale: Tensor | None, eps: float = 1e-5, *, backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return new = residual + tanh(gate) * rms_norm(y) * weight, and the next sub-layer's input
-    normed = rms_norm(new) * next_weight * (1 + next_scale); None leaves its factor out.
+    """Return new_residual = residual + tanh(gate) * rms_norm(y) * weight, and the next sub-layer's
+    input normed = rms_norm(new_residual) * next_weight * (1 + next_scale); None omits its factor.
 
-    `normed` is computed from the float32 row of `new`, before that row is rounded, so in 16 bits it
-    is closer to the exact value than `norm_modulate(new, ...)`. Both are formulas of Lumina-Next's
-    block (arXiv 2406.18583).
+    `normed` is computed from the float32 row of `new_residual` before that row is rounded, so in 16
+    bits it is closer to the exact value than `norm_modulate(new_residual, ...)`. Both are formulas
+    of Lumina-Next's block (arXiv 2406.18583).
 
     Args:
         y: output of the attention or feed-forward layer, (B, L, D).
@@ -33,8 +33,8 @@ def sandwich_norm_chain(
         backend: None takes the best one available; see `lumina_kernels.backend`.
 
     Returns:
-        (new, normed), each (B, L, D) in residual.dtype (y may have another). The arithmetic is
-        float32 (float64 for float64), each output rounded once.
+        (new_residual, normed), each (B, L, D) in residual.dtype (y may have another). The
+        arithmetic is float32 (float64 for float64), each output rounded once.
 
     Raises:
         ValueError, TypeError: a shape, device or dtype is not as above.
@@ -53,12 +53,12 @@ def sandwich_norm_chain(
 def sandwich_norm_chain_ref(y, residual, weight, gate, next_weight, next_scale, eps=1e-5):
     """The definition."""
     acc = torch.promote_types(torch.promote_types(y.dtype, residual.dtype), torch.float32)
-    new = sandwich_norm_ref(y.to(acc), residual.to(acc), weight, gate, eps)
-    normed = norm_modulate_ref(new, next_weight, scale=next_scale, eps=eps)
-    return new.to(residual.dtype), normed.to(residual.dtype)
+    new_residual = sandwich_norm_ref(y.to(acc), residual.to(acc), weight, gate, eps)
+    normed = norm_modulate_ref(new_residual, next_weight, scale=next_scale, eps=eps)
+    return new_residual.to(residual.dtype), normed.to(residual.dtype)
 
 
-@kernel_op("new normed rstd next_rstd", over="B L")
+@kernel_op("new_residual normed rstd next_rstd", over="B L")
 def sandwich_norm_chain_fwd(
     y: Rows, residual: Rows, weight: Vector, gate: Modulation, next_weight: Vector | None,
     next_scale: Modulation | None, eps: float,
@@ -69,6 +69,6 @@ def sandwich_norm_chain_fwd(
 
 @sandwich_norm_chain_fwd.backward("dy dresidual dweight dgate dnext_weight dnext_scale")
 def sandwich_norm_chain_bwd(
-    dnew, dnormed, y, residual, weight, gate, next_weight, next_scale, rstd, next_rstd
+    dnew_residual, dnormed, y, residual, weight, gate, next_weight, next_scale, rstd, next_rstd
 ):
     return like(y, residual, weight, gate, next_weight, next_scale)

@@ -35,29 +35,30 @@ from lumina_kernels.triton._tiles import (
 @triton.jit
 def gate_residual_norm_fwd_kernel(
     y, residual, gate, weight_ptr, bias_ptr, scale, shift,  # rows: (pointer, stride of b, of l)
-    new_ptr, normed_ptr, rstd_ptr, mean_ptr,  # mean None: an RMS norm
+    new_residual_ptr, normed_ptr, rstd_ptr, mean_ptr,  # mean None: an RMS norm
     L, eps, D: tl.constexpr, DS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """new = residual + gate * y, normed = (norm(new) * weight + bias) * (1 + scale) + shift"""
+    """new_residual = residual + gate * y,
+    normed = (norm(new_residual) * weight + bias) * (1 + scale) + shift"""
     b, rows = program_rows(L, ROWS)
     y = load_rows(y, b, rows, L, D, DS)
     residual = load_rows(residual, b, rows, L, D, DS)
-    new = add(residual, multiply(load_rows(gate, b, rows, L, D, DS), y))
-    store_rows(new_ptr, new, b, rows, L, D, DS)
-    n = normalise(new, eps, rstd_ptr, mean_ptr, b, rows, L, D, DS)
+    new_residual = add(residual, multiply(load_rows(gate, b, rows, L, D, DS), y))
+    store_rows(new_residual_ptr, new_residual, b, rows, L, D, DS)
+    n = normalise(new_residual, eps, rstd_ptr, mean_ptr, b, rows, L, D, DS)
     normed = modulate(n, weight_ptr, bias_ptr, scale, shift, b, rows, L, D, DS)
     store_rows(normed_ptr, normed, b, rows, L, D, DS)
 
 
 @triton.jit
 def gate_residual_norm_bwd_kernel(
-    dnew, dnormed, y, residual, gate, weight_ptr, bias_ptr, scale, rstd_ptr, mean_ptr,
+    dnew_residual, dnormed, y, residual, gate, weight_ptr, bias_ptr, scale, rstd_ptr, mean_ptr,
     dy_ptr, dresidual_ptr, dgate_ptr, dscale_ptr, partial_ptr,
     L, chunk, D: tl.constexpr, DS: tl.constexpr,
 ):  # fmt: skip
-    """dresidual = dnew + the gradient of the norm's input, dy = gate * dresidual. `new` is
-    recomputed, because the stored value is rounded. partial: over `chunk` rows the sums of
-    `modulate_bwd` and that of dresidual * y, which is dgate."""
+    """dresidual = dnew_residual + the gradient of the norm's input, dy = gate * dresidual.
+    `new_residual` is recomputed, because the stored value is rounded. partial: over `chunk` rows
+    the sums of `modulate_bwd` and that of dresidual * y, which is dgate."""
     b, first = program_chunk(L, chunk)
     dn_sum, d_sum, gate_sum = zero_row(DS), zero_row(DS), zero_row(DS)
     for row in range(first, tl.minimum(first + chunk, L)):
@@ -65,14 +66,14 @@ def gate_residual_norm_bwd_kernel(
         y_row = load_rows(y, b, rows, L, D, DS)
         residual_row = load_rows(residual, b, rows, L, D, DS)
         gate_row = load_rows(gate, b, rows, L, D, DS)
-        new = add(residual_row, multiply(gate_row, y_row))
-        n, rstd = normalise_from_statistics(new, rstd_ptr, mean_ptr, b, rows, L, D, DS)
+        new_residual = add(residual_row, multiply(gate_row, y_row))
+        n, rstd = normalise_from_statistics(new_residual, rstd_ptr, mean_ptr, b, rows, L, D, DS)
         d = load_rows(dnormed, b, rows, L, D, DS)
         d, dn_sum, d_sum = modulate_bwd(
             d, n, dn_sum, d_sum, weight_ptr, bias_ptr, scale, dscale_ptr, b, rows, L, D, DS
         )
         d = norm_bwd(d, n, rstd, D, mean_ptr is not None)
-        d = add(d, load_rows(dnew, b, rows, L, D, DS))
+        d = add(d, load_rows(dnew_residual, b, rows, L, D, DS))
         store_rows(dresidual_ptr, d, b, rows, L, D, DS)
         store_rows(dy_ptr, multiply(gate_row, d), b, rows, L, D, DS)
         if dgate_ptr is None:
@@ -85,22 +86,23 @@ def gate_residual_norm_bwd_kernel(
 def gate_residual_norm_fwd(
     y, residual, gate, weight, bias, scale, shift, eps, kind
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """new and normed (B, L, D), and the statistics: rstd and, for a LayerNorm, the mean."""
+    """new_residual and normed (B, L, D), and the statistics: rstd and a LayerNorm's mean."""
     B, L, D = y.shape
-    new, normed = residual.new_empty(B, L, D), residual.new_empty(B, L, D)
+    new_residual, normed = residual.new_empty(B, L, D), residual.new_empty(B, L, D)
     statistics = y.new_empty(1 + (kind == "layer"), B, L, dtype=torch.float32)
-    if new.numel() == 0:
-        return new, normed, statistics
+    if new_residual.numel() == 0:
+        return new_residual, normed, statistics
     options = forward_options(D)
     gate_residual_norm_fwd_kernel[(B * blocks(L, options["ROWS"]),)](
         rows_of(y), rows_of(residual), rows_of(gate), contiguous(weight), contiguous(bias),
-        rows_of(scale), rows_of(shift), new, normed, *rstd_and_mean(statistics), L, eps, **options,
+        rows_of(scale), rows_of(shift), new_residual, normed, *rstd_and_mean(statistics),
+        L, eps, **options,
     )  # fmt: skip
-    return new, normed, statistics
+    return new_residual, normed, statistics
 
 
 def gate_residual_norm_bwd(
-    dnew, dnormed, y, residual, gate, weight, bias, scale, shift, statistics
+    dnew_residual, dnormed, y, residual, gate, weight, bias, scale, shift, statistics
 ) -> tuple[Tensor | None, ...]:
     """The gradients of y, residual, gate, weight, bias, scale and shift; None for None."""
     B, L, D = y.shape
@@ -114,7 +116,7 @@ def gate_residual_norm_bwd(
     dscale = scale.new_empty(B, L, D) if scale_per_token else None
     dgate = gate.new_empty(B, L, D) if gate.ndim == 3 else None
     gate_residual_norm_bwd_kernel[(B * chunks,)](
-        rows_of(dnew), rows_of(dnormed), rows_of(y), rows_of(residual), rows_of(gate),
+        rows_of(dnew_residual), rows_of(dnormed), rows_of(y), rows_of(residual), rows_of(gate),
         contiguous(weight), contiguous(bias), rows_of(scale), *rstd_and_mean(statistics),
         dy, dresidual, dgate, dscale, partial, L, chunk, **backward_options(D),
     )  # fmt: skip

@@ -34,45 +34,47 @@ from lumina_kernels.triton.sandwich_norm import gate_grads, sandwich, sandwich_b
 @triton.jit
 def sandwich_norm_chain_fwd_kernel(
     y, residual, weight_ptr, gate, next_weight_ptr, next_scale,  # (pointer, stride of b, of l)
-    new_ptr, normed_ptr, rstd_ptr, next_rstd_ptr, L, eps,
+    new_residual_ptr, normed_ptr, rstd_ptr, next_rstd_ptr, L, eps,
     D: tl.constexpr, DS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """new = residual + tanh(gate) * y * rstd * weight,
-    normed = new * next_rstd * next_weight * (1 + next_scale)"""
+    """new_residual = residual + tanh(gate) * y * rstd * weight,
+    normed = new_residual * next_rstd * next_weight * (1 + next_scale)"""
     b, rows = program_rows(L, ROWS)
     y = load_rows(y, b, rows, L, D, DS)
     n = normalise(y, eps, rstd_ptr, None, b, rows, L, D, DS)
-    new = sandwich(n, residual, weight_ptr, gate, b, rows, L, D, DS)
-    store_rows(new_ptr, new, b, rows, L, D, DS)
-    n = normalise(new, eps, next_rstd_ptr, None, b, rows, L, D, DS)
+    new_residual = sandwich(n, residual, weight_ptr, gate, b, rows, L, D, DS)
+    store_rows(new_residual_ptr, new_residual, b, rows, L, D, DS)
+    n = normalise(new_residual, eps, next_rstd_ptr, None, b, rows, L, D, DS)
     normed = modulate(n, next_weight_ptr, None, next_scale, None, b, rows, L, D, DS)
     store_rows(normed_ptr, normed, b, rows, L, D, DS)
 
 
 @triton.jit
 def sandwich_norm_chain_bwd_kernel(
-    dnew, dnormed, y, residual, weight_ptr, gate, next_weight_ptr, next_scale,
+    dnew_residual, dnormed, y, residual, weight_ptr, gate, next_weight_ptr, next_scale,
     rstd_ptr, next_rstd_ptr, dy_ptr, dresidual_ptr, dgate_ptr, dscale_ptr, partial_ptr,
     L, chunk, D: tl.constexpr, DS: tl.constexpr,
 ):  # fmt: skip
-    """dresidual = dnew + the gradient of the next norm's input; dy from it as in sandwich_norm.
-    `new` is recomputed, because the stored value is rounded. partial: over `chunk` rows the sums
-    for next_weight and next_scale, then those for weight and gate."""
+    """dresidual = dnew_residual + the gradient of the next norm's input; dy from it as in
+    sandwich_norm. `new_residual` is recomputed, because the stored value is rounded. partial:
+    over `chunk` rows the sums for next_weight and next_scale, then those for weight and gate."""
     b, first = program_chunk(L, chunk)
     next_sum, unused, gate_sum = zero_row(DS), zero_row(DS), zero_row(DS)
     for row in range(first, tl.minimum(first + chunk, L)):
         rows = row + tl.zeros((1, 1), tl.int64)
         y_row = load_rows(y, b, rows, L, D, DS)
         n, rstd = normalise_from_statistics(y_row, rstd_ptr, None, b, rows, L, D, DS)
-        new = sandwich(n, residual, weight_ptr, gate, b, rows, L, D, DS)
-        next_n, next_rstd = normalise_from_statistics(new, next_rstd_ptr, None, b, rows, L, D, DS)
+        new_residual = sandwich(n, residual, weight_ptr, gate, b, rows, L, D, DS)
+        next_n, next_rstd = normalise_from_statistics(
+            new_residual, next_rstd_ptr, None, b, rows, L, D, DS
+        )
         d = load_rows(dnormed, b, rows, L, D, DS)
         d, next_sum, unused = modulate_bwd(
             d, next_n, next_sum, unused, next_weight_ptr, None, next_scale, dscale_ptr, b, rows, L,
             D, DS,
         )  # fmt: skip
         d = norm_bwd(d, next_n, next_rstd, D, False)
-        d = add(d, load_rows(dnew, b, rows, L, D, DS))
+        d = add(d, load_rows(dnew_residual, b, rows, L, D, DS))
         store_rows(dresidual_ptr, d, b, rows, L, D, DS)
         d, gate_sum = sandwich_bwd(
             d, gate_sum, n, rstd, weight_ptr, gate, dgate_ptr, b, rows, L, D, DS
@@ -84,22 +86,22 @@ def sandwich_norm_chain_bwd_kernel(
 def sandwich_norm_chain_fwd(
     y, residual, weight, gate, next_weight, next_scale, eps
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """new and normed (B, L, D), rstd and next_rstd (B, L)."""
+    """new_residual and normed (B, L, D), rstd and next_rstd (B, L)."""
     B, L, D = y.shape
-    new, normed = residual.new_empty(B, L, D), residual.new_empty(B, L, D)
+    new_residual, normed = residual.new_empty(B, L, D), residual.new_empty(B, L, D)
     rstd, next_rstd = (y.new_empty(B, L, dtype=torch.float32) for _ in range(2))
-    if new.numel() == 0:
-        return new, normed, rstd, next_rstd
+    if new_residual.numel() == 0:
+        return new_residual, normed, rstd, next_rstd
     options = forward_options(D)
     sandwich_norm_chain_fwd_kernel[(B * blocks(L, options["ROWS"]),)](
         rows_of(y), rows_of(residual), contiguous(weight), rows_of(gate), contiguous(next_weight),
-        rows_of(next_scale), new, normed, rstd, next_rstd, L, eps, **options,
+        rows_of(next_scale), new_residual, normed, rstd, next_rstd, L, eps, **options,
     )  # fmt: skip
-    return new, normed, rstd, next_rstd
+    return new_residual, normed, rstd, next_rstd
 
 
 def sandwich_norm_chain_bwd(
-    dnew, dnormed, y, residual, weight, gate, next_weight, next_scale, rstd, next_rstd
+    dnew_residual, dnormed, y, residual, weight, gate, next_weight, next_scale, rstd, next_rstd
 ) -> tuple[Tensor | None, ...]:
     """The gradients of y, residual, weight, gate, next_weight and next_scale; None for None."""
     B, L, D = y.shape
@@ -114,7 +116,8 @@ def sandwich_norm_chain_bwd(
     dgate = gate.new_empty(B, L, D) if gate.ndim == 3 else None
     weight, next_weight = contiguous(weight), contiguous(next_weight)
     sandwich_norm_chain_bwd_kernel[(B * chunks,)](
-        rows_of(dnew), rows_of(dnormed), rows_of(y), rows_of(residual), weight, rows_of(gate),
+        rows_of(dnew_residual), rows_of(dnormed), rows_of(y), rows_of(residual),
+        weight, rows_of(gate),
         next_weight, rows_of(next_scale), rstd, next_rstd, dy, dresidual, dgate, dscale, partial,
         L, chunk, **backward_options(D),
     )  # fmt: skip
