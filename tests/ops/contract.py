@@ -29,6 +29,11 @@ COMPILED = (
     Sizes(B=2, grid=(3, 2, 3), T=5, H=4, G=2, K=10, F=40, device=DEVICE),
     Sizes(B=4, grid=(2, 3, 5), T=6, H=8, G=4, K=10, F=56, device=DEVICE),
 )
+# The same with fewer tokens, for Triton's interpreter.
+COMPILED_SMALL = (
+    Sizes(B=5, grid=(1, 1, 4), T=7, H=6, G=2, K=22, F=26, device=DEVICE),
+    Sizes(B=2, grid=(1, 1, 3), T=5, H=9, G=3, K=22, F=40, device=DEVICE),
+)
 CALLS = [
     pytest.param(op, name, backend, id=f"{op}-{name or 'plain'}-{backend}")
     for op in OPS
