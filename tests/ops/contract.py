@@ -19,7 +19,7 @@ import lumina_kernels
 from lumina_kernels.examples import Sizes, examples
 from lumina_kernels.ops import OPS
 
-SIZES = Sizes(device=DEVICE)
+SIZES = Sizes(grid=(1, 2, 3), device=DEVICE)
 # Several chunks of rows, windows and tiles of keys, for several threads.
 LARGE = Sizes(grid=(2, 9, 9), T=70, H=20, G=5, K=52, F=1040, device=DEVICE)
 # One graph must serve all. The dimensions of the first differ: torch.compile takes equal ones to be
