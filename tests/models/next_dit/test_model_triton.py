@@ -68,7 +68,8 @@ def test_is_as_accurate_as_torch_in_16_bits(dtype):
     errors = []
     for model in (eager, triton):
         out = outputs_and_gradients(model.to(dtype), cast(inputs(3, 6, 10, dtype=dtype), dtype), {})
-        pairs = [(out[n], high[n]) for n in high if not n.endswith("ky_norm.bias")]
+        assert not out.pop("pad_token").any()  # it has no influence
+        pairs = [(out[n], high[n]) for n in out if not n.endswith("ky_norm.bias")]
         relative = [(a - b).square().sum() / b.square().sum() for a, b in pairs]
         errors.append(torch.stack(relative).mean().sqrt().item())
     assert errors[1] <= 1.2 * errors[0], errors
