@@ -75,7 +75,8 @@ def test_memory_moves_16_bytes_at_a_time(rows):
         if "half" in row["call"]:  # the second half of a head starts at 72 bytes
             assert row["loads"] > 0.45 and row["stores"] > 0.4, row
         elif row["op"] in elementwise:
-            assert row["loads"] == row["stores"] == 1, row
+            numbers = row["call"] == "tensors fwd"  # reads two more
+            assert row["stores"] == 1 and row["loads"] >= (0.85 if numbers else 1), row
         elif "bwd" in row["call"]:
             # The backward of k has rows of 576 on one warp, and reads its tables for every token.
             least = 0.49 if row["op"].startswith("qk_norm") else 0.59
@@ -83,7 +84,8 @@ def test_memory_moves_16_bytes_at_a_time(rows):
         elif row["op"] in norms:
             assert row["loads"] > 0.94 and row["stores"] > 0.94, row
         else:
-            assert row["loads"] > 0.78 and row["stores"] > 0.82, row
+            least = 0.75 if "per sample" in row["call"] else 0.78  # frequencies for every sample
+            assert row["loads"] > least and row["stores"] > 0.82, row
 
 
 def test_a_kernel_that_does_not_compile_is_reported_and_the_interpreter_refused(

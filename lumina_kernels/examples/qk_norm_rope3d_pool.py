@@ -7,5 +7,5 @@ def examples(n: Sizes) -> dict[str, dict]:
     inputs = {"v": n.heads(n.G), "grid": n.grid, "factor": 2}
     return {
         NORMS[0]: {**norm_examples(n, NORMS[0]), **inputs},
-        "masked": {**norm_examples(n, NORMS[1]), **inputs, "key_mask": n.mask(n.L)},
+        "masked": {**norm_examples(n, NORMS[0]), **inputs, "key_mask": n.mask(n.L)},
     }

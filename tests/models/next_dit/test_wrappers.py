@@ -114,7 +114,7 @@ def unwrapped(results):
 KINDS = ("non-reentrant", "reentrant", "checkpoint_wrapper", "reentrant wrapper")
 
 
-@pytest.mark.parametrize("backend", ["torch", *(name for name in BACKENDS if name != "triton")])
+@pytest.mark.parametrize("backend", [n for n in ("torch", "cpu") if n in ("torch", *BACKENDS)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_checkpointing_by_block(kind, backend):
     model = network(backend)
