@@ -15,7 +15,7 @@ from functools import partial
 import torch
 
 import lumina_kernels
-from lumina_kernels import aot, backend
+from lumina_kernels import aot
 from lumina_kernels.examples import Sizes, examples
 from lumina_kernels.ops import OPS
 
@@ -48,7 +48,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
     parser.add_argument("--repeats", type=int, default=1000)
     repeats = parser.parse_args().repeats
-    backend.DEVICES["triton"] = "cpu"  # the tensors are on the CPU here
     print(f"{'op':22}{'us':>7}{'with autograd':>15}")
     with aot.offline(90):
         for op in OPS:
