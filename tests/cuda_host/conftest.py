@@ -9,7 +9,7 @@ here = shutil.which("g++") and not torch.cuda.is_available()
 collect_ignore_glob = [] if here else ["test_*"]
 
 
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def cuda_host():
     """backend="cuda" on CPU tensors; what the kernels did there."""
     with cuda_on_host() as host:
