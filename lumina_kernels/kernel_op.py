@@ -202,9 +202,9 @@ def _without_none(results, first: Tensor):
 
 def _schema(inputs: dict, outputs: dict) -> tuple[str, str]:
     """The arguments and the results of an op, in the schema language of PyTorch."""
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [
-        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=_plain(hint))
-        for name, hint in inputs.items()
+        inspect.Parameter(name, kind, annotation=_bare_type(hint)) for name, hint in inputs.items()
     ]
     results = tuple(Tensor for _ in outputs)
 
@@ -220,11 +220,11 @@ def _schema(inputs: dict, outputs: dict) -> tuple[str, str]:
 
 
 def _is_optional(hint) -> bool:
-    return get_origin(hint) in (Union, UnionType)
+    return get_origin(hint) in (Union, UnionType) and type(None) in get_args(hint)
 
 
-def _plain(hint):
+def _bare_type(hint):
     """The type without the letters of its dimensions."""
     if _is_optional(hint):
-        return _plain(next(x for x in get_args(hint) if x is not type(None))) | None
+        return _bare_type(next(x for x in get_args(hint) if x is not type(None))) | None
     return get_args(hint)[0] if get_origin(hint) is Annotated else hint

@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(row_threads(kPieces))
   const int64_t row = row_number();
   if (row >= p.B * p.L) return;
   const int64_t b = divide(row, p.L), l = row - b * p.L;
-  const Spans spans = row_spans<kPieces, kWide>(p.D);
+  const Spans spans = column_spans<kPieces, kWide>(p.D);
   const auto load = [&](int base, Float8(&x)[kPieces]) {
     load_span(p.x.values, p.x.row(b, l), base, p.D, x);
   };
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(row_threads(kPieces))
   const int64_t number = row_number();
   if (number >= p.chunks.count()) return;
   const int D = p.chunks.D;
-  const Spans spans = row_spans<kPieces, kWide>(D);
+  const Spans spans = column_spans<kPieces, kWide>(D);
   const Global<float> partial = p.partial + number * 2 * D;
   Float8 dn_sum[kPieces], d_sum[kPieces], d[kPieces], n[kPieces];
   clear(dn_sum);

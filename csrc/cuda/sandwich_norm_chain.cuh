@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(row_threads(kPieces))
   const int64_t row = row_number();
   if (row >= p.B * p.L) return;
   const int64_t b = divide(row, p.L), l = row - b * p.L;
-  const Spans spans = row_spans<kPieces, kWide>(p.D);
+  const Spans spans = column_spans<kPieces, kWide>(p.D);
   RowSum sum;
   Float8 x[kPieces];
   const auto load_y = [&](int base, Float8(&y)[kPieces]) {
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(row_threads(kPieces))
   const int64_t number = row_number();
   if (number >= p.chunks.count()) return;
   const int D = p.chunks.D;
-  const Spans spans = row_spans<kPieces, kWide>(D);
+  const Spans spans = column_spans<kPieces, kWide>(D);
   const Global<float> partial = p.partial + number * 2 * D;
   Float8 next_sum[kPieces], unused[kPieces], gate_sum[kPieces], d[kPieces], n[kPieces];
   clear(next_sum);

@@ -61,7 +61,7 @@ def rope3d_ref(q, k, positions, inv_freq, axis):
 
 def check_rope3d(q: Tensor, k: Tensor, positions: Tensor, inv_freq: Tensor, axis: Tensor) -> None:
     """The arguments of a rotation of q, (B, L, H, K), and k, (B, L, G, K)."""
-    check_heads(q, k)
+    check_rope_heads(q, k)
     B, L, _, K = q.shape
     check_shape("positions", positions, q.device, (L, 3), (B, L, 3))
     if positions.dtype == torch.bool or positions.is_complex():
@@ -72,7 +72,7 @@ def check_rope3d(q: Tensor, k: Tensor, positions: Tensor, inv_freq: Tensor, axis
         raise TypeError(f"axis must be int32 or int64, got {axis.dtype}")
 
 
-def check_heads(q: Tensor, k: Tensor) -> None:
+def check_rope_heads(q: Tensor, k: Tensor) -> None:
     """q is (B, L, H, K) and k (B, L, G, K) with the same dtype and an even K."""
     check_axes("q", q, "B, L, H, K")
     check_axes("k", k, "B, L, G, K")

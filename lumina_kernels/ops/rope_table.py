@@ -9,7 +9,7 @@ from lumina_kernels.axes import Heads
 from lumina_kernels.backend import BEST_FIRST, resolve
 from lumina_kernels.checks import check_float
 from lumina_kernels.kernel_op import kernel_op, like
-from lumina_kernels.ops.rope3d import check_heads
+from lumina_kernels.ops.rope3d import check_rope_heads
 
 PAIRINGS = ("interleaved", "half")
 Table = Annotated[Tensor, "[B] L K"]
@@ -41,7 +41,7 @@ def rope_table(
         NotImplementedError: cos or sin requires a gradient and `backend` names a kernel, which
             differentiates q and k alone; None takes the definition then.
     """
-    check_heads(q, q if k is None else k)
+    check_rope_heads(q, q if k is None else k)
     B, L, _, K = q.shape
     check_float("cos", cos, q.device, (L, K), (B, L, K))
     check_float("sin", sin, q.device, (L, K), (B, L, K))

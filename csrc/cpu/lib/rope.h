@@ -238,7 +238,7 @@ LUMINA_INLINE void sincos(Vec x, Vec& sin, Vec& cos) {
 }
 
 // Stores kWidth values of pairs, each one twice, with the sign bits of `flip` inverted.
-LUMINA_INLINE void store_pairs(float* to, Vec values, uint64_t flip) {
+LUMINA_INLINE void store_twice(float* to, Vec values, uint64_t flip) {
   PairVec halves[2];
   std::memcpy(halves, &values, sizeof(values));
   for (int n = 0; n < 2; ++n) {
@@ -283,8 +283,8 @@ LUMINA_INLINE void make_rotation(const Angles& angles, int64_t b, int64_t l, Rot
       far_sincos(values[0], values[1], values[2], kWidth);
       sin = load(values[1]), cos = load(values[2]);
     }
-    store_pairs(rotation.cos + 2 * j, cos, 0);
-    store_pairs(rotation.sin + 2 * j, sin, flip);
+    store_twice(rotation.cos + 2 * j, cos, 0);
+    store_twice(rotation.sin + 2 * j, sin, flip);
   }
   repeat(rotation.cos, 2 * angles.pairs);
   repeat(rotation.sin, 2 * angles.pairs);

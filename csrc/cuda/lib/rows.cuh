@@ -43,13 +43,14 @@ __device__ __forceinline__ int64_t row_number() {
   return static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
 }
 
-// The spans of a row: for (base = 0; base < spans.end; base += spans.size).
+// A loop over the columns of a row, a span at a time: for (base = 0; base < spans.end; base +=
+// spans.size). It runs once where a thread's registers hold its part of the whole row.
 struct Spans {
   int end, size;
 };
 
 template <int kPieces, bool kWide>
-__device__ __forceinline__ Spans row_spans(int D) {
+__device__ __forceinline__ Spans column_spans(int D) {
   return kWide ? Spans{D, 8 * kPieces * static_cast<int>(blockDim.x)} : Spans{1, 1};
 }
 
@@ -137,7 +138,7 @@ class RowSum {
 template <bool kWide, int kPieces, class Load>
 __device__ __forceinline__ float2 norm_statistics(Load load, int D, float eps, bool layer,
                                                   RowSum& sum, Float8 (&x)[kPieces]) {
-  const Spans spans = row_spans<kPieces, kWide>(D);
+  const Spans spans = column_spans<kPieces, kWide>(D);
   float total = 0.0f, squares = 0.0f;
   if (layer || !kWide) {
     for (int base = 0; base < spans.end; base += spans.size) {

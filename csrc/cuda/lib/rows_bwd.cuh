@@ -52,7 +52,7 @@ __device__ __forceinline__ NormBwdMeans norm_bwd_means(Gradient gradient, Flush 
                                                        bool layer, RowSum& sum,
                                                        const Float8 (&d)[kPieces],
                                                        const Float8 (&n)[kPieces]) {
-  const Spans spans = row_spans<kPieces, kWide>(D);
+  const Spans spans = column_spans<kPieces, kWide>(D);
   float dn_total = 0.0f, d_total = 0.0f;
   for (int base = 0; base < spans.end; base += spans.size) {
     gradient(base);
