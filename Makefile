@@ -28,7 +28,7 @@ sample: install
 	$(BIN)/python -m lumina demo --out samples/grid.png
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .

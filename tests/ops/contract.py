@@ -29,13 +29,20 @@ COMPILED = (
     Sizes(B=5, grid=(1, 1, 6), T=9, H=8, G=4, K=22, F=26, device=DEVICE),
     Sizes(B=2, grid=(1, 1, 3), T=7, H=4, G=2, K=22, F=40, device=DEVICE),
 )
-CALLS = [
-    pytest.param(op, name, backend, id=f"{op}-{name or 'plain'}-{backend}")
-    for op in OPS
-    for name in examples(op, SIZES)
-    for backend in BACKENDS
-]
-every_call = pytest.mark.parametrize("op, name, backend", CALLS)
+CALLS = [(op, name, backend) for op in OPS for name in examples(op, SIZES) for backend in BACKENDS]
+FIRST = {op: next(iter(examples(op, SIZES))) for op in OPS}  # the calls that a model makes
+
+
+def every(calls):
+    ids = [f"{op}-{name or 'plain'}-{backend}" for op, name, backend in calls]
+    return pytest.mark.parametrize("op, name, backend", calls, ids=ids)
+
+
+every_call = every(CALLS)
+# For what PyTorch does around a kernel, whichever it is. Triton is slow in its interpreter.
+every_registration = every(
+    [call for call in CALLS if "triton" not in call or call[1] == FIRST[call[0]]]
+)
 every_op = pytest.mark.parametrize(
     "op, name", [(op, name) for op in OPS for name in examples(op, SIZES)]
 )

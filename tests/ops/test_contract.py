@@ -25,6 +25,7 @@ from contract import (
     differentiated,
     every_call,
     every_op,
+    every_registration,
     expected,
     forward,
     results,
@@ -110,7 +111,7 @@ def test_float64_is_refused(op, name, backend):
     raises(TypeError, "takes no float64", call(op, backend), inputs)
 
 
-@every_call
+@every_registration
 def test_registrations_pass_opcheck(op, name, backend):
     wrt = differentiated(op, backend)
     with Calls(with_gradient=bool(wrt)) as calls:
@@ -126,13 +127,13 @@ def test_registrations_pass_opcheck(op, name, backend):
             assert x.requires_grad == (f"d{key}" in taken), key
 
 
-@every_call
+@every_registration
 def test_one_graph_serves_all_sizes(op, name, backend):
     inputs = [arguments(op, name, sizes) for sizes in COMPILED]
     assert_compiles(call(op, backend), *inputs, wrt=differentiated(op, backend))
 
 
-@every_call
+@every_registration
 def test_copies_and_pickles(op, name, backend):
     """Copies and pickles of what holds an op, such as a model, compute the same."""
     module = torch.nn.Module()
@@ -143,7 +144,7 @@ def test_copies_and_pickles(op, name, backend):
         assert_equal_results(found, expected(op, name, backend))
 
 
-@every_call
+@every_registration
 def test_flops_are_those_of_the_definition(op, name, backend):
     """Forward and backward, as torch.utils.flop_counter counts them."""
     counts, wrt = {}, differentiated(op, backend)

@@ -15,6 +15,7 @@ from contract import (
     differentiated,
     every_call,
     every_op,
+    every_registration,
     expected,
     forward,
     results,
@@ -47,7 +48,7 @@ def test_one_output_at_a_time(op, name, backend):
         torch.testing.assert_close(total, x, rtol=1e-5, atol=1e-5, msg=key)
 
 
-@every_call
+@every_registration
 @pytest.mark.parametrize("reentrant", (False, True))
 def test_checkpointing(op, name, backend, reentrant):
     if not differentiated(op, backend):
@@ -64,7 +65,7 @@ def test_checkpointing(op, name, backend, reentrant):
     assert_equal_results(found, expected(op, name, backend))
 
 
-@every_call
+@every_registration
 def test_forward_mode(op, name, backend):
     """Through a kernel an error, also where only the registered op is called."""
     fn, primals, tangents = _forward_mode(op, name, backend)
