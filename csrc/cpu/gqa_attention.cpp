@@ -11,8 +11,8 @@
 namespace lumina_kernels::cpu::LUMINA_LEVEL {
 namespace {
 
-// For kRows rows: the weighted sums of values [channel][row], the largest score in base 2, and the
-// total of 2^(score - largest).
+// For kRows rows: the weighted sums of values [channel][row], the largest score, and the total of
+// the weights, of which the largest is 1.
 struct Sums {
   float *out, *top, *total;
 
@@ -48,24 +48,31 @@ void attend(const Attention& a, const Keys& keys, bool biased, int64_t b, int64_
       if (biased)
         add_bias(a, tile.s, kRows, 1, b, g, first + at, std::min(kRows, rows - at), tile.index,
                  count);
-      softmax<Unit>(tile.s, count, padded, biased ? 1.f : keys.scale * kLog2E, sum.top, sum.total,
+      softmax<Unit>(tile.s, count, padded, Exponent(biased ? 1.f : keys.scale), sum.top, sum.total,
                     tile.factor);
       add_product<Unit>(sum.out, tile.factor, tile.s, tile.v, padded / Unit::kPer, channels);
     }
   }
 }
 
-// Writes out = image / total + gate * text / total, transposed, and the lse of both.
+// The largest score of a row, and log2 of the total. Without a valid key they make P = 0.
+void keep_stats(float* stats, const Sums& sums, int64_t row) {
+  const bool any = sums.total[row] > 0.f;
+  stats[0] = any ? sums.top[row] : 0.f;
+  stats[1] = any ? std::log2(sums.total[row]) : INFINITY;
+}
+
+// Writes out = image / total + gate * text / total, transposed, and the statistics of both.
 void finish(const Attention& a, const Outputs& outs, int64_t b, int64_t g, int64_t first,
             int64_t rows, const Sums& image, const Sums* text) {
   alignas(64) float image_factor[kRows], text_factor[kRows], line[kMaxHeadDim + kWidth];
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t row = first + r, at = (b * a.G + g) * a.rows() + row;
     image_factor[r] = image.total[r] > 0.f ? 1.f / image.total[r] : 0.f;
-    outs.lse[at] = image.top[r] + std::log2(image.total[r]);
+    keep_stats(outs.stats + 2 * at, image, r);
     if (text == nullptr) continue;
     text_factor[r] = text->total[r] > 0.f ? a.gate[g * a.R + row % a.R] / text->total[r] : 0.f;
-    outs.text_lse[at] = text->top[r] + std::log2(text->total[r]);
+    keep_stats(outs.text_stats + 2 * at, *text, r);
   }
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t c = 0; c < a.K; ++c) {
@@ -137,15 +144,16 @@ Saved gqa_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
   Tensor out = empty_as(q);
   Tensor error = with_error ? torch::stable::new_empty(q, q.sizes(), ScalarType::Char)
                             : empty(q, {0}, ScalarType::Char);
-  Tensor lse = empty(q, {a.B, a.G, a.L, a.R}, ScalarType::Float);
-  Tensor text_lse = text_k ? empty_as(lse) : empty(q, {0}, ScalarType::Float);
-  if (out.numel() == 0) return {out, error, lse, text_lse};
+  Tensor stats = empty(q, {a.B, a.G, a.L, a.R, 2}, ScalarType::Float);
+  Tensor text_stats = text_k ? empty_as(stats) : empty(q, {0}, ScalarType::Float);
+  if (out.numel() == 0) return {out, error, stats, text_stats};
   const Outputs outs{row_of(out), with_error ? static_cast<int8_t*>(error.data_ptr()) : nullptr,
-                     static_cast<float*>(lse.data_ptr()), static_cast<float*>(text_lse.data_ptr())};
+                     static_cast<float*>(stats.data_ptr()),
+                     static_cast<float*>(text_stats.data_ptr())};
   parallel_blocks(a, a.rows(), [&](int64_t b, int64_t g, int64_t first, int64_t rows) {
     LUMINA_CALL(forward, a, outs, b, g, first, rows);
   });
-  return {out, error, lse, text_lse};
+  return {out, error, stats, text_stats};
 }
 
 }  // namespace

@@ -122,16 +122,16 @@ inline Attention attention_of(const Tensor& q, const Tensor& k, const Tensor& v,
 constexpr int64_t kMaxHeadDim = 256;
 
 struct Outputs {
-  Row out;                // (B, L, H, K)
-  int8_t* error;          // the rounding error of out, or null
-  float *lse, *text_lse;  // (B, G, L, R)
+  Row out;                    // (B, L, H, K)
+  int8_t* error;              // the rounding error of out, or null
+  float *stats, *text_stats;  // (B, G, L, R, 2)
 };
 
-// What the backward is given besides, and its results; lse and e are per row and branch.
+// What the backward is given besides, and its results; stats and e are per row and branch.
 struct Gradients : Attention {
   Rows dout, out;
   const int8_t* error;  // the rounding error of out, or null
-  const float *lse, *text_lse;
+  const float *stats, *text_stats;
   float *e, *text_e;                 // (B, G, L, R)
   Row dq, dk, dv, dtext_k, dtext_v;  // contiguous
   float* dbias;                      // (B, H, L, keys), or null

@@ -1,6 +1,6 @@
 // CPU backward of gqa_attention: one pass over blocks of rows for dq, one over blocks of keys for
-// dk and dv, so that no sum is shared by threads. Per branch, with P = 2^(s - lse) and w = 1
-// (image) or tanh(gate) (text):
+// dk and dv, so that no sum is shared by threads. Per branch, with the weights P of the
+// softmax and w = 1 (image) or tanh(gate) (text):
 //
 //   dP = dout vᵀ,  e = sum P dP = dout . (P v),  dS = w P (dP - e),
 //   dq += scale dS k,  dk = scale dSᵀ q,  dv = w Pᵀ dout,  dgate = (1 - tanh²) sum e_text
@@ -59,11 +59,11 @@ void rows_over_keys(const Gradients& a, const Keys& keys, bool is_text, bool fin
       scores<Unit>(tile.s, block.q, tile.k, units, padded);
       scores<Unit>(tile.dp, block.dout, tile.v, units, padded);
       if (biased) add_bias(a, tile.s, kRows, 1, b, g, start, some, tile.index, count);
-      const float scale = biased ? 1.f : keys.scale * kLog2E;
+      const Exponent exponent(biased ? 1.f : keys.scale);
       const RowTerms terms = is_text ? block.text : block.image;
       float* raw = !is_text && a.dbias ? tile.dp : nullptr;
-      row_gradients<Unit>(tile.s, tile.dp, count, padded, scale, terms, find_e ? terms.e : nullptr,
-                          raw);
+      row_gradients<Unit>(tile.s, tile.dp, count, padded, exponent, terms,
+                          find_e ? terms.e : nullptr, raw);
       if (raw) store_dbias(a, raw, b, g, start, some, tile.index, count);
       if (!find_e)
         add_product<Unit>(block.dq, ones, tile.s, tile.k_pairs, padded / Unit::kPer, channels);
@@ -82,18 +82,20 @@ void begin_rows(const Gradients& a, RowBlock& block, int64_t b, int64_t g, int64
                         [&](int64_t r) { return a.head(a.dout, b, g, start + r); });
   std::memset(block.dq, 0, sizeof(float) * kRows * round_up(a.K, kStep));
   for (int64_t r = 0; r < kRows; ++r) {
-    block.image.lse[r] = block.text.lse[r] = INFINITY;
-    block.image.e[r] = block.text.e[r] = block.text.weight[r] = 0.f;
+    for (const RowTerms& terms : {block.image, block.text}) {
+      terms.top[r] = terms.e[r] = terms.weight[r] = 0.f;
+      terms.total[r] = INFINITY;
+    }
     block.image.weight[r] = a.image.scale;
   }
   for (int64_t r = 0; r < some; ++r) {
     const int64_t row = start + r, at = (b * a.G + g) * a.rows() + row;
     const int8_t* error = a.error ? a.error + a.offset(b, g, row) : nullptr;
-    block.image.lse[r] = finite(a.lse[at]);
+    block.image.top[r] = a.stats[2 * at], block.image.total[r] = a.stats[2 * at + 1];
     block.image.e[r] =
         exact_product(a.head(a.dout, b, g, row), a.head(a.out, b, g, row), error, a.K);
     if (a.gate.empty()) continue;
-    block.text.lse[r] = finite(a.text_lse[at]);
+    block.text.top[r] = a.text_stats[2 * at], block.text.total[r] = a.text_stats[2 * at + 1];
     block.text.weight[r] = a.gate[g * a.R + row % a.R] * a.text.scale;
   }
 }
@@ -116,7 +118,7 @@ void row_blocks(const Gradients& a, int64_t b, int64_t g, int64_t first, int64_t
   static thread_local Scratch scratch;
   const int64_t units = units_of<Unit>(a.K), channels = round_up(a.K, kStep);
   const int64_t count = ceil_div(rows, kRows);
-  scratch.reserve(count * kRows * (2 * units + channels + 6) +
+  scratch.reserve(count * kRows * (2 * units + channels + 8) +
                   kKeys * (2 * units + channels + 2 * kRows));
   const auto take = [&](int64_t lines) { return scratch.take(kRows * lines); };
   KeyTileBwd tile{scratch.take(kKeys * units), scratch.take(kKeys * units),
@@ -130,8 +132,8 @@ void row_blocks(const Gradients& a, int64_t b, int64_t g, int64_t first, int64_t
     block = {take(units),
              take(units),
              take(channels),
-             {take(1), take(1), take(1)},
-             {take(1), take(1), take(1)}};
+             {take(1), take(1), take(1), take(1)},
+             {take(1), take(1), take(1), take(1)}};
     begin_rows<Unit>(a, block, b, g, start, some);
   });
   const auto over = [&](const Keys& keys, bool is_text, bool find_e) {
@@ -171,7 +173,8 @@ void pack_tile(const Gradients& a, RowTile& tile, bool is_text, int64_t b, int64
   pack_pairs<Unit>(tile.dout_pairs, rows, padded, a.K, dout);
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t at = (b * a.G + g) * a.rows() + first + r;
-    tile.terms.lse[r] = finite((is_text ? a.text_lse : a.lse)[at]);
+    const float* stats = (is_text ? a.text_stats : a.stats) + 2 * at;
+    tile.terms.top[r] = stats[0], tile.terms.total[r] = stats[1];
     tile.terms.e[r] = (is_text ? a.text_e : a.e)[at];
     tile.terms.weight[r] = is_text ? a.gate[g * a.R + (first + r) % a.R] : 1.f;
   }
@@ -188,8 +191,8 @@ void add_rows(const Gradients& a, KeyBlock& block, RowTile& tile, bool is_text, 
   scores<Unit>(tile.s, block.k, tile.q, units, padded);
   scores<Unit>(tile.dp, block.v, tile.dout, units, padded);
   if (biased) add_bias(a, tile.s, 1, kRows, b, g, first, rows, block.index, block.count);
-  const float scale = biased ? 1.f : (is_text ? a.text : a.image).scale * kLog2E;
-  key_gradients<Unit>(tile.s, tile.dp, rows, padded, scale, tile.terms);
+  const Exponent exponent(biased ? 1.f : (is_text ? a.text : a.image).scale);
+  key_gradients<Unit>(tile.s, tile.dp, rows, padded, exponent, tile.terms);
   add_product<Unit>(block.dv, ones, tile.s, tile.dout_pairs, padded / Unit::kPer, channels);
   add_product<Unit>(block.dk, ones, tile.dp, tile.q_pairs, padded / Unit::kPer, channels);
 }
@@ -203,7 +206,7 @@ void key_blocks(const Gradients& a, bool is_text, int64_t b, int64_t g, const in
   const int64_t units = units_of<Unit>(a.K), channels = round_up(a.K, kStep);
   std::vector<KeyBlock> blocks(ceil_div(count, kRows));
   scratch.reserve(blocks.size() * kRows * 2 * (units + channels) +
-                  kKeys * (2 * units + 2 * channels + 2 * kRows + 3));
+                  kKeys * (2 * units + 2 * channels + 2 * kRows + 4));
   const auto take = [&](int64_t lines) { return scratch.take(kRows * lines); };
   for (size_t i = 0; i < blocks.size(); ++i) {
     const int32_t* own = index + i * kRows;
@@ -222,7 +225,7 @@ void key_blocks(const Gradients& a, bool is_text, int64_t b, int64_t g, const in
                .dout_pairs = line(channels),
                .s = line(kRows),
                .dp = line(kRows),
-               .terms = {line(1), line(1), line(1)}};
+               .terms = {line(1), line(1), line(1), line(1)}};
   for (int64_t first = 0; first < a.rows(); first += kKeys) {
     const int64_t rows = std::min(kKeys, a.rows() - first), padded = round_up(rows, kStep);
     pack_tile<Unit>(a, tile, is_text, b, g, first, rows, padded);
@@ -303,9 +306,9 @@ Tensor bias_gradient(const Tensor& whole, const Tensor& bias) {
 using Grads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Grads gqa_attention_bwd(const Tensor& dout, const Tensor& out, const Tensor& error,
-                        const Tensor& lse, const Tensor& text_lse, const Tensor& q, const Tensor& k,
-                        const Tensor& v, const OptionalTensor& key_mask, double scale,
-                        const OptionalTensor& text_k, const OptionalTensor& text_v,
+                        const Tensor& stats, const Tensor& text_stats, const Tensor& q,
+                        const Tensor& k, const Tensor& v, const OptionalTensor& key_mask,
+                        double scale, const OptionalTensor& text_k, const OptionalTensor& text_v,
                         const OptionalTensor& text_mask, const OptionalTensor& text_gate,
                         const OptionalTensor& bias, bool with_dbias) {
   Gradients a{attention_of(q, k, v, key_mask, scale, text_k, text_v, text_mask, text_gate, bias)};
@@ -316,10 +319,11 @@ Grads gqa_attention_bwd(const Tensor& dout, const Tensor& out, const Tensor& err
   Tensor dbias =
       with_dbias ? torch::stable::new_zeros(q, {shape, 4}, ScalarType::Float) : nothing(q);
   if (dq.numel() > 0) {
-    const Tensor e = empty_as(lse), text_e = empty_as(text_lse);
+    const Tensor e = empty(q, {a.B, a.G, a.L, a.R}, ScalarType::Float);
+    const Tensor text_e = text_k ? empty_as(e) : nothing(q);
     a.dout = rows_of(dout), a.out = rows_of(out);
     a.error = error.numel() > 0 ? static_cast<const int8_t*>(error.data_ptr()) : nullptr;
-    a.lse = data_of(lse), a.text_lse = data_of(text_lse);
+    a.stats = data_of(stats), a.text_stats = data_of(text_stats);
     a.e = data_of(e), a.text_e = data_of(text_e);
     a.dq = row_of(dq), a.dk = row_of(dk), a.dv = row_of(dv);
     a.dtext_k = row_of(dtext_k), a.dtext_v = row_of(dtext_v);

@@ -119,26 +119,40 @@ LUMINA_INLINE void store_units(float* out, Vec first, Vec second) {
   store(out + kRows, second);
 }
 
-// s[key][row] becomes exp2(scale * s - m), in units of keys, and 0 for keys in [keys, padded).
-// Updates m, the largest score so far, and total; factor is what earlier sums have to be multiplied
-// by.
+// Scores as exponents of 2: sign * s is largest where the weight is, and `unit` is positive.
+struct Exponent {
+  float sign, unit;
+
+  // A scale of 0 makes all scores equal. So does the smallest positive number, and it keeps -inf.
+  explicit Exponent(float scale)
+      : sign(scale < 0.f ? -1.f : 1.f),
+        unit(std::max(std::abs(scale) * kLog2E, std::numeric_limits<float>::min())) {}
+};
+
+// s[key][row] becomes 2^((sign * s - top) * unit), in units of keys, and 0 for keys in [keys,
+// padded). The difference comes first: it is exact next to the largest score, where rounded
+// products would differ by more than exponents can. Updates top, the largest score so far, and
+// total; factor is what earlier sums have to be multiplied by.
 template <class Unit>
-void softmax(float* s, int64_t keys, int64_t padded, float scale, float* m, float* total,
+void softmax(float* s, int64_t keys, int64_t padded, Exponent exponent, float* tops, float* total,
              float* factor) {
   const Vec infinite = broadcast(-INFINITY);
   for (int64_t row = 0; row < kRows; row += kWidth) {
-    const Vec before = load(m + row);
+    const Vec before = load(tops + row);
     Vec top = before;
-    for (int64_t n = 0; n < keys; ++n) top = max(top, load(s + n * kRows + row) * scale);
-    store(m + row, top);
+    for (int64_t n = 0; n < keys; ++n) top = max(top, load(s + n * kRows + row) * exponent.sign);
+    store(tops + row, top);
     top = top == infinite ? Vec{} : top;  // no valid key so far
-    const Vec old = exp2_of_negative(before - top);
+    const Vec old = exp2_of_negative((before - top) * exponent.unit);
     store(factor + row, old);
     Vec sum = load(total + row) * old;
     for (int64_t n = 0; n < padded; n += 2) {
       Vec p[2] = {};
       for (int64_t i = 0; i < 2; ++i)
-        if (n + i < keys) p[i] = exp2_of_negative(load(s + (n + i) * kRows + row) * scale - top);
+        if (n + i < keys) {
+          const Vec below = load(s + (n + i) * kRows + row) * exponent.sign - top;
+          p[i] = exp2_of_negative(below * exponent.unit);
+        }
       sum += p[0] + p[1];
       store_units<Unit>(s + n / Unit::kPer * kRows + row, p[0], p[1]);
     }
@@ -146,25 +160,27 @@ void softmax(float* s, int64_t keys, int64_t padded, float scale, float* m, floa
   }
 }
 
-// What the gradient of a branch's scores needs of each row.
+// What the gradient of a branch's scores needs of each row: P = 2^((sign * s - top) * unit -
+// total).
 struct RowTerms {
-  float *lse, *e, *weight;
+  float *top, *total, *e, *weight;
 };
 
 // With vectors over rows, s becomes weight * P * (dp - e), in units of keys. Or, if `found` is
 // given, P * dp is summed into it and s stays. raw, if given, receives P * (dp - e) key by key.
 template <class Unit>
-void row_gradients(float* s, const float* dp, int64_t keys, int64_t padded, float scale,
+void row_gradients(float* s, const float* dp, int64_t keys, int64_t padded, Exponent exponent,
                    RowTerms terms, float* found, float* raw) {
   for (int64_t row = 0; row < kRows; row += kWidth) {
-    const Vec lse = load(terms.lse + row), e = load(terms.e + row);
-    const Vec weight = load(terms.weight + row);
+    const Vec top = load(terms.top + row), total = load(terms.total + row);
+    const Vec e = load(terms.e + row), weight = load(terms.weight + row);
     Vec sum{};
     for (int64_t n = 0; n < padded; n += 2) {
       Vec ds[2] = {};
       for (int64_t i = 0; i < 2 && n + i < keys; ++i) {
         const int64_t at = (n + i) * kRows + row;
-        const Vec p = exp2_of_negative(load(s + at) * scale - lse);
+        const Vec below = load(s + at) * exponent.sign - top;
+        const Vec p = exp2_of_negative(below * exponent.unit - total);
         sum += p * load(dp + at);
         ds[i] = p * (load(dp + at) - e);
         if (raw) store(raw + at, ds[i]);
@@ -178,13 +194,15 @@ void row_gradients(float* s, const float* dp, int64_t keys, int64_t padded, floa
 
 // The same with vectors over keys: s and dp become w * P and w * P * (dp - e), in units of rows.
 template <class Unit>
-void key_gradients(float* s, float* dp, int64_t rows, int64_t padded, float scale, RowTerms terms) {
+void key_gradients(float* s, float* dp, int64_t rows, int64_t padded, Exponent exponent,
+                   RowTerms terms) {
   for (int64_t key = 0; key < kRows; key += kWidth) {
     for (int64_t n = 0; n < padded; n += 2) {
       Vec p[2] = {}, ds[2] = {};
       for (int64_t i = 0; i < 2 && n + i < rows; ++i) {
         const int64_t at = (n + i) * kRows + key;
-        p[i] = terms.weight[n + i] * exp2_of_negative(load(s + at) * scale - terms.lse[n + i]);
+        const Vec below = load(s + at) * exponent.sign - terms.top[n + i];
+        p[i] = terms.weight[n + i] * exp2_of_negative(below * exponent.unit - terms.total[n + i]);
         ds[i] = p[i] * (load(dp + at) - terms.e[n + i]);
       }
       store_units<Unit>(s + n / Unit::kPer * kRows + key, p[0], p[1]);
@@ -192,9 +210,6 @@ void key_gradients(float* s, float* dp, int64_t rows, int64_t padded, float scal
     }
   }
 }
-
-// Makes P = 0 in a row without valid keys.
-LUMINA_INLINE float finite(float lse) { return lse == -INFINITY ? INFINITY : lse; }
 
 typedef int8_t ByteVec __attribute__((vector_size(LUMINA_WIDTH)));
 
@@ -300,19 +315,19 @@ void store_transposed(const float* out, int64_t count, int64_t K, float factor, 
   }
 }
 
-// Scores s[key * key_step + row * row_step] become scale * s + bias, in base 2.
+// Scores s[key * key_step + row * row_step] become scale * s + bias. Times log2(e) a bias of the
+// largest finite number, which stands for a mask, would be infinite.
 inline void add_bias(const Attention& a, float* s, int64_t key_step, int64_t row_step, int64_t b,
                      int64_t g, int64_t first, int64_t rows, const int32_t* keys, int64_t count) {
-  const float scale = a.image.scale * kLog2E;
+  const float scale = a.image.scale;
   const bool same = a.bias.h == 0 && a.bias.l == 0;  // for all rows of a key
   for (int64_t n = 0; n < count; ++n) {
     const Row key = a.bias.base + (b * a.bias.b + keys[n] * a.bias.n);
-    const float shared = same ? kLog2E * value_of(key) : 0.f;
+    const float shared = same ? value_of(key) : 0.f;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t l = (first + r) / a.R, h = g * a.R + (first + r) % a.R;
       float& score = s[n * key_step + r * row_step];
-      score =
-          score * scale + (same ? shared : kLog2E * value_of(key + (h * a.bias.h + l * a.bias.l)));
+      score = score * scale + (same ? shared : value_of(key + (h * a.bias.h + l * a.bias.l)));
     }
   }
 }

@@ -1,7 +1,6 @@
 // CUDA launcher of gqa_attention.
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <utility>
 
 #include "cuda/gqa_attention.cuh"
@@ -43,9 +42,7 @@ AttentionKeys<T> keys_of(const Tensor& k, const Tensor& v, const OptionalTensor&
                          double scale) {
   AttentionKeys<T> keys{heads_of<T>(k), heads_of<T>(v)};
   keys.count = static_cast<int>(k.size(1));
-  // A scale of 0 makes all scores equal. The smallest positive number does so too, and keeps -inf.
-  keys.scale = std::max(static_cast<float>(std::abs(scale) * 1.4426950408889634),
-                        std::numeric_limits<float>::min());
+  keys.scale = static_cast<float>(std::abs(scale));
   keys.vectors = takes_vectors(k) && takes_vectors(v) && k.size(3) % 8 == 0;
   if (mask) {
     keys.mask = pointer_to<const uint8_t>(*mask);
@@ -65,7 +62,7 @@ AttentionBias bias_of(const OptionalTensor& bias) {
 
 template <class T>
 AttentionFwdParams<T> arguments(const Inputs& x, const Saved& outs) {
-  const auto& [out, error, lse, text_lse] = outs;
+  const auto& [out, error, stats, text_stats] = outs;
   const int64_t L = x.q.size(1), H = x.q.size(2), G = x.k.size(2), K = x.q.size(3);
   AttentionFwdParams<T> p{};
   p.q = heads_of<T>(x.q);
@@ -75,13 +72,13 @@ AttentionFwdParams<T> arguments(const Inputs& x, const Saved& outs) {
   if (p.text) {
     const double scale = 1 / std::sqrt(static_cast<double>(K));
     p.keys[1] = keys_of<T>(*x.text_k, *x.text_v, x.text_mask, scale);
-    p.text_lse = pointer_to<float>(text_lse);
+    p.text_stats = pointer_to<float>(text_stats);
   }
   p.gate = values_of(x.text_gate);
   p.bias = bias_of(x.bias);
   p.out = pointer_to<T>(out);
   if (error.numel() > 0) p.error = pointer_to<uint8_t>(error);
-  p.lse = pointer_to<float>(lse);
+  p.stats = pointer_to<float>(stats);
   p.L = static_cast<int>(L), p.G = static_cast<int>(G), p.R = static_cast<int>(H / G);
   p.K = static_cast<int>(K), p.rows = p.L * p.R;
   p.q_vectors = takes_vectors(x.q);
@@ -114,13 +111,13 @@ void launch_mma(const Inputs& x, const Saved& outs) {
   }
 }
 
-// out, its error, lse and text_lse; empty if not wanted.
+// out, its error, and the statistics of both softmaxes; empty if not wanted.
 Saved outputs_of(const Tensor& q, int64_t G, bool text, bool with_error) {
   const int64_t B = q.size(0), L = q.size(1), H = q.size(2), K = q.size(3);
-  const Tensor lse = empty(q, {B, G, L, H / G}, ScalarType::Float);
+  const Tensor stats = empty(q, {B, G, L, H / G, 2}, ScalarType::Float);
   return {empty(q, {B, L, H, K}, q.scalar_type()),
           with_error ? empty(q, {B, L, H, K}, ScalarType::Char) : empty(q, {0}, ScalarType::Char),
-          lse, text ? empty_as(lse) : empty(q, {0}, ScalarType::Float)};
+          stats, text ? empty_as(stats) : empty(q, {0}, ScalarType::Float)};
 }
 
 void check_sizes(const Inputs& x) {

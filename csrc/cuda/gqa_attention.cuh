@@ -30,10 +30,10 @@ constexpr double attention_useful_fraction(int K) {
   return 2.0 * K / static_cast<double>(16 * ceil_div(size, 16) + size);
 }
 
-// Divides a warp's sums of one softmax by its total, applies the gate, and writes the lse.
+// Divides a warp's sums of one softmax by its total, applies the gate, and writes its statistics.
 template <class Warp>
 __device__ __forceinline__ void finish_softmax(Warp& warp, const AttentionFwdParams<uint16_t>& p,
-                                               const Values& gate, Global<float> lse) {
+                                               const Values& gate, Global<float> stats) {
   const AttentionPlace<uint16_t> at(p, Warp::Tile::kRows);
   const int lane = lane_index();
   const int first_row = at.first_row + thread_index() / 32 * Warp::Tile::kWarpRows;
@@ -45,7 +45,7 @@ __device__ __forceinline__ void finish_softmax(Warp& warp, const AttentionFwdPar
       softmax.total += __shfl_xor_sync(kAllLanes, softmax.total, 1);
       softmax.total += __shfl_xor_sync(kAllLanes, softmax.total, 2);
       const int row = first_row + 16 * m + 8 * i + lane / 4;
-      if (row < at.p.rows && lane % 4 == 0) lse[at.sum(row)] = softmax.lse();
+      if (row < at.p.rows && lane % 4 == 0) softmax.keep(stats + 2 * at.sum(row));
       float weight = 1.0f;
       if (is_there(gate)) weight = row < at.p.rows ? tanhf(load1(gate, at.head(row))) : 0.0f;
       const float factor = softmax.factor(weight);
@@ -153,8 +153,8 @@ LaunchConfig gqa_attention_config(int64_t heads, int64_t rows, bool text) {
           Tile::shared_bytes(text)};
 }
 
-// out = P v + tanh(gate) P_t v_t,  P = 2^(s - lse),  lse = log2 sum 2^s,
-// s = (scale q kᵀ + bias) log2(e) over the valid keys. Without any, lse is -inf and P is 0.
+// out = P v + tanh(gate) P_t v_t,  P = softmax(scale q kᵀ + bias) over the valid keys, or 0 without
+// any.
 //
 // One barrier per tile: once all threads have reached it, the tile has arrived and nobody reads the
 // previous one, whose place the next tile may take during the computation with this one.
@@ -197,12 +197,12 @@ __global__ void __launch_bounds__(kAttentionThreads, AttentionTile<kHeadDim, kBi
       const bool biased = kBias && branch == 0;
       if (biased) warp.add_bias(p.bias, at, first_row(), first, keys.count, keys.scale);
       if (bits != walk.kFull) warp.mask(bits);
-      warp.exponentials(biased ? 1.0f : keys.scale);
+      warp.exponentials(biased ? kLog2E : keys.unit());
       warp.multiply_values(tile + Tile::kElements);
     }
     const Shared<float> sums = as_shared<float>(tiles + Tile::kSumElements);
     finish_softmax(warp, p, branch == 0 ? Values{nullptr, Dtype::kFloat, false} : p.gate,
-                   branch == 0 ? p.lse : p.text_lse);
+                   branch == 0 ? p.stats : p.text_stats);
     if (!p.text) break;
     if (branch == 0) {
       keep_sums<false>(warp, sums);

@@ -54,16 +54,19 @@ struct AttentionFloatWarp {
     }
   }
 
-  // scores become 2^(scale * score + bias - top), or 0 if not `valid`; out is rescaled.
+  // scores become weights, or 0 if not `valid`; out is rescaled.
   __device__ __forceinline__ void exponentials(const AttentionPlace<float>& at, int first_row,
-                                               int key, bool valid, float scale, bool biased) {
+                                               int key, bool valid, float sign,
+                                               const AttentionKeys<float>& keys, bool biased) {
     const AttentionBias& bias = at.p.bias;
+    const float scale = biased ? sign * keys.scale : sign;
+    const float unit = biased ? kLog2E : keys.unit();
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       float score = scores[r] * scale;
       if (biased && valid && first_row + r < at.p.rows) {
         const int64_t i = at.start(bias, first_row + r) + key * bias.step_key;
-        score += load1(bias.values, i) * kLog2E;
+        score += load1(bias.values, i);
       }
       if (!valid) score = kMinusInfinity;
       float largest = score;
@@ -71,8 +74,8 @@ struct AttentionFloatWarp {
       for (int bit = 16; bit > 0; bit /= 2) {
         largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, bit));
       }
-      const float factor = softmax[r].rise(largest);
-      scores[r] = exp2_approx(score - softmax[r].shift());
+      const float factor = softmax[r].rise(largest, unit);
+      scores[r] = exp2_approx((score - softmax[r].shift()) * unit);
       softmax[r].total = softmax[r].total * factor + scores[r];
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) out[r][c] *= factor;
@@ -110,12 +113,12 @@ struct AttentionFloatWarp {
   // out becomes the result of the image or, for the text, the gated result of both.
   __device__ __forceinline__ void finish(const AttentionPlace<float>& at, int first_row,
                                          bool text) {
-    const Global<float> lse = text ? at.p.text_lse : at.p.lse;
+    const Global<float> stats = text ? at.p.text_stats : at.p.stats;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       softmax[r].total = warp_sum(softmax[r].total);
       const int row = first_row + r;
-      if (row < at.p.rows && lane == 0) lse[at.sum(row)] = softmax[r].lse();
+      if (row < at.p.rows && lane == 0) softmax[r].keep(stats + 2 * at.sum(row));
       float weight = 1.0f;
       if (text) weight = row < at.p.rows ? tanhf(load1(at.p.gate, at.head(row))) : 0.0f;
       const float factor = softmax[r].factor(weight);
@@ -180,7 +183,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
 #pragma unroll 1
   for (int branch = 0; branch < (p.text ? 2 : 1); ++branch) {
     const AttentionKeys<float>& keys = p.keys[branch];
-    const float scale = branch == 0 && p.negative ? -keys.scale : keys.scale;
+    const float sign = branch == 0 && p.negative ? -1.0f : 1.0f;
     warp.clear();
     KeyWalk<Tile::kKeys> walk;
     while (walk.next(keys, at.b)) {
@@ -196,7 +199,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
       if (first_row >= p.rows) continue;
       warp.multiply_keys(queries, tiles, p.K);
       const bool valid = (walk.bits >> warp.lane & 1) != 0;
-      warp.exponentials(at, first_row, walk.first + warp.lane, valid, scale,
+      warp.exponentials(at, first_row, walk.first + warp.lane, valid, sign, keys,
                         branch == 0 && p.bias.values.data != nullptr);
       warp.multiply_values(weights, tiles + Tile::kValues);
     }

@@ -32,9 +32,13 @@ struct AttentionKeys {
   Global<const uint8_t> mask;  // (B, count), null if all keys are valid
   int64_t mask_step;           // from sample to sample
   int count;
-  float scale;   // of the scores, for base 2; positive
+  float scale;   // of the scores, without its sign
   bool vectors;  // every head of k and v starts at a multiple of 16 bytes, and K is a multiple of 8
   bool mask_vectors;  // every sample's mask starts at a multiple of 16 bytes
+
+  // What exponents of 2 are in units of scores. A scale of 0 makes all scores equal. So does the
+  // smallest positive number, and it keeps -inf.
+  __device__ __forceinline__ float unit() const { return fmaxf(scale * kLog2E, 0x1p-126f); }
 };
 
 // Added to the scores: bias(b, h, l, key). A step is 0 where the bias is broadcast.
@@ -49,9 +53,9 @@ struct AttentionFwdParams {
   AttentionKeys<T> keys[2];  // of the image, and of the text if `text`
   Values gate;               // (H,)
   AttentionBias bias;
-  Global<T> out;                // (B, L, H, K)
-  Global<uint8_t> error;        // the rounding error of out, int8, or null
-  Global<float> lse, text_lse;  // (B, G, L, R)
+  Global<T> out;                    // (B, L, H, K)
+  Global<uint8_t> error;            // the rounding error of out, int8, or null
+  Global<float> stats, text_stats;  // (B, G, L, R, 2)
   int L, G, R, K;
   int rows, row_blocks;  // L * R rows of a kv head, and the blocks they take
   bool q_vectors;        // every head of q starts at a multiple of 16 bytes
@@ -148,24 +152,29 @@ struct KeyWalk {
   }
 };
 
-// --- online softmax of a row, in base 2 ---
+// --- online softmax of a row ---
 
-// A row's scores so far: `top` is the largest, and `total` is this thread's part of the sum of
-// 2^(score - top).
+// A row's scores so far: `top` is the largest, and `total` is this thread's part of the sum of the
+// weights 2^((score - top) * unit). The difference comes first: it is exact next to the largest
+// score, where rounded products would differ by more than exponents can.
 struct RowSoftmax {
   float top = kMinusInfinity, total = 0.0f;
 
   // Includes the largest new score, and returns the factor by which earlier sums have to be
   // multiplied.
-  __device__ __forceinline__ float rise(float largest) {
+  __device__ __forceinline__ float rise(float largest, float unit) {
     const float before = top;
     top = fmaxf(top, largest);
-    return exp2_approx(before - shift());
+    return exp2_approx((before - shift()) * unit);
   }
   // What to subtract from a score: something finite as long as no key was valid.
   __device__ __forceinline__ float shift() const { return top == kMinusInfinity ? 0.0f : top; }
-  // These two once `total` has been summed over threads.
-  __device__ __forceinline__ float lse() const { return top + log2f(total); }
+  // These two once `total` has been summed over threads. What is kept makes weights of 0 in a row
+  // without a valid key.
+  __device__ __forceinline__ void keep(Global<float> stats) const {
+    stats[0] = total > 0.0f ? top : 0.0f;
+    stats[1] = total > 0.0f ? log2f(total) : -kMinusInfinity;
+  }
   __device__ __forceinline__ float factor(float weight) const {
     return total > 0.0f ? weight / total : 0.0f;
   }

@@ -209,7 +209,7 @@ struct AttentionWarp {
     }
   }
 
-  // scores = scale * scores + bias, in base 2.
+  // scores = scale * scores + bias
   __device__ __forceinline__ void add_bias(const AttentionBias& bias, const Place& at,
                                            int first_row, int first_key, int count, float scale) {
     const int lane = lane_index();
@@ -227,7 +227,7 @@ struct AttentionWarp {
             const int key = first_key + 8 * n + lane % 4 * 2 + e;
             float& score = scores[m][n][2 * i + e];
             score *= scale;
-            if (key < end) score += load1(bias.values, start + key * bias.step_key) * kLog2E;
+            if (key < end) score += load1(bias.values, start + key * bias.step_key);
           }
         }
       }
@@ -251,8 +251,8 @@ struct AttentionWarp {
     }
   }
 
-  // scores become 2^(scale * score - top); out is rescaled to the new top.
-  __device__ __forceinline__ void exponentials(float scale) {
+  // scores become weights 2^((score - top) * unit); out is rescaled to the new top.
+  __device__ __forceinline__ void exponentials(float unit) {
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
@@ -265,13 +265,13 @@ struct AttentionWarp {
         }
         largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 1));
         largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 2));
-        const float factor = row.rise(largest * scale), shift = row.shift();
+        const float factor = row.rise(largest, unit), shift = row.shift();
         row.total *= factor;
 #pragma unroll
         for (int n = 0; n < kKeyTiles; ++n) {
 #pragma unroll
           for (int e = 2 * i; e < 2 * i + 2; ++e) {
-            scores[m][n][e] = exp2_approx(fmaf(scores[m][n][e], scale, -shift));
+            scores[m][n][e] = exp2_approx((scores[m][n][e] - shift) * unit);
             row.total += scores[m][n][e];
           }
         }

@@ -24,7 +24,7 @@ MAX_HEAD_DIM = 256
 Keys, KeyMask = Annotated[Tensor, "B M H K"], Annotated[Tensor, "B M"]
 Text, TextMask = Annotated[Tensor, "B T H K"], Annotated[Tensor, "B T"]
 Gate, Bias = Annotated[Tensor, "H"], Annotated[Tensor, "[B] [H] [L] [M]"]
-Lse = Annotated[Tensor, "B H L R"]
+SoftmaxStats = Annotated[Tensor, "B H L R S"]
 
 
 def gqa_attention(
@@ -66,10 +66,15 @@ def gqa_attention(
     with_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in floats)
     backend = _resolve(backend, floats, with_grad)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    inputs = q, k, v, key_mask, scale, text_k, text_v, text_mask, text_gate, bias
     if backend == "torch":
-        return gqa_attention_ref(*inputs)
-    return gqa_attention_fwd(*inputs, with_grad, backend)[0]
+        return gqa_attention_ref(
+            q, k, v, key_mask, scale, text_k, text_v, text_mask, text_gate, bias
+        )
+    if abs(scale) > 2.0**126:  # the kernels' scale * log2(e) would be infinite
+        k, scale = k * 4, scale / 4
+    return gqa_attention_fwd(
+        q, k, v, key_mask, scale, text_k, text_v, text_mask, text_gate, bias, with_grad, backend
+    )[0]
 
 
 def gqa_attention_ref(
@@ -149,25 +154,27 @@ def _check_text(q, k, text_k, text_v, text_mask, text_gate) -> None:
     check_mask("text_mask", text_mask, q.device, shape[:2])
 
 
-@kernel_op("out error lse text_lse", over="B L H")
+@kernel_op("out error stats text_stats", over="B L H")
 def gqa_attention_fwd(
     q: Heads, k: Keys, v: Keys, key_mask: KeyMask | None, scale: float, text_k: Text | None,
     text_v: Text | None, text_mask: TextMask | None, text_gate: Gate | None, bias: Bias | None,
     with_error: bool,
-) -> tuple[Heads, Heads, Lse, Lse]:  # fmt: skip
+) -> tuple[Heads, Heads, SoftmaxStats, SoftmaxStats]:  # fmt: skip
     """error: the rounding error of a 16-bit output, int8; empty for float32, or if not wanted.
-    lse, text_lse: log2 of the sum of exponentials of a row's scores, -inf for a row without a valid
-    key; text_lse is empty without text."""
+    stats, text_stats: of each row the largest of sign(scale) q kᵀ or, with a bias, of scale q kᵀ +
+    bias; and log2 of the sum of weights of which the largest is 1. (0, inf) for a row without a
+    valid key; text_stats is empty without text."""
     (B, L, H, _), G = q.shape, k.shape[2]
-    lse = q.new_empty((B, G, L, H // G), dtype=torch.float32)
+    stats = q.new_empty((B, G, L, H // G, 2), dtype=torch.float32)
     error = q.new_empty(q.shape if with_error and q.itemsize == 2 else 0, dtype=torch.int8)
-    return q.new_empty(q.shape), error, lse, None if text_k is None else lse.new_empty(lse.shape)
+    text_stats = None if text_k is None else stats.new_empty(stats.shape)
+    return q.new_empty(q.shape), error, stats, text_stats
 
 
 @gqa_attention_fwd.backward("dq dk dv dtext_k dtext_v dtext_gate dbias")
 def gqa_attention_bwd(
-    dout, out, error, lse, text_lse, q, k, v, key_mask, scale, text_k, text_v, text_mask, text_gate,
-    bias, needs_bias,
+    dout, out, error, stats, text_stats, q, k, v, key_mask, scale, text_k, text_v, text_mask,
+    text_gate, bias, needs_bias,
 ):  # fmt: skip
     return like(q, k, v, text_k, text_v, text_gate, bias if needs_bias else None)
 
@@ -180,6 +187,6 @@ def gqa_attention_flops(q, k, v, key_mask, scale, text_k, *rest, **kwargs) -> in
 
 
 @gqa_attention_bwd.flops
-def gqa_attention_bwd_flops(dout, out, error, lse, text_lse, *inputs, **kwargs) -> int:
+def gqa_attention_bwd_flops(dout, out, error, stats, text_stats, *inputs, **kwargs) -> int:
     """Twice the forward's. The recomputation of the scores is not counted."""
     return 2 * gqa_attention_flops(*inputs)

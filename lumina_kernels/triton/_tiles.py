@@ -277,6 +277,15 @@ def scale_by(tile, factor):
 
 
 @triton.jit
+def negate(tile):
+    """-tile"""
+    out = ()
+    for n in tl.static_range(len(tile)):
+        out = out + (-tile[n],)
+    return out
+
+
+@triton.jit
 def select(tile, valid):
     """The tile where `valid`, a number or (M, 1), else zeros; all of it for None. A selection, as
     what is not valid may be NaN."""

@@ -6,7 +6,6 @@ a processor. warp_specialize does not compile there with 4 warps and does nothin
 3.9).
 """
 
-import math
 from functools import cache
 from typing import NamedTuple
 
@@ -24,45 +23,43 @@ from lumina_kernels.triton.gqa_attention_bwd import (
 )
 from lumina_kernels.triton.gqa_attention_fwd import gqa_attention_fwd_kernel
 
-LOG2E = math.log2(math.e)
-
 
 def gqa_attention_fwd(
     q, k, v, key_mask, scale, text_k, text_v, text_mask, text_gate, bias, with_error
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out (B, L, H, K); its rounding error, int8; and for each branch log2 of the sum of the
-    exponentials of a row, (B, G, L, R) float32.
+    """out (B, L, H, K); its rounding error, int8; and for each branch the largest score of a row
+    and log2 of the total of its weights, (B, G, L, R, 2) float32.
 
     Empty: the error unless it is wanted and out has 16 bits; the second branch without text."""
     B, L, H, K = q.shape
     G, L_kv = k.shape[2], k.shape[1]
     out = q.new_empty(q.shape)
-    lse = q.new_empty((B, G, L, H // G), dtype=torch.float32)
-    text_lse = lse.new_empty(0 if text_k is None else lse.shape)
+    stats = q.new_empty((B, G, L, H // G, 2), dtype=torch.float32)
+    text_stats = stats.new_empty(0 if text_k is None else stats.shape)
     with_error = with_error and q.itemsize == 2
     error = q.new_empty(q.shape if with_error else 0, dtype=torch.int8)
     if out.numel() == 0:
-        return out, error, lse, text_lse
+        return out, error, stats, text_stats
     heads, unit = in_units(*map(heads_of, (q, k, v, text_k, text_v)))
     q, k, v, text_k, text_v = heads
-    tokens = _branch(k, v, key_mask, scale * LOG2E)
-    text = _branch(text_k, text_v, text_mask, K**-0.5 * LOG2E)
+    tokens = _branch(k, v, key_mask, abs(scale))
+    text = _branch(text_k, text_v, text_mask, K**-0.5)
     options = _options("fwd", K, out.dtype, bias is not None, _has_two_layouts(tokens))
 
     def launch(options):
         grid = (blocks(L * H // G, options["BLOCK_M"]) * G * B,)
         gqa_attention_fwd_kernel[grid](
             q, tokens, text, text_gate, _bias(bias, (B, H, L, L_kv)),
-            out, error if with_error else None, lse, text_lse, L, G,
-            R=H // G, UNIT=unit, POSITIVE=scale >= 0, **options,
+            out, error if with_error else None, stats, text_stats, L, G,
+            R=H // G, UNIT=unit, NEGATIVE=scale < 0, **options,
         )  # fmt: skip
 
     launch(_searched("fwd", options, launch, out, L_kv) if AUTOTUNE else options)
-    return out, error, lse, text_lse
+    return out, error, stats, text_stats
 
 
 def gqa_attention_bwd(
-    dout, out, error, lse, text_lse, q, k, v, key_mask, scale, text_k, text_v, text_mask,
+    dout, out, error, stats, text_stats, q, k, v, key_mask, scale, text_k, text_v, text_mask,
     text_gate, bias, with_dbias,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """dq, dk, dv, dtext_k, dtext_v, dtext_gate, dbias; None for None and for dbias unless wanted.
@@ -76,7 +73,8 @@ def gqa_attention_bwd(
     dq, dk, dv, dtext_k, dtext_v = (
         None if x is None else x.new_empty(x.shape) for x in (q, k, v, text_k, text_v)
     )
-    delta, text_delta = (torch.empty_like(x) for x in (lse, text_lse))
+    delta = stats.new_empty(stats.shape[:-1])
+    text_delta = delta.new_empty(0 if text_k is None else delta.shape)
     dbias = None
     if with_dbias:
         whole = bias.shape == (B, H, L, L_kv)
@@ -97,7 +95,7 @@ def gqa_attention_bwd(
         def launch_dq(options):
             grid = (blocks(L * H // G, options["BLOCK_M"]) * G * B,)
             gqa_attention_dq_kernel[grid](
-                *given, out, error if error.numel() else None, lse, text_lse,
+                *given, out, error if error.numel() else None, stats, text_stats,
                 dq, delta, text_delta, dbias, L, G, **constants, **options,
             )  # fmt: skip
 
@@ -107,7 +105,7 @@ def gqa_attention_bwd(
         def launch_dkv(options):
             tiles = blocks(L_kv, options["BLOCK_N"]) + blocks(T, options["BLOCK_N"])
             gqa_attention_dkv_kernel[(tiles * G * B,)](
-                *given, lse, text_lse, delta, text_delta, dk, dv, dtext_k, dtext_v, L, G,
+                *given, stats, text_stats, delta, text_delta, dk, dv, dtext_k, dtext_v, L, G,
                 **constants, **options,
             )  # fmt: skip
 

@@ -1,6 +1,6 @@
 """Backward kernels of gqa_attention: one over query rows, one over keys; nothing is atomic.
 
-Per branch, with P = exp2(s - lse) and w = 1 (self) or tanh(gate) (text):
+Per branch, with the weights P of the softmax and w = 1 (self) or tanh(gate) (text):
 
     dP = dout vᵀ,  e = sum P dP = dout . (P v),  dS = w P (dP - e),
     dq += scale dS k,  dk = scale dSᵀ q,  dv = w Pᵀ dout,  dgate = (1 - tanh²) sum e_text
@@ -12,7 +12,7 @@ not shrink with the number of keys, while dq itself does: 7 % of dq in bfloat16 
 mean is as large as their deviation, 0.2 % with 8 more bits of out. So the forward keeps those bits
 where there will be a backward.
 
-Kept besides inputs and output: those 8 bits a value (16-bit dtypes only) and two lse a row.
+Kept besides inputs and output: those 8 bits a value (16-bit dtypes only) and four numbers a row.
 """
 
 import triton
@@ -31,24 +31,24 @@ from lumina_kernels.triton._tiles import (
     zeros,
 )
 from lumina_kernels.triton.gqa_attention_walk import (
-    LOG2E,
     bias_tile,
     keys_of,
     load_keys,
-    load_lse,
     load_queries,
+    load_stats,
     program_block,
     row_numbers,
     tanh_gate,
     valid_keys,
     walk_tiles,
+    weights_of,
 )
 
 
 @triton.jit
 def gqa_attention_dq_kernel(
     dout, q, tokens, text, text_gate_ptr, bias,  # as in the forward, but the scales as they are
-    out_ptr, error_ptr, lse_ptr, text_lse_ptr,
+    out_ptr, error_ptr, stats_ptr, text_stats_ptr,
     dq_ptr, delta_ptr, text_delta_ptr,  # (B, L, H, K); e of both branches, (B, G, L, R)
     dbias_ptr,  # (B, H, L, L_kv) zeros, or None
     L, G, K: tl.constexpr, KS: tl.constexpr, R: tl.constexpr, UNIT: tl.constexpr,
@@ -72,8 +72,8 @@ def gqa_attention_dq_kernel(
 
     if text_gate_ptr is not None:
         keys = keys_of(text, b, g, UNIT)
-        text_lse = load_lse(text_lse_ptr, stats, exist)
-        text_context = (q_tile, dout_tile, keys, text_lse, text[4] * LOG2E, None, where)
+        text_stats = load_stats(text_stats_ptr, stats, exist)
+        text_context = (q_tile, dout_tile, keys, text_stats, text[4], None, where)
         e = walk_tiles(
             _add_delta, tl.zeros((BLOCK_M,), tl.float32), text_context,
             text[2], b, text[3], K, KS, R, EDGE, EDGE, SCAN,
@@ -83,10 +83,11 @@ def gqa_attention_dq_kernel(
         delta -= gate * e
 
     tl.store(delta_ptr + stats, delta, mask=exist)
-    lse = load_lse(lse_ptr, stats, exist)
     keys = keys_of(tokens, b, g, UNIT)
     scale = tokens[4]
-    context = (q_tile, dout_tile, keys, lse, scale * LOG2E, bias, where)
+    context = (
+        q_tile, dout_tile, keys, load_stats(stats_ptr, stats, exist), scale, bias, where,
+    )  # fmt: skip
     acc = walk_tiles(
         _add_dq, zeros(((0, BLOCK_M),), KS), (context, delta, None, dbias_ptr, G),
         tokens[2], b, tokens[3], K, KS, R, BLOCK_N, EDGE, SCAN,
@@ -123,15 +124,15 @@ def _weights(
     inside = None
     if MASKED:
         inside = columns < tile[2]
-    q, dout, keys, lse, scale_log2, bias, where = context
+    q, dout, keys, stats, scale, bias, where = context
     k, v = keys
     k = load_keys(k, tile[1], inside, BLOCK, K, KS)
-    s = dot_rows(q, k) * scale_log2
+    added = None
     if bias is not None:
         b, g, rows, n_rows = where
         exist = (rows < n_rows)[:, None] & (columns < tile[2])[None, :]
-        s += bias_tile(bias, b, g, rows[:, None], columns[None, :], exist, R)
-    p = tl.exp2(s - lse[:, None])
+        added = bias_tile(bias, b, g, rows[:, None], columns[None, :], exist, R)
+    p = weights_of(dot_rows(q, k), stats[0][:, None], stats[1][:, None], scale, added)
     return p, dot_rows(dout, load_keys(v, tile[1], inside, BLOCK, K, KS)), k
 
 
@@ -180,7 +181,7 @@ def _add_dq(
 @triton.jit
 def gqa_attention_dkv_kernel(
     dout, q, tokens, text, text_gate_ptr, bias,  # as for dq
-    lse_ptr, text_lse_ptr, delta_ptr, text_delta_ptr,
+    stats_ptr, text_stats_ptr, delta_ptr, text_delta_ptr,
     dk_ptr, dv_ptr, dtext_k_ptr, dtext_v_ptr,  # (B, L_kv, G, K), (B, T, G, K)
     L, G, K: tl.constexpr, KS: tl.constexpr, R: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -193,19 +194,19 @@ def gqa_attention_dkv_kernel(
     if block < text_blocks:
         if text_gate_ptr is not None:
             _dkv(
-                dout, q, text, None, text_gate_ptr, text_lse_ptr, text_delta_ptr, dtext_k_ptr,
+                dout, q, text, None, text_gate_ptr, text_stats_ptr, text_delta_ptr, dtext_k_ptr,
                 dtext_v_ptr, block, b, g, G, L * R, K, KS, R, UNIT, BLOCK_M, BLOCK_N,
             )  # fmt: skip
     else:
         _dkv(
-            dout, q, tokens, bias, None, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+            dout, q, tokens, bias, None, stats_ptr, delta_ptr, dk_ptr, dv_ptr,
             block - text_blocks, b, g, G, L * R, K, KS, R, UNIT, BLOCK_M, BLOCK_N,
         )  # fmt: skip
 
 
 @triton.jit
 def _dkv(
-    dout, q, branch, bias, gate_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, block, b, g, G, n_rows,
+    dout, q, branch, bias, gate_ptr, stats_ptr, delta_ptr, dk_ptr, dv_ptr, block, b, g, G, n_rows,
     K: tl.constexpr, KS: tl.constexpr, R: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -232,12 +233,12 @@ def _dkv(
         rows = start + tl.arange(0, BLOCK_M)
         exist = rows < n_rows
         q_tile = load_queries(q, start, exist, b, g, R, UNIT, BLOCK_M, K, KS)
-        lse = load_lse(lse_ptr, stats + rows, exist)
-        s = dot_rows(k_tile, q_tile) * (scale * LOG2E)
+        top, total = load_stats(stats_ptr, stats + rows, exist)
+        added = None
         if bias is not None:
             both = inside[:, None] & exist[None, :]
-            s += bias_tile(bias, b, g, rows[None, :], columns[:, None], both, R)
-        p = tl.exp2(s - lse[None, :])
+            added = bias_tile(bias, b, g, rows[None, :], columns[:, None], both, R)
+        p = weights_of(dot_rows(k_tile, q_tile), top[None, :], total[None, :], scale, added)
         if gate_ptr is not None:
             p *= tanh_gate(gate_ptr, g * R + rows % R)[None, :]
         dout_tile = load_queries(dout, start, exist, b, g, R, UNIT, BLOCK_M, K, KS)

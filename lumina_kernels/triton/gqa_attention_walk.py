@@ -178,20 +178,34 @@ def _scan_mask(mask_ptr, first, n_keys, BLOCK: tl.constexpr, SCAN: tl.constexpr)
 
 @triton.jit
 def bias_tile(bias, b, g, rows, keys, mask, R: tl.constexpr):
-    """Bias times log2(e) of some rows and keys, given as (M, 1) and (1, N) or transposed; zeros
+    """Bias of some rows and keys, given as (M, 1) and (1, N) or transposed; zeros
     outside `mask`. bias: (pointer, stride of b, of h, of l, of the key)."""
     ptr, stride_b, stride_h, stride_l, stride_key = bias
     ptr += b * stride_b + g * R * stride_h
     ptrs = ptr + (rows // R).to(tl.int64) * stride_l + (rows % R).to(tl.int64) * stride_h
     values = tl.load(ptrs + keys.to(tl.int64) * stride_key, mask=mask, other=0.0)
-    return values.to(tl.float32) * LOG2E
+    return values.to(tl.float32)
 
 
 @triton.jit
-def load_lse(lse_ptr, rows, mask):
-    """lse of some rows; +inf, which makes P = 0, for rows without a key and outside `mask`."""
-    lse = tl.load(lse_ptr + rows, mask=mask, other=float("inf"))
-    return tl.where(lse == -float("inf"), float("inf"), lse)
+def load_stats(ptr, rows, mask):
+    """The largest score of some rows, and log2 of the total of their weights; inf, which makes
+    P = 0, outside `mask`."""
+    top = tl.load(ptr + 2 * rows, mask=mask, other=0.0)
+    return top, tl.load(ptr + 2 * rows + 1, mask=mask, other=float("inf"))
+
+
+@triton.jit
+def weights_of(s, top, total, scale, bias):
+    """Softmax of products s = q kᵀ by the statistics of their rows; bias: a tile, or None.
+
+    Here a product may be a little larger than the largest one was in the forward, where tensor
+    cores added it up in another order."""
+    if bias is None:
+        exponents = (s - tl.where(scale < 0, -top, top)) * (scale * LOG2E)
+    else:
+        exponents = (s * scale + bias - top) * LOG2E
+    return tl.exp2(tl.minimum(exponents, 0.0) - total)
 
 
 @triton.jit

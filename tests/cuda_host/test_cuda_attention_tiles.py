@@ -10,13 +10,12 @@ from common import DTYPES, assert_as_accurate, cast, randn
 from cuda_host.build import CSRC, build
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from ops.attention import eager, make_inputs, mask_of_ranges
+from ops.attention import eager, logsumexp_of, make_inputs, mask_of_ranges
 
 from lumina_kernels import gqa_attention
 from lumina_kernels.ops.gqa_attention import gqa_attention_fwd
 
 HEAD_DIMS = (24, 40, 48, 64, 72, 80, 88, 96, 112, 120, 128)
-LOG2E = 1.4426950408889634
 op = partial(gqa_attention, backend="cuda")
 
 
@@ -27,23 +26,25 @@ def without_gradients():
 
 
 def saved(inputs, with_error=True):
-    """What the forward keeps: out, error, lse, text_lse."""
+    """What the forward keeps: out, error, lse and that of the text."""
     names = "q k v key_mask scale text_k text_v text_mask text_gate bias".split()
     scale = inputs["q"].shape[-1] ** -0.5 if inputs["scale"] is None else inputs["scale"]
     args = [inputs.get(name) for name in names]
     args[4] = scale
-    return gqa_attention_fwd(*args, with_error, "cuda")
+    out, error, stats, text = gqa_attention_fwd(*args, with_error, "cuda")
+    lse = logsumexp_of(stats, scale if inputs.get("bias") is None else 1)
+    return out, error, lse, logsumexp_of(text, inputs["q"].shape[-1] ** -0.5) if len(text) else text
 
 
 def logsumexp(q, k, mask=None, scale=None, bias=None):
-    """(B, G, L, R), in base 2."""
+    """(B, G, L, R)"""
     R = q.shape[2] // k.shape[2]
     scores = torch.einsum("blhk,bmhk->bhlm", q, k.repeat_interleave(R, 2))
     scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
     scores = scores if bias is None else scores + bias
     if mask is not None:
         scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
-    return (scores.logsumexp(-1) * LOG2E).unflatten(1, (-1, R)).transpose(2, 3)
+    return scores.logsumexp(-1).unflatten(1, (-1, R)).transpose(2, 3)
 
 
 def assert_lse(lse, low, high):

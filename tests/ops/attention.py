@@ -1,5 +1,7 @@
 """Inputs of gqa_attention, and its operations one by one, for several files of tests."""
 
+import math
+
 import torch
 from common import DEVICE, randn
 
@@ -27,6 +29,13 @@ def mask_of_ranges(L_kv, *ranges):
         mask[0, first:last] = True
     mask[1] = mask[0].flip(0)
     return mask
+
+
+def logsumexp_of(stats, scale):
+    """Of the scores of a row, by what a forward keeps of it; scale is 1 where there was a bias."""
+    top, log2_total = stats.unbind(-1)
+    lse = top * abs(scale) + log2_total * math.log(2)
+    return lse.masked_fill(log2_total == torch.inf, -torch.inf)
 
 
 def eager(

@@ -1,0 +1,111 @@
+"""gqa_attention with scores, scales, biases and keys up to the largest finite numbers."""
+
+from functools import partial
+
+import pytest
+import torch
+from attention import make_inputs
+from common import BACKENDS, DEVICE, IMPLEMENTATIONS, assert_accurate, cast, randn, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lumina_kernels import gqa_attention
+from lumina_kernels.ops.gqa_attention import BACKENDS_WITH_GRADIENT
+
+definition = partial(gqa_attention, backend="torch")
+every_implementation = pytest.mark.parametrize("backend, dtype", IMPLEMENTATIONS)
+
+
+def assert_attention(backend, inputs, dtype, wrt):
+    """The accuracy rule for the output and some gradients; all of them are finite."""
+    differentiable = backend in ("torch", *BACKENDS_WITH_GRADIENT)
+    op = partial(gqa_attention, backend=backend)
+    assert_accurate(op, definition, inputs, dtype, wrt if differentiable else ())
+    if differentiable:
+        assert all(x.isfinite().all() for x in run(op, cast(inputs, dtype)).values())
+
+
+def with_ties(inputs, **largest):
+    """Every key twice, so that two share the largest score, and tensors of given magnitudes."""
+    inputs = dict(inputs)
+    for name in ("k", "text_k"):
+        inputs[name] = inputs[name].repeat_interleave(2, 1)[:, : inputs[name].shape[1]]
+    for name, most in largest.items():
+        inputs[name] = inputs[name] * (most / inputs[name].abs().max())
+    return inputs
+
+
+@every_implementation
+@pytest.mark.parametrize("score", (1e5, 1.5e9, 1e20, 1e37))
+def test_scores(backend, score, dtype):
+    """One key, or two with the same score, get all the weight. The gradients of q and k cancel to
+    0 there, so that they are only finite."""
+    inputs = make_inputs(B=2, L=5, L_kv=37, T=7, H=4, G=2, K=24)
+    inputs = with_ties(inputs, q=100.0, k=100.0) | {"scale": score / 1e5}
+    assert_attention(backend, inputs, dtype, {"v", "text_v", "text_gate"})
+    negative = inputs | {"scale": -score / 1e5}
+    assert_attention(backend, negative, dtype, {"v", "text_v", "text_gate"})
+
+
+@every_implementation
+def test_keys(backend, dtype):
+    """As large as the dtype can be, without infinite products."""
+    most = min(torch.finfo(dtype).max, 1e37) / 2
+    inputs = make_inputs(B=2, L=5, L_kv=37, T=23, H=4, G=2, K=24)
+    inputs = with_ties(inputs, q=1.0, k=most, text_k=most) | {"scale": None}
+    assert_attention(backend, inputs, dtype, {"v", "text_v", "text_gate"})
+
+
+@every_implementation
+@pytest.mark.parametrize("scale", (1e-45, 1e-30, 2e38, 3.4e38, -3.4e38))
+def test_scales(backend, scale, dtype):
+    inputs = make_inputs(B=2, L=5, L_kv=37, H=4, G=2, K=24, text=False)
+    magnitude = min(1.0, (4 / abs(scale)) ** 0.5) if dtype != torch.float16 else 1.0
+    inputs = {n: x * magnitude if n in ("q", "k") else x for n, x in inputs.items()}
+    if dtype == torch.float16 and abs(scale) > 1:  # products of float16 below 1e-38 are 0
+        inputs["q"] = torch.zeros_like(inputs["q"])
+    assert_attention(backend, inputs | {"scale": scale}, dtype, {"v"})
+
+
+@every_implementation
+@pytest.mark.parametrize("bias_dtype", (torch.float32, torch.bfloat16, torch.float16))
+def test_biases_of_finfo(backend, bias_dtype, dtype):
+    """finfo.min stands for a mask: a row of it alone is the mean. finfo.max takes all weight."""
+    inputs = make_inputs(B=2, L=6, L_kv=37, H=4, G=2, K=24) | {"key_mask": None}
+    finfo = torch.finfo(bias_dtype)
+    bias = randn(2, 1, 6, 37).to(bias_dtype)
+    bias[:, :, 0] = bias[:, :, 1, 5:] = bias[0, :, 2, :30] = finfo.min
+    bias[:, :, 3, 7:9] = bias[:, :, 4] = finfo.max
+    bias[:, :, 5, ::2], bias[:, :, 5, 1::2] = finfo.max, finfo.min
+    fixed = partial(_with_bias, bias=bias)
+    wrt = {"v", "text_v", "text_gate"}
+    op = partial(fixed, backend=backend)
+    differentiable = backend in ("torch", *BACKENDS_WITH_GRADIENT)
+    assert_accurate(op, fixed, inputs, dtype, wrt if differentiable else ())
+    mean = cast(inputs, dtype)["v"].double().mean(1).repeat_interleave(2, 1)
+    rows = op(**cast(inputs | {"text_gate": torch.zeros(4, device=DEVICE)}, dtype))
+    if bias_dtype != torch.float16:  # -65504 leaves differences of scores
+        torch.testing.assert_close(rows[:, 0].double(), mean, rtol=0, atol=0.01)
+    assert rows.isfinite().all()
+
+
+def _with_bias(bias, backend="torch", **inputs):
+    return gqa_attention(**inputs, bias=bias.detach(), backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.integers(-120, 120), st.integers(-120, 120), st.integers(-126, 127), st.booleans())
+def test_any_magnitudes(backend, q, k, scale, biased):
+    """Of queries, keys, scale and bias, as powers of 2: right wherever the scores are finite."""
+    if not -140 < q + k + scale < 120 or not -140 < q + k < 120:
+        return
+    inputs = make_inputs(B=1, L=3, L_kv=20, H=2, G=1, K=4, text=False)
+    inputs |= {"q": inputs["q"] * 2.0**q, "k": inputs["k"] * 2.0**k, "scale": 2.0**scale}
+    if biased:
+        inputs["bias"] = randn(20) * 2.0 ** (q + k + scale)
+    low, high = cast(inputs), cast(cast(inputs), torch.float64)
+    out, exact = gqa_attention(**low, backend=backend), definition(**high)
+    same = definition(**low)
+    error, allowed = (out - exact).abs().max(), 2 * (same - exact).abs().max() + 1e-5
+    assert error <= allowed
