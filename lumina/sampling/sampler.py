@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from operator import index
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ class Sample:
         latents: (B, C, *size), or a list of (C, *size_i) where sizes were a list; float32, float64
             from a float64 model.
         nfe: evaluations of the velocity; with guidance each is one call of the network on 2B
-            images.
+            images. With dopri5 the sum over the pictures, each of which is a batch of its own.
     """
 
     latents: Tensor | list[Tensor]
@@ -40,11 +41,11 @@ class Sample:
 def sample(
     model: nn.Module,
     cap_feats: Tensor,
-    cap_mask: Tensor,
+    cap_mask: Tensor | None = None,
     neg_feats: Tensor | None = None,
     neg_mask: Tensor | None = None,
     *,
-    size: Size | Sequence[Size],
+    size: int | Size | Sequence[Size],
     steps: int = 10,
     solver: str = "midpoint",
     schedule: str | Callable[[int], Tensor] = "rational:4",
@@ -66,14 +67,17 @@ def sample(
     Args:
         model: a `NextDiT`, or whatever runs one when it is called: `torch.compile(model)`, a
             wrapper for distributed use or for adapters, a network with hooks.
-        cap_feats, cap_mask: captions, (B, T, cap_feat_dim) and (B, T) bool.
+        cap_feats, cap_mask: captions, (B, T, cap_feat_dim) and (B, T) bool; None: all of it is
+            text.
         neg_feats, neg_mask: what guidance leads away from, usually the encoded empty caption:
             (1 or B, T', cap_feat_dim) and (1 or B, T'). Needed unless guidance is 1.
-        size: of a latent without batch and channels: (H, W), or (T, H, W), or (L,) for audio; a
-            list of B of them samples pictures of different sizes in one batch.
+        size: of a latent without batch and channels: (H, W), or (T, H, W), or (L,) for audio, or
+            a number for all sides; a list of B of them samples pictures of different sizes in one
+            batch.
         steps: intervals of the time grid; `lumina.sampling.solvers.SOLVERS` has the evaluations of
             each.
-        solver: "euler", "midpoint", "heun", "rk4", "ab2", "dopri5".
+        solver: "euler", "midpoint", "heun", "rk4", "ab2", "dopri5". The last chooses its steps for
+            each picture, and so draws one after the other.
         schedule: "uniform", "rational:SHIFT", "sigmoid[:MU,ALPHA,BETA]", or a function from steps
             to a grid.
         guidance: `Guidance`, or its scale.
@@ -87,32 +91,30 @@ def sample(
         image: start from these data latents (image-to-image), noised to t = 1 - strength.
         strength: share of the time axis that is run from `image`; 1 ignores it.
         rtol, atol: of dopri5.
-        callback: called as callback(i, t, latents) after every step.
+        callback: called as callback(i, t, latents) after every step; with dopri5 for a batch of
+            one picture.
         progress: show a bar.
 
     Raises:
         ValueError: arguments that do not fit each other or the model.
-        TypeError: latents or image are not floating.
+        TypeError: features, latents or image are not floating.
     """
-    B = len(cap_feats)
-    sizes, ragged = _sizes(size, B)
     network = _network(model)
     config, dtype = network.config, network.dtype
+    B = len(cap_feats)
+    sizes, common = _sizes(size, B, len(config.axes))
+    ragged = common is None
     # Offloaded parameters have no device; the hooks that load them move the inputs as well.
     device = network.device if network.device.type != "meta" else cap_feats.device
     if not isinstance(guidance, Guidance):
         guidance = Guidance(guidance)
     _check(guidance, config.in_channels, strength, image)
-    if guidance.needed and (neg_feats is None or neg_mask is None):
-        raise ValueError("guidance needs neg_feats and neg_mask, got None; guidance=1 does without")
-
-    def prepared(feats: Tensor, mask: Tensor) -> Caption:
-        return model(cap_feats=feats.to(device, dtype), cap_mask=mask.to(device))
-
-    conditional = both = _copied(prepared(cap_feats, cap_mask))
-    if guidance.needed:
-        both = _stack(conditional, prepared(neg_feats, neg_mask))
-
+    if guidance.needed and neg_feats is None:
+        raise ValueError("guidance needs neg_feats, got None; guidance=1 does without")
+    if B == 0:
+        acc = torch.promote_types(dtype, torch.float32)
+        shape = (0, config.in_channels, *(common or ()))
+        return Sample([] if ragged else torch.empty(shape, dtype=acc, device=device), 0)
     grid = (parse_schedule(schedule) if isinstance(schedule, str) else schedule)(steps)
     shapes = [(config.in_channels, *s) for s in sizes]
     x = _noise(shapes, ragged, generator, latents, dtype, device)
@@ -120,33 +122,21 @@ def sample(
         grid = start_at(grid, strength)
         x = _noised(image, x, float(grid[0]), shapes)
 
-    def evaluate(t: float, x: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
-        """Velocities for the captions and, where they are guided at t, for the negative ones."""
-        double = guidance.acts_at(t)
-        batch = [xi.to(dtype) for xi in x] if ragged else x.to(dtype)
-        if double:
-            batch = batch + batch if ragged else torch.cat([batch, batch])
-        # Never in 16 bits, which would merge neighbouring times.
-        acc = torch.promote_types(dtype, torch.float32)
-        time = torch.full((2 * B if double else B,), t, dtype=acc, device=device)
-        return model(
-            batch, time, both if double else conditional, rope_scaling=rope_scaling,
-            base_seqlen=base_seqlen,
-            context_drop=context_drop and context_drop.at(t, config.n_layers),
-        )  # fmt: skip
+    def prepared(name: str, feats: Tensor, mask: Tensor | None) -> Caption:
+        if not feats.is_floating_point():
+            raise TypeError(f"{name}_feats must be floating, got {feats.dtype}")
+        mask = feats.new_ones(feats.shape[:2], dtype=torch.bool) if mask is None else mask
+        return model(cap_feats=feats.to(device, dtype), cap_mask=mask.to(device))
 
-    def velocity(t: float, x: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
-        v = evaluate(t, x)
-        if len(v) == B:
-            return v
-        v = [guidance.velocity(c, u) for c, u in zip(v[:B], v[B:], strict=True)]
-        return v if ragged else torch.stack(v)
-
-    def guided_euler(t: float, dt: float, x: Tensor) -> Tensor:
-        v = evaluate(t, x)
-        if len(v) == B:
-            return x + dt * v
-        return guided_step(x, v, guidance.scale, dt, guidance.channels, backend=network.backend)
+    conditional = both = _copied(prepared("cap", cap_feats, cap_mask))
+    if guidance.needed:
+        both = _stack(conditional, prepared("neg", neg_feats, neg_mask))
+    options = {"rope_scaling": rope_scaling, "base_seqlen": base_seqlen}
+    flow = _Flow(model, network, conditional, both, guidance, context_drop, options)
+    # An adaptive solver would choose steps that suit all pictures: none may depend on its batch.
+    apart = solver == "dopri5" and B > 1
+    flows = [flow.alone(i) for i in range(B)] if apart else [flow]
+    starts = [x[i : i + 1] for i in range(B)] if apart else [x]
 
     # Guidance and the update in one pass, where nothing else needs the guided velocity.
     fused = solver == "euler" and guidance.needed and guidance.renorm is None and not ragged
@@ -159,11 +149,69 @@ def sample(
             if callback is not None:
                 callback(i, t, x)
 
-        x, nfe = solve(
-            velocity, x, grid, solver, rtol=rtol, atol=atol, callback=after_step,
-            euler_step=guided_euler if fused else None,
-        )  # fmt: skip
-    return Sample(x, nfe)
+        runs = [
+            solve(
+                each.velocity, start, grid, solver, rtol=rtol, atol=atol, callback=after_step,
+                euler_step=each.guided_euler if fused else None,
+            )
+            for each, start in zip(flows, starts, strict=True)
+        ]  # fmt: skip
+    ends = [end for end, _ in runs]
+    return Sample(
+        [z for end in ends for z in end] if ragged else torch.cat(ends), sum(nfe for _, nfe in runs)
+    )
+
+
+@dataclass(frozen=True)
+class _Flow:
+    """The velocity of some pictures, guided by their captions."""
+
+    model: nn.Module
+    network: NextDiT
+    conditional: Caption
+    both: Caption  # the captions and then, if guidance needs them, the negative ones
+    guidance: Guidance
+    context_drop: ContextDrop | None
+    options: dict
+
+    def alone(self, i: int) -> _Flow:
+        """That of picture i."""
+        B, both = len(self.conditional.mask), len(self.both.mask)
+        return replace(
+            self,
+            conditional=_select(self.conditional, [i]),
+            both=_select(self.both, range(i, both, B)),
+        )
+
+    def evaluate(self, t: float, x: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+        """Velocities for the captions and, where they are guided at t, for the negative ones."""
+        double, dtype = self.guidance.acts_at(t), self.network.dtype
+        if isinstance(x, Tensor):
+            batch = x.to(dtype)
+            batch = torch.cat([batch, batch]) if double else batch
+        else:
+            batch = [xi.to(dtype) for xi in x] * (2 if double else 1)
+        # Never in 16 bits, which would merge neighbouring times.
+        acc = torch.promote_types(dtype, torch.float32)
+        time = torch.full((len(batch),), t, dtype=acc, device=x[0].device if len(x) else None)
+        drop = self.context_drop and self.context_drop.at(t, self.network.config.n_layers)
+        caption = self.both if double else self.conditional
+        return self.model(batch, time, caption, context_drop=drop, **self.options)
+
+    def velocity(self, t: float, x: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+        v, B = self.evaluate(t, x), len(x)
+        if len(v) == B:
+            return v
+        v = [self.guidance.velocity(c, u) for c, u in zip(v[:B], v[B:], strict=True)]
+        return torch.stack(v) if isinstance(x, Tensor) else v
+
+    def guided_euler(self, t: float, dt: float, x: Tensor) -> Tensor:
+        """x + dt * velocity(t, x), fused."""
+        v = self.evaluate(t, x)
+        if len(v) == len(x):
+            return x + dt * v
+        scale, channels = self.guidance.scale, self.guidance.channels
+        return guided_step(x, v, scale, dt, channels, backend=self.network.backend)
 
 
 def _network(model: nn.Module) -> NextDiT:
@@ -181,16 +229,41 @@ def _check(guidance: Guidance, channels: int, strength: float, image) -> None:
         raise ValueError(f"strength {strength} needs an image to start from")
 
 
-def _sizes(size, B: int) -> tuple[list[Size], bool]:
-    """The size of each picture, and whether they came as a list."""
-    if all(isinstance(n, int) for n in size):
-        return [tuple(size)] * B, False
-    if not all(isinstance(s, Sequence) and all(isinstance(n, int) for n in s) for s in size):
-        raise ValueError(f"size must be whole numbers, or a list of such sizes, got {size}")
-    sizes = [tuple(s) for s in size]
+def _sizes(size, B: int, axes: int) -> tuple[list[Size], Size | None]:
+    """The size of each picture, and that of all unless they came as a list."""
+    try:
+        if _is_whole(size):
+            size = (size,) * axes
+        if len(size) and all(map(_is_whole, size)):
+            common = tuple(map(index, size))
+            return [common] * B, common
+        sizes = [tuple(map(index, s)) for s in size]
+    except TypeError:
+        raise ValueError(
+            f"size must be a whole number, a tuple of them, or a list of such tuples, got {size}"
+        ) from None
     if len(sizes) != B:
         raise ValueError(f"size must be one size or {B}, one for each caption, got {len(sizes)}")
-    return sizes, True
+    return sizes, None
+
+
+def _is_whole(n) -> bool:
+    """Whether n is an integer of Python, NumPy or PyTorch."""
+    try:
+        index(n)
+    except TypeError:
+        return False
+    return True
+
+
+def _select(caption: Caption, rows: Sequence[int]) -> Caption:
+    rows = list(rows)
+    return Caption(
+        caption.pooled[rows],
+        [z[rows] for z in caption.keys],
+        [z[rows] for z in caption.values],
+        caption.mask[rows],
+    )
 
 
 def _copied(caption: Caption) -> Caption:

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from common import DEVICE
@@ -92,7 +93,57 @@ def test_image_to_image(solver):
     assert_same(torch.stack(listed.latents), half.latents)
 
 
+@pytest.mark.parametrize("size", (np.int64(6), torch.tensor(6), 6, [6, 6], np.array([6, 6])))
+def test_kinds_of_sizes(size):
+    latents = noise(6, 6)
+    expected = draw(size=(6, 6), latents=latents).latents
+    assert torch.equal(draw(size=size, latents=latents).latents, expected)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_no_captions_no_pictures(solver):
+    texts = tuple(x[:0] for x in captions())
+    result = draw(texts=texts, generator=[], solver=solver)
+    assert result.latents.shape == (0, 4, *SIZE) and result.nfe == 0
+    assert draw(texts=texts, generator=None, size=[], solver=solver).latents == []
+
+
 # Captions
+
+
+def test_without_a_mask_all_is_text():
+    feats, _, negative, _ = captions()
+    texts = (feats, feats[..., 0] == feats[..., 0], negative, negative[..., 0] == negative[..., 0])
+    expected = draw(texts=texts).latents
+    assert torch.equal(draw(texts=(feats, None, negative)).latents, expected)
+
+
+def test_results_are_ordinary_tensors():
+    """A loss on them has a gradient, and they may be written to."""
+    latents = draw().latents
+    weight = torch.ones((), requires_grad=True, dtype=latents.dtype, device=latents.device)
+    (weight * latents).square().sum().backward()
+    assert weight.grad.isfinite()
+    latents.add_(1)
+
+
+@pytest.mark.parametrize("listed", (False, True))
+def test_dopri5_chooses_the_steps_of_each_picture(listed):
+    """Whatever else is drawn: captions of other difficulty, other sizes."""
+    feats, mask, negative, negative_mask = captions()
+    texts = (torch.cat((feats, 9 * feats[:1])), torch.cat((mask, mask[:1])))
+    sizes = [SIZE, (2, 8), SIZE] if listed else SIZE
+    start = [noise(*size)[0] for size in (sizes if listed else [SIZE] * 3)]
+    many = draw(
+        texts=(*texts, negative[:1], negative_mask[:1]), size=sizes, solver="dopri5", latents=start
+    )
+    calls = 0
+    for i, x in enumerate(start):
+        one = (*(z[i : i + 1] for z in texts), negative[:1], negative_mask[:1])
+        alone = draw(texts=one, size=[sizes[i]] if listed else SIZE, solver="dopri5", latents=[x])
+        assert_same(many.latents[i], alone.latents[0])
+        calls += alone.nfe
+    assert many.nfe == calls
 
 
 def test_one_negative_caption_serves_all():
@@ -184,8 +235,11 @@ def test_errors():
         with pytest.raises(error, match=match):
             draw(texts=texts, **changed)
 
-    refuse("guidance needs neg_feats and neg_mask", texts=(feats, mask))
-    refuse("guidance needs neg_feats and neg_mask", texts=(feats, mask, negative))
+    refuse("guidance needs neg_feats", texts=(feats, mask))
+    refuse("cap_feats must be floating, got torch.int64", TypeError, texts=(
+        feats.long(), mask, negative, negative_mask))  # fmt: skip
+    refuse("neg_feats must be floating, got torch.int64", TypeError, texts=(
+        feats, mask, negative.long(), negative_mask))  # fmt: skip
     refuse("1 or 2 negative captions, got 3", texts=(
         feats, mask, negative[[0, 1, 1]], negative_mask[[0, 1, 1]]))  # fmt: skip
     refuse("cap_mask must be bool", texts=(feats, mask.long(), negative, negative_mask))
@@ -198,7 +252,8 @@ def test_errors():
     for strength in (0.0, -0.1, 1.1, math.nan):
         refuse(r"strength must lie in \(0, 1\]", image=noise(), strength=strength)
     refuse("one size or 2, one for each caption, got 3", size=[SIZE] * 3)
-    refuse("size must be", size=(4.0, 6.0))
+    for size in ((4.0, 6.0), 4.0, "46", [(4, 6), 4], [(4, "6"), (4, 6)], None):
+        refuse("size must be a whole number, a tuple of them, or a list", size=size)
     refuse("positive multiples of the patch", size=(5, 6), latents=noise(5, 6))
     refuse("positive multiples of the patch", size=(0, 6), latents=noise(0, 6))
     refuse("x must be", size=(3, 4, 6), latents=noise(3, 4, 6))
