@@ -102,7 +102,12 @@ class KernelOp:
     def _run(self, *args):
         *inputs, name = args
         launch = getattr(backend.launchers(self._op_file, name), self.name)
-        return _without_none(launch(*inputs), inputs[0])
+        first = inputs[0]
+        # Triton launches on the current GPU, and launchers read that one's properties.
+        if first.is_cuda and first.get_device() != torch.cuda.current_device():
+            with torch.cuda.device(first.device):
+                return _without_none(launch(*inputs), first)
+        return _without_none(launch(*inputs), first)
 
     def _autograd(self, keyset, *args):
         if backend.any_tangent(args):

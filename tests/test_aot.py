@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -97,6 +98,38 @@ def test_a_kernel_that_does_not_compile_is_reported_and_the_interpreter_refused(
     row = aot._inspect(("swiglu", 90, 72, "bf16"))
     assert len(row) == 1 and "interpreter compiles nothing" in row[0]["error"]
     assert "FAILED RuntimeError" in aot._line(row[0])
+
+
+def test_a_kernel_that_the_gpu_has_no_shared_memory_for_is_reported():
+    """Each GPU has its own limit. A small one here, so that the kernel compiles fast."""
+    script = """
+from lumina_kernels import aot
+from lumina_kernels.examples import _sizes, gqa_attention
+found = gqa_attention.examples
+aot.examples = lambda op, sizes: {"plain": found(sizes)["plain"]}
+aot._steps = lambda op, arguments, steps=aot._steps: {"fwd": steps(op, arguments)["fwd"]}
+aot.SHARED_KIB[80] = 8
+for row in aot.inspect("gqa_attention", 80, 24, "fp16"):
+    print(row["call"], row["error"])
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = (sys.executable, "-c", script)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    message = (
+        r"plain fwd backend 'triton' has no tiles of gqa_attention for a head_dim of 24 in "
+        r"torch.float16 on sm_80: shared memory (\d+) of 8192\n"
+    )
+    assert int(re.fullmatch(message, done.stdout)[1]) > 8192
+
+
+def test_the_limits_of_shared_memory_are_those_of_the_gpus():
+    found = {
+        arch: aot.OfflineDriver(arch).utils.get_device_properties(arch)["max_shared_mem"]
+        for arch in aot.SHARED_KIB
+    }
+    kib = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+    assert found == {arch: 1024 * size for arch, size in kib.items()}
 
 
 def test_widths_of_accesses_are_read_from_the_code():

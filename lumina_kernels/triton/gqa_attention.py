@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from triton.runtime import driver
+from triton.runtime.errors import OutOfResources
 
 from lumina_kernels.backend import EMULATED
 from lumina_kernels.triton._arguments import heads_of, in_units
@@ -22,6 +23,7 @@ from lumina_kernels.triton.gqa_attention_bwd import (
     gqa_attention_dq_kernel,
 )
 from lumina_kernels.triton.gqa_attention_fwd import gqa_attention_fwd_kernel
+from lumina_kernels.triton.gqa_attention_trial import prove
 
 
 def gqa_attention_fwd(
@@ -40,6 +42,8 @@ def gqa_attention_fwd(
     error = q.new_empty(q.shape if with_error else 0, dtype=torch.int8)
     if out.numel() == 0:
         return out, error, stats, text_stats
+    if _is_on_trial(q):
+        prove(gqa_attention_fwd, None, q, key_mask, text_k, bias)
     heads, unit = in_units(*map(heads_of, (q, k, v, text_k, text_v)))
     q, k, v, text_k, text_v = heads
     tokens = _branch(k, v, key_mask, abs(scale))
@@ -54,7 +58,7 @@ def gqa_attention_fwd(
             R=H // G, UNIT=unit, NEGATIVE=scale < 0, **options,
         )  # fmt: skip
 
-    launch(_searched("fwd", options, launch, out, L_kv) if AUTOTUNE else options)
+    _launch("fwd", options, launch, out, L_kv)
     return out, error, stats, text_stats
 
 
@@ -84,6 +88,8 @@ def gqa_attention_bwd(
             if grad is not None:
                 grad.zero_()
     else:
+        if _is_on_trial(q):
+            prove(gqa_attention_fwd, gqa_attention_bwd, q, key_mask, text_k, bias)
         heads, unit = in_units(*map(heads_of, (dout, q, k, v, text_k, text_v)))
         dout, q, k, v, text_k, text_v = heads
         tokens = _branch(k, v, key_mask, scale)
@@ -99,7 +105,7 @@ def gqa_attention_bwd(
                 dq, delta, text_delta, dbias, L, G, **constants, **options,
             )  # fmt: skip
 
-        launch_dq(_searched("dq", options, launch_dq, dq, L_kv) if AUTOTUNE else options)
+        _launch("dq", options, launch_dq, dq, L_kv)
         options = _options("dkv", K, dq.dtype, bias is not None, T == 0)
 
         def launch_dkv(options):
@@ -110,7 +116,7 @@ def gqa_attention_bwd(
             )  # fmt: skip
 
         if L_kv + T > 0:
-            launch_dkv(_searched("dkv", options, launch_dkv, dq, L_kv) if AUTOTUNE else options)
+            _launch("dkv", options, launch_dkv, dq, L_kv)
     dgate = None if text_gate is None else _dgate(text_gate, text_delta)
     if dbias is not None:
         dbias = dbias.sum_to_size(bias.shape).to(bias.dtype)
@@ -176,8 +182,17 @@ def head_cuts(K: int) -> tuple[tuple[int, int], ...]:
 def _options(kind: str, K: int, dtype: torch.dtype, bias: bool, more: bool) -> dict:
     """Tile sizes and launch options of a kernel, "fwd", "dq" or "dkv", chosen so that no register
     is spilled. `more`: it takes more registers, for another reason than a bias."""
-    arch = 0 if "triton" in EMULATED else driver.active.get_current_target().arch
-    return _options_on(arch, kind, K, dtype, bias, more)
+    return _options_on(_arch(), kind, K, dtype, bias, more)
+
+
+def _arch() -> int:
+    """Compute capability of the current GPU, 90 for 9.0; 0 for the interpreter."""
+    return 0 if "triton" in EMULATED else driver.active.get_current_target().arch
+
+
+def _is_on_trial(q: Tensor) -> bool:
+    """Whether q is on a GPU whose attention is tried before its first use; in aot none is."""
+    return q.is_cuda and _arch() // 10 == 10
 
 
 @cache
@@ -200,6 +215,17 @@ def _options_on(arch: int, kind: str, K: int, dtype: torch.dtype, bias: bool, mo
     return options | {"maxnreg": 255}
 
 
+def _launch(kind: str, options: dict, launch, like: Tensor, L_kv: int) -> None:
+    """Launch a kernel with the table's options or, where there is a search, with what it found."""
+    try:
+        launch(_searched(kind, options, launch, like, L_kv) if AUTOTUNE else options)
+    except OutOfResources as error:
+        raise ValueError(
+            f"backend 'triton' has no tiles of gqa_attention for a head_dim of {like.shape[-1]} in "
+            f"{like.dtype} on sm_{_arch()}: {error.name} {error.required} of {error.limit}"
+        ) from error
+
+
 def _searched(kind: str, options: dict, launch, like: Tensor, L_kv: int) -> dict:
     """The fastest of the table's configuration and its neighbours, for such sizes."""
     B, L, H, K = like.shape
@@ -216,6 +242,9 @@ def _searched(kind: str, options: dict, launch, like: Tensor, L_kv: int) -> dict
 
 def _float32_tiles(kind: str, K: int, arch: int, bias: bool) -> Tiles:
     """Without tensor cores, which would cut products to tf32."""
+    if K > 128:  # within the shared memory of the smallest GPUs, 99 KiB
+        rows, warps = (32, 8) if kind == "fwd" else (16, 4)
+        return Tiles(rows, 16, warps, stages=1, edge=16)
     if kind == "fwd":
         return Tiles(64 if arch >= 90 or K <= 64 else 32, 16, warps=8, stages=2, edge=16)
     if kind == "dq":
@@ -231,15 +260,19 @@ def _group_tiles(kind: str, K: int, arch: int, bias: bool, more: bool) -> Tiles:
     if kind == "fwd":
         return Tiles(128, 32 if wide else 64, warps=8, stages=2, edge=32)
     if kind == "dq":
-        small = bias or more or arch >= 100 and K > 96
+        small = bias or more or K > 128 or arch >= 100 and K > 96
         keys, edge = (32, 16) if small else (64, 32)
         return Tiles(128, keys, warps=8, stages=2, edge=edge)
-    rows = 16 if bias and K > 80 else 32 if K > 96 or bias or more and K > 80 else 64
+    if K > 128 and arch >= 100:  # dk and dv of 128 keys do not fit into tensor memory
+        return Tiles(32, 64, warps=4, stages=2)
+    rows = 16 if K > 128 or bias and K > 80 else 32 if K > 96 or bias or more and K > 80 else 64
     return Tiles(rows, 128, warps=8, stages=2)
 
 
 def _warp_tiles(kind: str, K: int, arch: int, bias: bool, more: bool) -> Tiles:
     """Where products take 16 rows to a warp: Ampere, Ada, consumer Blackwell."""
+    if K > 128:  # within the shared memory of the smallest GPUs, 99 KiB
+        return Tiles(32 if kind == "dkv" else 64, 16 if kind == "dq" else 32, 4, stages=1, edge=16)
     wide = K > 96
     if kind == "fwd":
         keys, edge = (32, 16) if wide or bias or more else (64, 32)
