@@ -8,6 +8,9 @@ import math
 
 from torch import Tensor
 
+# Of the largest tile that autotuning tries.
+MOST_TOKENS = 256
+
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:
     """The tensor without gaps."""
@@ -29,13 +32,13 @@ def rows_of(x: Tensor | None) -> tuple | None:
 def heads_of(x: Tensor | None) -> tuple | None:
     """(x, stride of b, of l, of h) of heads without gaps, (B, L, H, K).
 
-    The strides of a token and of its heads fit offsets of 32 bits; a tensor with longer ones is
-    copied."""
+    Within a tile, at most `MOST_TOKENS` tokens and all of their heads, offsets have 32 bits; a
+    tensor whose strides are too long for that is copied."""
     if x is None:
         return None
     B, L, H, _ = x.shape
     stride_b, stride_l, stride_h, stride_k = x.stride()
-    if stride_k != 1 or stride_l >= 2**24 or H * stride_h >= 2**31:
+    if stride_k != 1 or MOST_TOKENS * stride_l + H * stride_h >= 2**31:
         x = x.contiguous()
         stride_b, stride_l, stride_h, _ = x.stride()
     # The stride of an axis of one element is never taken and may be any number.

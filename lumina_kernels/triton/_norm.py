@@ -198,7 +198,8 @@ def modulation_grads_kernel(
     mask = columns < D
     dweight, dbias = tl.zeros((BLOCK_D,), tl.float32), tl.zeros((BLOCK_D,), tl.float32)
     sample = tl.full((), chunks, tl.int64) * sums * D
-    for b in range(B):
+    for number in range(B):
+        b = tl.cast(number, tl.int64)
         first = partial_ptr + b * sample
         A = sum_partials(first, chunks, sums * D, columns, D, BLOCK, BLOCK_D)
         E = sum_partials(first + D, chunks, sums * D, columns, D, BLOCK, BLOCK_D)

@@ -68,8 +68,9 @@ def cos_sin_of(
     position_ptr, position_b, position_l, position_c = positions
     position_ptr += b * position_b + index * position_l
     t = tl.load(position_ptr).to(tl.float32)
-    h = tl.load(position_ptr + position_c).to(tl.float32)
-    w = tl.load(position_ptr + 2 * position_c).to(tl.float32)
+    position_ptr += position_c
+    h = tl.load(position_ptr).to(tl.float32)
+    w = tl.load(position_ptr + position_c).to(tl.float32)
     freq_ptr, freq_b = inv_freq
     freq_ptr += b * freq_b
     cos_sin = ()

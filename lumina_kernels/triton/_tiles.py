@@ -36,9 +36,15 @@ def blocks(count: int, size: int) -> int:
 
 
 @triton.jit
+def ceil_div(n, size):
+    """n / size rounded up, n > 0. tl.cdiv adds before it divides, and n may be close to 2^31."""
+    return (n - 1) // size + 1
+
+
+@triton.jit
 def program_chunk(L, chunk):
     """This program's sample, and the first of its `chunk` rows (or values) there."""
-    chunks = tl.cdiv(L, chunk)
+    chunks = ceil_div(L, chunk)
     program = tl.program_id(0).to(tl.int64)
     b = program // chunks
     return b, (program - b * chunks) * chunk

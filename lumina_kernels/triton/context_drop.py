@@ -10,6 +10,7 @@ from lumina_kernels.triton._rotation import loop_options
 from lumina_kernels.triton._tiles import (
     add,
     blocks,
+    ceil_div,
     cut,
     load_token,
     load_valid,
@@ -24,7 +25,7 @@ from lumina_kernels.triton._tiles import (
 def program_window(grid, factor):
     """The number of this program's window, its sample, its first token there, and its sides."""
     T, grid_h, grid_w = grid
-    rows, columns = tl.cdiv(grid_h, factor), tl.cdiv(grid_w, factor)
+    rows, columns = ceil_div(grid_h, factor), ceil_div(grid_w, factor)
     window = tl.program_id(0)
     line = window // columns
     left = (window - line * columns) * factor
@@ -40,7 +41,7 @@ def program_window(grid, factor):
 def window_of(index, grid, factor):
     """The window of token `index` of a sample."""
     _, grid_h, grid_w = grid
-    rows, columns = tl.cdiv(grid_h, factor), tl.cdiv(grid_w, factor)
+    rows, columns = ceil_div(grid_h, factor), ceil_div(grid_w, factor)
     line = index // grid_w
     frame = line // grid_h
     top, left = (line - frame * grid_h) // factor, (index - line * grid_w) // factor
@@ -81,7 +82,7 @@ def context_drop_bwd_kernel(
     """dk = dk_out / count and dv = dv_out / count for every valid token of a window, else 0"""
     window, b, first, height, width = program_window(grid, factor)
     T, grid_h, grid_w = grid
-    l_out = window - b * T * tl.cdiv(grid_h, factor) * tl.cdiv(grid_w, factor)
+    l_out = window - b * T * ceil_div(grid_h, factor) * ceil_div(grid_w, factor)
     share = 1.0 / tl.maximum(tl.load(counts_ptr + window), 1.0)
     dv = scale_by(load_token(dv_out, b, l_out, UNIT, G, K, GS, KS), share)
     if dk_out is not None:

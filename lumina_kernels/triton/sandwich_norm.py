@@ -143,7 +143,8 @@ def sandwich_norm_gate_kernel(
     mask = columns < D
     dweight = tl.zeros((BLOCK_D,), tl.float32)
     sample = tl.full((), chunks, tl.int64) * sums * D
-    for b in range(B):
+    for number in range(B):
+        b = tl.cast(number, tl.int64)
         first = partial_ptr + b * sample
         S = sum_partials(first, chunks, sums * D, columns, D, BLOCK, BLOCK_D)
         if gate is not None:
