@@ -10,6 +10,9 @@ from lumina_kernels.kernel_op import kernel_op, like
 from lumina_kernels.ops.norm_modulate import norm_modulate_ref
 from lumina_kernels.ops.rope3d import check_rope3d, rope3d_ref
 
+# What CUDA's backward holds of a token, kBwdLimits in csrc/cuda/qk_norm_rope3d.cuh.
+MOST_CUDA_VALUES = 8192
+
 NORMS = ("layer_across_heads", "rms_per_head", "rms_across_heads")
 
 
@@ -43,15 +46,16 @@ def qk_norm_rope3d(
         for float64), rounded once.
 
     Raises:
-        ValueError, TypeError: a shape, device, dtype or norm is not as above, or a bias comes with
-            an RMS norm.
+        ValueError, TypeError: a shape, device, dtype or norm is not as above, a bias comes with an
+            RMS norm, or backend is "cuda" and a gradient is required of tokens that its backward
+            cannot hold, more than 8192 values of q or of k.
         NotImplementedError, RuntimeError: as `rope3d`.
     """
     check_rope3d(q, k, positions, inv_freq, axis)
     parameters = q_weight, q_bias, k_weight, k_bias
     check_qk_norm(q, k, *parameters, norm)
     constants = {"positions": positions, "inv_freq": inv_freq}
-    backend = resolve(backend, BEST_FIRST, q, k, *parameters, **constants)
+    backend = resolve_qk_norm(backend, BEST_FIRST, q, k, *parameters, **constants)
     if backend == "torch":
         return qk_norm_rope3d_ref(q, k, *parameters, positions, inv_freq, axis, eps, norm)
     return qk_norm_rope3d_fwd(q, k, *parameters, positions, inv_freq, axis, eps, norm, backend)
@@ -71,6 +75,25 @@ def qk_norm_rope3d_ref(
     rows = normalise(q, q_weight, q_bias), normalise(k, k_weight, k_bias)
     q_out, k_out = rope3d_ref(*rows, positions, inv_freq, axis)
     return q_out.to(q.dtype), k_out.to(k.dtype)
+
+
+def resolve_qk_norm(backend, implemented, *tensors: Tensor | None, **constants: Tensor) -> str:
+    """`backend.resolve` for q, k and others, where "cuda" cannot take all that need a gradient."""
+    name = resolve(backend, implemented, *tensors, **constants)
+    if name != "cuda" or not torch.is_grad_enabled():
+        return name
+    if any(x is not None and x.requires_grad for x in tensors):
+        for label, x in zip("qk", tensors[:2], strict=True):
+            heads, K = x.shape[2:]
+            held = -(-heads // 2) * 2 * -(-K // 8) * 8
+            if held > MOST_CUDA_VALUES and backend is None:
+                return resolve(None, (), *tensors, **constants)
+            if held > MOST_CUDA_VALUES:
+                raise ValueError(
+                    f"backend 'cuda' computes gradients of at most {MOST_CUDA_VALUES} values of a "
+                    f"token (heads in pairs, head_dim in eights), {label} has {held}"
+                )
+    return name
 
 
 def check_qk_norm(q, k, q_weight, q_bias, k_weight, k_bias, norm) -> None:

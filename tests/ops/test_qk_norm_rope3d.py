@@ -4,6 +4,7 @@ import pytest
 import torch
 from common import (
     BACKENDS,
+    DEVICE,
     IMPLEMENTATIONS,
     NATIVE,
     assert_accurate,
@@ -18,7 +19,9 @@ from common import (
 from test_rope3d import fixed, make_table, with_complex_numbers
 from torch.nn import functional as F
 
-from lumina_kernels import qk_norm_rope3d
+from lumina_kernels import backend, qk_norm_rope3d
+from lumina_kernels.backend import BEST_FIRST
+from lumina_kernels.ops.qk_norm_rope3d import resolve_qk_norm
 
 
 @pytest.fixture(params=BACKENDS)
@@ -205,9 +208,28 @@ def test_one_without_heads(backend, H, G):
 
 @pytest.mark.skipif("cuda" not in BACKENDS, reason="the CUDA kernels are not here")
 def test_rows_too_wide_for_the_cuda_kernels():
+    """What the backward cannot hold is refused before the forward, where a gradient is required."""
     op = partial(qk_norm_rope3d, backend="cuda")
-    wide = cast(make_inputs(1, 1, 200, 1, 64)) | make_table(1, 64)
-    out, _ = op(**wide | {"q": wide["q"].requires_grad_()})
-    raises(RuntimeError, "12800 values.*at most 8192", torch.Tensor.backward, {"self": out.sum()})
+    most = cast(make_inputs(1, 1, 128, 1, 64)) | make_table(1, 64)
+    q, _ = op(**most | {"q": most["q"].requires_grad_()})
+    q.sum().backward()
+    assert most["q"].grad.isfinite().all()
+    wide = cast(make_inputs(1, 1, 1, 129, 64)) | make_table(1, 64)
+    assert op(**wide)[1].isfinite().all()
+    match = r"at most 8192 values of a token \(heads in pairs, head_dim in eights\), k has 8320"
+    raises(ValueError, match, op, wide, k_weight=wide["k_weight"].requires_grad_())
+    with torch.no_grad():
+        op(**wide)
     wider = cast(make_inputs(1, 1, 257, 1, 64)) | make_table(1, 64)
     raises(RuntimeError, "16512 values.*at most 16384", op, wider)
+
+
+def test_none_takes_the_definition_where_cuda_cannot_take_the_gradient(monkeypatch):
+    monkeypatch.setattr(backend, "MISSING", {"triton": "not here", "cpu": "not here"})
+    monkeypatch.setitem(backend.DEVICES, "cuda", DEVICE)
+    q, k = torch.empty(1, 1, 72, 128, device=DEVICE), torch.empty(1, 1, 2, 128, device=DEVICE)
+    assert resolve_qk_norm(None, BEST_FIRST, q, k) == "cuda"
+    assert resolve_qk_norm(None, BEST_FIRST, q, k.requires_grad_()) == "torch"
+    assert resolve_qk_norm(None, BEST_FIRST, q[:, :, :64], k) == "cuda"
+    with torch.no_grad():
+        assert resolve_qk_norm(None, BEST_FIRST, q, k) == "cuda"

@@ -170,3 +170,11 @@ def test_masked_keys_do_not_matter(kernel, eps):
         assert_equal_results(run(fixed(kernel, rest), inputs | dirty), clean)
     assert clean["dk"][~rest["key_mask"]].eq(0).all() and clean["out 1"][0, 0].eq(0).all()
     assert not any(value.isnan().any() for value in clean.values())
+
+
+@pytest.mark.skipif("cuda" not in BACKENDS, reason="the CUDA kernels are not here")
+def test_a_gradient_too_wide_for_the_cuda_kernels_is_refused_before_the_forward():
+    op = partial(qk_norm_rope3d_pool, backend="cuda", grid=(1, 1, 1), factor=2)
+    wide = cast(make_inputs(1, (1, 1, 1), 130, 2, 64)) | make_table(1, 64)
+    assert op(**wide)[0].isfinite().all()
+    raises(ValueError, "q has 8320", op, wide, v=wide["v"].requires_grad_())
