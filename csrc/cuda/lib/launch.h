@@ -8,6 +8,7 @@
 #ifndef LUMINA_CUDA_HOST
 #include <cuda_runtime.h>
 #include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
 #endif
 
 #include "cuda/lib/values.cuh"
@@ -69,29 +70,12 @@ inline cudaStream_t current_stream(int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// Makes a device current, and afterwards the previous one.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int32_t device) : device_(device) {
-    check_cuda(cudaGetDevice(&before_), "cudaGetDevice");
-    if (before_ != device_) check_cuda(cudaSetDevice(device_), "cudaSetDevice");
-  }
-  ~DeviceGuard() {
-    if (before_ != device_) cudaSetDevice(before_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int before_ = 0, device_;
-};
-
 template <class... Parameters, class... Arguments>
 void launch(const char* name, const Tensor& like, const LaunchConfig& config,
             void (*kernel)(Parameters...), const Arguments&... arguments) {
   constexpr size_t kSharedBytes = 48 << 10;  // a kernel has to ask for more
   const int32_t device = like.get_device_index();
-  const DeviceGuard guard(device);
+  const torch::stable::accelerator::DeviceGuard guard(device);
   if (config.shared_bytes > kSharedBytes) {
     check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     static_cast<int>(config.shared_bytes)),
