@@ -5,10 +5,10 @@ import pytest
 import torch
 from common import (
     BACKENDS,
-    CPU_LEVELS,
     DEVICE,
     IMPLEMENTATIONS,
     NATIVE,
+    OP_LEVELS,
     assert_accurate,
     assert_equal_results,
     assert_rounded_once,
@@ -232,7 +232,7 @@ def test_an_axis_out_of_range_gives_nan(kernel, column, dtype):
     assert q[..., 4:6].isnan().all() and not q[..., 6:].isnan().any()
 
 
-@pytest.mark.parametrize("level", CPU_LEVELS)
+@pytest.mark.parametrize("level", OP_LEVELS)
 def test_every_instruction_set_has_sine_and_cosine(level):
     """Beyond 1.5e6 too: the C++ kernels take the angles of such a token one by one."""
     far = (10 ** torch.linspace(6, 38, 64)).float()

@@ -10,9 +10,9 @@ import test_sandwich_norm_chain
 import torch
 from common import (
     BACKENDS,
-    CPU_LEVELS,
     DTYPES,
     IMPLEMENTATIONS,
+    OP_LEVELS,
     assert_accurate,
     assert_equal_results,
     assert_rounded_once,
@@ -63,7 +63,7 @@ def test_accuracy(op, kind, shape, per_token, backend, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("level", CPU_LEVELS)
+@pytest.mark.parametrize("level", OP_LEVELS)
 @every_op
 def test_chunks_of_rows_on_the_cpu(op, kind, level, dtype):
     with at_cpu_level(level):
