@@ -1,9 +1,10 @@
 """What the tests of checkpoints share."""
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lumina.checkpoints import files
+from lumina.checkpoints import checkpoint, files
 from lumina.models.next_dit.config import NextDiTConfig
 from lumina.models.next_dit.model import NextDiT
 
@@ -36,3 +37,12 @@ def rewrite(file, change):
     tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
     change(tensors)
     save_file(tensors, file, metadata)
+
+
+def refused(path, message, kind=ValueError, load=checkpoint.load):
+    """`load` raises exactly this kind of error, in one line that has `message`."""
+    with pytest.raises(kind) as caught:
+        load(path)
+    assert type(caught.value) is kind
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000

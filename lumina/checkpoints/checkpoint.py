@@ -11,6 +11,8 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,14 +22,18 @@ from torch import Tensor, nn
 
 from lumina.checkpoints.files import (
     Stored,
+    check_there,
     construct,
-    on_cpu,
     parse_json,
     read_safetensors,
     replace,
+    same,
+    shown,
+    weights_in,
 )
+from lumina.checkpoints.state import FLOATS, expected_shapes, network_in, one_writer, plain_state
 from lumina.emoji.encoder import CaptionEncoder
-from lumina.models.next_dit.config import NextDiTConfig
+from lumina.models.next_dit.config import LARGEST, NextDiTConfig
 from lumina.models.next_dit.diffusers import open_diffusers, save_diffusers
 from lumina.models.next_dit.model import NextDiT
 from lumina.models.next_dit.original import open_original, save_original
@@ -62,15 +68,24 @@ def load(
             `from_pretrained`; None keeps the file's (the widest, if it has several).
 
     Raises:
-        FileNotFoundError: there is nothing at `path`, or a file of the checkpoint is missing.
-        ValueError: an unknown or damaged file; a tensor that is missing, foreign or of another
-            shape (the message names the first, both shapes, and how many more); copies of a tensor
-            that differ; a pickle of other things than tensors, which is never unpickled.
+        FileNotFoundError: there is nothing at `path`, or a file of the checkpoint is missing; the
+            message names the weights that are there instead.
+        ValueError: an unknown or damaged file; a config of other types or sizes than the network's;
+            a tensor that is missing, foreign or of another shape (the message names the first, both
+            shapes, and how many more); copies of a tensor that differ; a pickle of other things
+            than tensors, which is never unpickled.
+
+    Warns:
+        UserWarning: a tensor that is NaN throughout.
     """
     stored = _open(Path(path), ema)
-    with torch.device("meta"):
-        model = NextDiT(stored.config, backend)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    layers = {m[1] for m in (re.match(r"layers\.(\d+)\.", name) for name in stored.tensors) if m}
+    if stored.config.n_layers > len(layers):
+        raise ValueError(
+            f"{stored.where}: the network has n_layers={stored.config.n_layers}, "
+            f"the file tensors of {len(layers)} layers"
+        )
+    shapes = expected_shapes(stored.config)
     expected = {there: shape for name, shape in shapes.items() for there in stored.names(name)}
     _check(stored.where, stored.tensors, expected)
     state = {}
@@ -78,11 +93,14 @@ def load(
         first, *copies = stored.names(name)
         state[name] = stored.tensors[first]
         for copy in copies:
-            if not torch.equal(stored.tensors[copy], state[name]):
+            if not same(stored.tensors[copy], state[name]):
                 raise ValueError(
                     f"{stored.where}: {copy} must be a copy of {first}, and differs: "
                     "a layer of a Next-DiT has one query"
                 )
+    _warn_of_nan(stored.where, state)
+    with torch.device("meta"):
+        model = NextDiT(stored.config, backend)
     return _fill(model, state, device, dtype)
 
 
@@ -105,11 +123,15 @@ def load_caption_encoder(
     tensors, metadata = ({}, {}) if path.is_dir() else read_safetensors(path)
     if "caption_encoder" not in metadata:
         raise ValueError(f"{path} holds no caption encoder")
+    sizes = parse_json(path, metadata["caption_encoder"])
+    numbers = [n for n in sizes.values() if type(n) is int and 1 <= n <= LARGEST]
+    if sizes.keys() != {"dim", "width", "heads"} or len(numbers) < 3 or numbers[0] % numbers[2]:
+        raise ValueError(f"{path}: no sizes of a caption encoder are {shown(sizes)}")
     with torch.device("meta"):
-        sizes = parse_json(path, metadata["caption_encoder"])
         encoder = construct(path, CaptionEncoder, sizes)
     tensors = {k.removeprefix(ENCODER): t for k, t in tensors.items() if k.startswith(ENCODER)}
     _check(path, tensors, {name: t.shape for name, t in encoder.state_dict().items()})
+    _warn_of_nan(path, tensors)
     return _fill(encoder, tensors, device, dtype)
 
 
@@ -126,8 +148,12 @@ def save(
     Every file is written under a temporary name beside its place and renamed when complete, so a
     crash leaves the old file or the new one. In a folder the weights come first, the config last.
 
+    What is written is a plain network: without torch.compile, DDP, activation checkpointing or
+    merged adapters around it, and with the values of parametrizations. Sharded parameters are
+    gathered: every process calls `save`, the first one writes, and all return when it has.
+
     Args:
-        model: a `lumina.NextDiT` or `lumina.reference.NextDiT`.
+        model: a `lumina.NextDiT` or `lumina.reference.NextDiT`, or what contains one.
         path: the file (format "lumina") or the folder to write; folders are made.
         format: "lumina", one safetensors file with the config in its metadata; "diffusers", a
             folder that `LuminaNextDiT2DModel.from_pretrained` reads; "original", a folder of
@@ -137,9 +163,11 @@ def save(
         metadata: more strings for the file's metadata; "lumina" only.
 
     Raises:
-        ValueError: an unknown format; a config that diffusers or the original code would run as
-            another network; a folder with other weights or configs, which would be taken for a part
-            of this checkpoint.
+        ValueError: an unknown format; a network that `load` would not read back as it is: with
+            adapters that are not merged, quantised, pruned, offloaded, its modules replaced; a
+            config that diffusers or the original code would run as another network; a place that is
+            no file or no folder; a folder with other weights or configs, which would be taken for a
+            part of this checkpoint.
     """
     path = Path(path)
     if format == "lumina":
@@ -157,7 +185,7 @@ def save(
 
 def _open(path: Path, ema: bool | None) -> Stored:
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
+        check_there(path)
     if (path / "model_args.pth").exists():
         return open_original(path, ema)
     if ema is not None:
@@ -166,10 +194,11 @@ def _open(path: Path, ema: bool | None) -> Stored:
         return _open_lumina(path)
     for folder in (path, path / "transformer"):
         if (folder / "config.json").exists():
-            return open_diffusers(folder)
+            return open_diffusers(folder, path)
     raise ValueError(
         f"{path} is no checkpoint: it has neither config.json (diffusers), nor "
         "transformer/config.json (a pipeline of diffusers), nor model_args.pth (original release)"
+        f"{weights_in(path)}"
     )
 
 
@@ -187,16 +216,25 @@ def _open_lumina(path: Path) -> Stored:
 def _save_lumina(
     model: nn.Module, path: Path, encoder: CaptionEncoder | None, metadata: dict[str, str]
 ) -> None:
-    state, own = on_cpu(model), {"format": "lumina", "config": json.dumps(asdict(model.config))}
+    network = network_in(model)
+    own, expected = {"format": "lumina", "config": json.dumps(asdict(network.config))}, {}
     if encoder is not None:
-        state.update((ENCODER + name, tensor) for name, tensor in on_cpu(encoder).items())
-        sizes = {name: getattr(encoder, name) for name in ("dim", "width", "heads")}
+        plain = network_in(encoder, (CaptionEncoder,))
+        sizes = {name: getattr(plain, name) for name in ("dim", "width", "heads")}
         own["caption_encoder"] = json.dumps(sizes)
+        with torch.device("meta"):
+            expected = {name: t.shape for name, t in CaptionEncoder(**sizes).state_dict().items()}
     for key in ("format", "config", "caption_encoder"):
         if key in metadata:
             raise ValueError(f"metadata must not have the key {key!r}, which `save` writes itself")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace(path, lambda file: save_file(state, file, {**metadata, **own}))
+    with one_writer(model) as writes:
+        state = plain_state(model, network, expected_shapes(network.config), writes)
+        if encoder is not None:
+            named = plain_state(encoder, plain, expected, writes)
+            state |= {ENCODER + name: tensor for name, tensor in named.items()}
+        if writes:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace(path, lambda file: save_file(state, file, {**metadata, **own}))
 
 
 def _check(where: Path, tensors: dict[str, Tensor], expected: dict[str, torch.Size]) -> None:
@@ -209,20 +247,35 @@ def _check(where: Path, tensors: dict[str, Tensor], expected: dict[str, torch.Si
     for name, tensor in tensors.items():
         shape = tuple(tensor.shape)
         if name not in expected:
-            problems.append(f"{name} of shape {shape} is not part of this network")
+            problems.append(f"{shown(name)} of shape {shape} is not part of this network")
         elif tensor.shape != expected[name]:
             problems.append(f"{name} must have shape {tuple(expected[name])}, got {shape}")
-        elif not tensor.is_floating_point():
+        elif tensor.dtype not in FLOATS:
             problems.append(f"{name} must be of floating point, got {tensor.dtype}")
     if problems:
         more = f" (and {len(problems) - 1} more like this)" if len(problems) > 1 else ""
         raise ValueError(f"{where}: {problems[0]}{more}")
 
 
+def _warn_of_nan(where: Path, state: dict[str, Tensor]) -> None:
+    """Only a tensor that starts with NaN is read further."""
+    names = [
+        name
+        for name, t in state.items()
+        if t.numel() and t[(0,) * t.ndim].float().isnan() and t.float().isnan().all()
+    ]
+    if names:
+        more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+        warnings.warn(f"{where}: {names[0]} is NaN throughout{more}", stacklevel=3)
+
+
 def _fill(model: nn.Module, state: dict[str, Tensor], device, dtype: torch.dtype | None):
     """Give a network on the meta device memory, and copy the weights into it."""
     if dtype is None:
-        dtype = functools.reduce(torch.promote_types, {tensor.dtype for tensor in state.values()})
+        dtypes = {tensor.dtype for tensor in state.values()}
+        if len(dtypes) > 1:  # torch does not promote those of 8 bits, which float16 holds
+            dtypes = {dtype if dtype.itemsize > 1 else torch.float16 for dtype in dtypes}
+        dtype = functools.reduce(torch.promote_types, dtypes)
     model = model.to(dtype).to_empty(device=device)
     model.load_state_dict(state)
     return model.eval()

@@ -6,16 +6,21 @@ import json
 import os
 import pickle
 import re
+import reprlib
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lumina.models.next_dit.config import NextDiTConfig
+
+JSON_LIMIT = 2**24  # bytes; what a network of a thousand layers says of itself is under 5 MB
+WEIGHTS = {".safetensors", ".bin", ".pth", ".pt", ".ckpt"}
 
 
 @dataclass
@@ -30,19 +35,43 @@ class Stored:
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors, mapped into memory rather than read, and metadata of a safetensors file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
+    check_there(path)
     try:
+        _check_header(path)
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
+    except Exception as error:  # the library lets errors of torch through
+        raise ValueError(
+            f"{path} is damaged or not a safetensors file: {one_line(error)}"
+        ) from error
+
+
+def read_pth(path: Path) -> dict[str, Tensor]:
+    """Tensors by name, mapped into memory, out of what `torch.save` wrote."""
+    state = read_pickle(path)
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
+    ):
+        raise ValueError(f"{path} must hold tensors by name, got {type(state).__name__}")
+    for name, tensor in state.items():
+        if kind := unusual(tensor):
+            raise ValueError(f"{path}: {shown(name)} must be a plain tensor, got {kind}")
+    # torch maps as many bytes as the pickle says from where a record starts, whatever lies there.
+    storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in state.values())}
+    stored = _record_sizes(path)
+    if sorted(filter(None, storages.values())) != stored:
+        raise ValueError(f"{path} is damaged: its tensors do not have the sizes of its records")
+    if (said := sum(t.nbytes for t in state.values())) > sum(stored):
+        raise ValueError(
+            f"{path} must store every tensor in full: its tensors are of {said} bytes in all, "
+            f"its records of {sum(stored)}"
+        )
+    return state
 
 
 def read_pickle(path: Path, allowed: type | None = None) -> object:
     """What `torch.save` wrote; only tensors, plain values and the allowed class are read."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
+    check_there(path)
     try:
         with torch.serialization.safe_globals([allowed] if allowed else []):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -50,16 +79,32 @@ def read_pickle(path: Path, allowed: type | None = None) -> object:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"a pickled {found[1]}" if found else "a pickle of other things than tensors"
         raise ValueError(f"{path} holds {what}, which can run code: it is not read") from None
-    except (OSError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is damaged or not a PyTorch file: {error}") from error
+    except Exception as error:  # a damaged pickle can make any
+        raise ValueError(f"{path} is damaged or not a PyTorch file: {one_line(error)}") from error
+
+
+def read_json(path: Path, folder: Path) -> dict:
+    """The JSON object in a file of a checkpoint's folder.
+
+    A link may not lead out of the folder, but to the blobs of a Hugging Face cache, of which all
+    files of a snapshot are links.
+    """
+    check_there(path)
+    root, real = folder.resolve(), path.resolve()
+    cache = root.as_posix().rpartition("/snapshots/")[0]
+    if not real.is_relative_to(root) and not (cache and real.parent == Path(cache, "blobs")):
+        raise ValueError(f"{path} must lie in {folder}, and is a link out of it")
+    if (size := path.stat().st_size) > JSON_LIMIT:
+        raise ValueError(f"{path} must be at most {JSON_LIMIT} bytes, got {size}")
+    return parse_json(path, path.read_bytes())
 
 
 def parse_json(where: Path, text: str | bytes) -> dict:
     """A JSON object, or a ValueError that says where it was."""
     try:
         parsed = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{where} holds no valid JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} holds no valid JSON: {one_line(error)}") from None
     if not isinstance(parsed, dict):
         raise ValueError(f"{where} must hold a JSON object, got {type(parsed).__name__}")
     return parsed
@@ -70,7 +115,24 @@ def construct(where: Path, kind: type, fields: dict):
     try:
         return kind(**fields)
     except (TypeError, ValueError) as error:  # unknown or missing fields, sizes that do not fit
-        raise ValueError(f"{where}: {error}") from error
+        raise ValueError(f"{where}: {one_line(error)}") from error
+
+
+def check_there(path: Path) -> None:
+    """Raise FileNotFoundError, with the files that are there instead, unless it is a file."""
+    if path.is_file():
+        return
+    what = "is not a regular file" if path.exists() else "does not exist"
+    raise FileNotFoundError(f"{path} {what}{weights_in(path.parent)}")
+
+
+def weights_in(folder: Path) -> str:
+    """For the end of a message: which weights a folder has."""
+    if not folder.is_dir():
+        return ""
+    names = sorted(f.name for f in folder.iterdir() if f.suffix in WEIGHTS)
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return f"; {folder} has {', '.join(names[:4])}{more}" if names else ""
 
 
 def check_released(where: Path | str, config: NextDiTConfig, **fixed: object) -> None:
@@ -83,13 +145,41 @@ def check_released(where: Path | str, config: NextDiTConfig, **fixed: object) ->
         raise ValueError(f"{where}: head_dim must be a multiple of 4 in this format, got {got}")
 
 
-def on_cpu(module: nn.Module) -> dict[str, Tensor]:
-    """State dict in the form safetensors accepts; shares memory with the module where it can."""
-    return {name: t.detach().cpu().contiguous() for name, t in module.state_dict().items()}
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same bit by bit, NaN too."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    return torch.equal(*(t.contiguous().flatten().view(torch.uint8) for t in (a, b)))
+
+
+def unusual(tensor: Tensor) -> str | None:
+    """What makes a tensor more than a block of numbers in memory; None: nothing does."""
+    if type(tensor) not in (Tensor, nn.Parameter):
+        return f"a {type(tensor).__name__}"
+    if tensor.is_quantized or tensor.layout != torch.strided or tensor.is_nested:
+        return f"a tensor of {tensor.dtype} and {tensor.layout}"
+    return "a tensor without values (on the meta device)" if tensor.is_meta else None
+
+
+def shown(value: object) -> str:
+    """A name or value out of a file, short and on one line."""
+    short = isinstance(value, str) and value.isprintable() and len(value) <= 200
+    return value if short else reprlib.repr(value)
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, without the trace that torch appends."""
+    return next(iter(str(error).splitlines()), type(error).__name__)[:300]
 
 
 def replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a temporary file beside `path`, flush it to disk, and only then rename it."""
+    """Write a temporary file beside `path`, flush it to disk, and only then rename it.
+
+    Raises:
+        ValueError: there is something else than a regular file at `path`.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} must be a file or a free name, and is a folder or a device")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.touch()
@@ -107,12 +197,45 @@ def replace_folder(
     folder: Path, weights: str, state: dict[str, Tensor], config: str, write: Callable
 ) -> None:
     """Replace the weights, then the config, in a folder that holds no other checkpoint."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} must be a folder or a free name, and is a file")
     folder.mkdir(parents=True, exist_ok=True)
-    kinds = {".json", ".safetensors", ".pth", ".bin"}
     for file in sorted(folder.iterdir()):
-        if file.suffix in kinds and file.name not in (weights, config):
+        if file.suffix in {".json", *WEIGHTS} and file.name not in (weights, config):
             raise ValueError(
                 f"{folder} must hold no other checkpoint, or the two would mix: it has {file.name}"
             )
     replace(folder / weights, lambda file: save_file(state, file, {"format": "pt"}))
     replace(folder / config, write)
+
+
+def _record_sizes(path: Path) -> list[int]:
+    """Bytes of the records with the numbers of tensors, in order of size."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = [r for r in archive.infolist() if re.match(r"[^/]*/data/", r.filename)]
+            for record in records:
+                archive.open(record).close()  # compares its two headers
+    except Exception as error:
+        raise ValueError(f"{path} is damaged: {one_line(error)}") from error
+    if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+        raise ValueError(f"{path} is compressed: its tensors cannot be mapped into memory")
+    return sorted(record.file_size for record in records if record.file_size)
+
+
+def _check_header(path: Path) -> None:
+    """Refuse what the format forbids and its parser takes: names that come twice."""
+
+    def once(pairs: list[tuple[str, object]]) -> dict:
+        fields = dict(pairs)
+        if len(fields) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in fields if names.count(name) > 1)
+            raise ValueError(f"its header has {shown(twice)} twice")
+        return fields
+
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size > min(JSON_LIMIT, path.stat().st_size):
+            raise ValueError(f"its header would be of {size} bytes")
+        json.loads(file.read(size) or b"{}", object_pairs_hook=once)

@@ -207,7 +207,8 @@ def test_nothing_there(tmp_path):
         ({"num_attention_heads": 5}, "dim must be a multiple of n_heads, got 48 and 5"),
         ({"hidden_size": "48"}, "config.json: "),
         ({"norm_eps": 1e-6}, "norm_eps can only be 1e-05 in this format, got 1e-06"),
-        ({"num_layers": 3}, r"layers.2.* must have shape .*, and is missing \(and 25 more"),
+        ({"num_layers": 3}, "has n_layers=3, the file tensors of 2 layers"),
+        ({"num_layers": 1}, r"layers.1.* is not part of this network \(and 25 more"),
     ],
 )
 def test_wrong_config(fields, message, tmp_path):

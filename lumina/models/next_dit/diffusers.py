@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from pathlib import Path
 
 from torch import nn
@@ -15,11 +16,12 @@ from lumina.checkpoints.files import (
     Stored,
     check_released,
     construct,
-    on_cpu,
-    parse_json,
+    read_json,
     read_safetensors,
     replace_folder,
+    shown,
 )
+from lumina.checkpoints.state import expected_shapes, network_in, one_writer, plain_state
 from lumina.models.next_dit.config import NextDiTConfig
 
 CLASS = "LuminaNextDiT2DModel"
@@ -78,12 +80,16 @@ def names(name: str) -> tuple[str, ...]:
     return (name,)
 
 
-def open_diffusers(folder: Path) -> Stored:
-    """Open a folder of `config.json` and the weights, in one file or in shards with an index."""
+def open_diffusers(folder: Path, root: Path) -> Stored:
+    """Open a folder of `config.json` and the weights, in one file or in shards with an index.
+
+    root: the folder that was asked for: the pipeline's, or the same.
+    """
     where = folder / "config.json"
-    stored = parse_json(where, where.read_bytes())
+    stored = read_json(where, root)
     if stored.get("_class_name") != CLASS:
-        raise ValueError(f"{where} must be of a {CLASS}, got {stored.get('_class_name')!r}")
+        got = reprlib.repr(stored.get("_class_name"))
+        raise ValueError(f"{where} must be of a {CLASS}, got {got}")
     fields = {ours: stored.get(name, default) for name, (ours, default) in CONFIG.items()}
     if fields["n_kv_heads"] is None:
         fields["n_kv_heads"] = fields["n_heads"]
@@ -92,8 +98,10 @@ def open_diffusers(folder: Path) -> Stored:
     index = folder / f"{WEIGHTS}.index.json"
     if not index.exists():
         return Stored(folder / WEIGHTS, config, read_safetensors(folder / WEIGHTS)[0], names)
-    places = parse_json(index, index.read_bytes()).get("weight_map")
-    if not isinstance(places, dict) or any(str(f) != Path(str(f)).name for f in places.values()):
+    places = read_json(index, root).get("weight_map")
+    if not isinstance(places, dict) or not all(
+        isinstance(file, str) and file == Path(file).name for file in places.values()
+    ):
         raise ValueError(f"{index} must map tensors to files beside it, under 'weight_map'")
     tensors = {}
     for file in sorted(set(places.values())):
@@ -101,7 +109,7 @@ def open_diffusers(folder: Path) -> Stored:
         for name, place in places.items():
             if place == file and name not in shard:
                 raise ValueError(
-                    f"{folder / file} must hold {name}, as {index.name} says, and does not"
+                    f"{folder / file} must hold {shown(name)}, as {index.name} says, and does not"
                 )
         tensors.update(shard)
     return Stored(index, config, tensors, names)
@@ -109,15 +117,20 @@ def open_diffusers(folder: Path) -> Stored:
 
 def save_diffusers(model: nn.Module, folder: Path) -> None:
     """Write a folder that `LuminaNextDiT2DModel.from_pretrained` reads."""
-    _check("diffusers", model.config)
-    state = {}
-    for name, tensor in on_cpu(model).items():
-        first, *copies = names(name)
-        state[first] = tensor
-        state.update((copy, tensor.clone()) for copy in copies)  # safetensors refuses shared memory
-    config = {name: getattr(model.config, ours) for name, (ours, _) in CONFIG.items()}
+    network = network_in(model)
+    _check("diffusers", network.config)
+    config = {name: getattr(network.config, ours) for name, (ours, _) in CONFIG.items()}
     text = json.dumps({"_class_name": CLASS, **config}, indent=2) + "\n"
-    replace_folder(folder, WEIGHTS, state, "config.json", lambda file: file.write_text(text))
+    with one_writer(model) as writes:
+        plain, state = plain_state(model, network, expected_shapes(network.config), writes), {}
+        for name, tensor in plain.items():
+            first, *copies = names(name)
+            state[first] = tensor
+            state.update((copy, tensor.clone()) for copy in copies)  # no shared memory
+        if writes:
+            replace_folder(
+                folder, WEIGHTS, state, "config.json", lambda file: file.write_text(text)
+            )
 
 
 def _check(where: Path | str, config: NextDiTConfig) -> None:

@@ -195,11 +195,12 @@ class NextDiT(nn.Module):
     def _check_batch(self, x, t, mask: Tensor) -> None:
         if x is None or t is None:
             raise ValueError("x and t must be given together, or neither for captions alone")
-        B = len(x)
-        if t.shape != (B,) or len(mask) != B:
+        # Of a tensor not by len, which would fix the batch of an exported network.
+        B = x.shape[0] if isinstance(x, Tensor) else len(x)
+        if t.shape != (B,) or mask.shape[0] != B:
             raise ValueError(
                 f"t must have shape ({B},) and there must be {B} captions for {B} images, "
-                f"got {tuple(t.shape)} and {len(mask)}"
+                f"got {tuple(t.shape)} and {mask.shape[0]}"
             )
 
     def _rope(

@@ -19,14 +19,18 @@ from lumina.checkpoints.files import (
     Stored,
     check_released,
     construct,
-    on_cpu,
     read_pickle,
+    read_pth,
     read_safetensors,
     replace_folder,
+    same,
+    shown,
+    weights_in,
 )
+from lumina.checkpoints.state import expected_shapes, network_in, one_writer, plain_state
 from lumina.models.next_dit.config import NextDiTConfig
 
-FILE = re.compile(r"(consolidated(?:_ema)?)\.(\d+)-of-(\d+)(\.safetensors|\.pth)")
+FILE = re.compile(r"(consolidated(?:_ema)?)\.([0-9]+)-of-(0*[1-9][0-9]*)(\.safetensors|\.pth)")
 
 # Linear layers cut by output rows, and the heads that follow them; by input columns; the rest is
 # whole in every file.
@@ -44,12 +48,14 @@ def open_original(folder: Path, ema: bool | None) -> Stored:
     if not isinstance(args, Namespace):
         raise ValueError(f"{args_file} must hold a Namespace, got {type(args).__name__}")
     files = _files(folder, ema)
-    shards = [_read(file) for file in files]
+    shards = [
+        read_pth(file) if file.suffix == ".pth" else read_safetensors(file)[0] for file in files
+    ]
     tensors = shards[0] if len(shards) == 1 else _merge(files, shards)
-    config = config_from_shapes(files[0], tensors, str(getattr(args, "model", "")))
-    if getattr(args, "qk_norm", config.qk_norm) != config.qk_norm:
+    config = config_from_shapes(files[0], tensors, _preset(args_file, args))
+    if getattr(args, "qk_norm", config.qk_norm) is not config.qk_norm:
         raise ValueError(
-            f"{args_file} says qk_norm={args.qk_norm}, the tensors of {files[0].name} "
+            f"{args_file} says qk_norm={shown(args.qk_norm)}, the tensors of {files[0].name} "
             f"say {config.qk_norm}"
         )
     return Stored(files[0], config, tensors)
@@ -57,12 +63,16 @@ def open_original(folder: Path, ema: bool | None) -> Stored:
 
 def save_original(model: nn.Module, folder: Path) -> None:
     """Write a folder that the released scripts can read."""
-    check_released("original", model.config, norm_eps=1e-5)
-    args = model_args(model.config)
-    replace_folder(
-        folder, "consolidated.00-of-01.safetensors", on_cpu(model),
-        "model_args.pth", lambda file: torch.save(args, file),
-    )  # fmt: skip
+    network = network_in(model)
+    check_released("original", network.config, norm_eps=1e-5)
+    args = model_args(network.config)
+    with one_writer(model) as writes:
+        state = plain_state(model, network, expected_shapes(network.config), writes)
+        if writes:
+            replace_folder(
+                folder, "consolidated.00-of-01.safetensors", state,
+                "model_args.pth", lambda file: torch.save(args, file),
+            )  # fmt: skip
 
 
 def model_args(config: NextDiTConfig) -> Namespace:
@@ -78,34 +88,41 @@ def model_args(config: NextDiTConfig) -> Namespace:
 
 def _files(folder: Path, ema: bool | None) -> list[Path]:
     """The files, one per rank, of the set of weights that is asked for."""
-    found: dict[str, dict[str, set[int]]] = {}  # set -> suffix -> numbers of ranks
-    for match in filter(None, (FILE.fullmatch(file.name) for file in folder.iterdir())):
-        found.setdefault(match[1], {}).setdefault(match[4], set()).add(int(match[3]))
+    found: dict[str, dict[str, dict[int, dict[int, Path]]]] = {}  # set, suffix, ranks, rank
+    for file in folder.iterdir():
+        if match := FILE.fullmatch(file.name):
+            of = found.setdefault(match[1], {}).setdefault(match[4], {})
+            of.setdefault(int(match[3]), {})[int(match[2])] = file
     if ema is None:
         ema = "consolidated_ema" in found
     stem = "consolidated_ema" if ema else "consolidated"
     if stem not in found:
-        raise FileNotFoundError(f"{folder} has no {stem}.00-of-0N.safetensors or .pth")
+        raise FileNotFoundError(
+            f"{folder} has no {stem}.00-of-0N.safetensors or .pth{weights_in(folder)}"
+        )
     suffix = max(found[stem])  # .safetensors rather than .pth
     ranks, *others = sorted(found[stem][suffix])
     if others:
         raise ValueError(f"{folder} has {stem} files of {ranks} and of {others[0]} ranks")
-    return [folder / f"{stem}.{rank:02d}-of-{ranks:02d}{suffix}" for rank in range(ranks)]
+    files = found[stem][suffix][ranks]
+    for rank in range(ranks):  # ends at the first that is not there
+        if rank not in files:
+            missing = f"{stem}.{rank:02d}-of-{ranks:02d}{suffix}"
+            raise FileNotFoundError(f"{folder / missing} does not exist{weights_in(folder)}")
+    return [files[rank] for rank in range(ranks)]
 
 
-def _read(file: Path) -> dict[str, Tensor]:
-    if file.suffix == ".safetensors":
-        return read_safetensors(file)[0]
-    state = read_pickle(file)
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise ValueError(f"{file} must hold tensors by name, got {type(state).__name__}")
-    return state
+def _preset(where: Path, args: Namespace) -> str:
+    preset = getattr(args, "model", "")
+    if not isinstance(preset, str):
+        raise ValueError(f"{where} must name a model, got a {type(preset).__name__}")
+    return preset
 
 
 def _merge(files: list[Path], shards: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     for file, shard in zip(files, shards, strict=True):
         if odd := sorted(shard.keys() ^ shards[0].keys()):
-            raise ValueError(f"{files[0]} and {file.name}: only one of them has {odd[0]}")
+            raise ValueError(f"{files[0]} and {file.name}: only one of them has {shown(odd[0])}")
     if "layers.0.attention.q_norm.weight" in shards[0]:
         warnings.warn(
             f"{files[0].parent}: the original code normalises q and k over the heads of one shard, "
@@ -115,15 +132,17 @@ def _merge(files: list[Path], shards: list[dict[str, Tensor]]) -> dict[str, Tens
     merged = {}
     for name in shards[0]:
         parts = [shard[name] for shard in shards]
-        shapes = ", ".join(str(tuple(part.shape)) for part in parts)
+        shapes = ", ".join(f"{tuple(part.shape)} {part.dtype}" for part in parts)
         axis = 0 if CUT_ROWS.search(name) else 1 if CUT_COLUMNS.search(name) else None
         if axis is None:
             for file, part in zip(files, parts, strict=True):
-                if not torch.equal(part, parts[0]):
+                if not same(part, parts[0]):
                     raise ValueError(f"{name} must be the same in {files[0]} and {file.name}")
             merged[name] = parts[0]
-        elif parts[0].ndim <= axis or len({part.shape for part in parts}) > 1:
-            raise ValueError(f"{files[0]}: shards of {name} must have one shape, got {shapes}")
+        elif parts[0].ndim <= axis or len({(part.shape, part.dtype) for part in parts}) > 1:
+            raise ValueError(
+                f"{files[0]}: shards of {name} must have one shape and dtype, got {shapes}"
+            )
         else:
             merged[name] = torch.cat(parts, dim=axis)
     return merged
@@ -143,7 +162,7 @@ def config_from_shapes(where: Path, tensors: dict[str, Tensor], preset: str) -> 
     kv, _ = shape("layers.0.attention.wk.weight", 2)
     hidden, _ = shape("layers.0.feed_forward.w1.weight", 2)
     out, _ = shape("final_layer.linear.weight", 2)
-    side = re.search(r"_patch(\d+)", preset)
+    side = re.search(r"_patch([1-9][0-9]{0,3})(?![0-9])", preset)
     side = int(side[1]) if side else 2
     if patch % side**2 or out not in (patch, 2 * patch) or kv * heads % dim:
         raise ValueError(
@@ -151,7 +170,8 @@ def config_from_shapes(where: Path, tensors: dict[str, Tensor], preset: str) -> 
             f"{dim, patch}, final_layer.linear.weight {out, dim}, wk.weight {kv, dim}, "
             f"{heads} heads"
         )
-    layers = [int(m[1]) for m in (re.match(r"layers\.(\d+)\.", name) for name in tensors) if m]
+    numbers = (re.match(r"layers\.([0-9]{1,9})\.", name) for name in tensors)
+    layers = [int(match[1]) for match in numbers if match]
     multiple_of, multiplier = _ffn(dim, hidden)
     fields = dict(
         patch_size=side, in_channels=patch // side**2, dim=dim, n_layers=max(layers) + 1,
