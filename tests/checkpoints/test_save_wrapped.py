@@ -262,7 +262,7 @@ def worker(rank, folder):
         expected = network().state_dict()
         for name, wrap in SHARDED.items():
             model = wrap(network())
-            for format in FORMATS:
+            for format in FORMATS if name == "FSDP2" else FORMATS[:1]:
                 path = Path(folder, f"{name}-{format}" + (f"-{rank}" if name == "DDP" else ""))
                 checkpoint.save(model, path, format=format)
                 assert_same(checkpoint.load(path).state_dict(), expected)
