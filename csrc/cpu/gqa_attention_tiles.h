@@ -160,8 +160,8 @@ void softmax(float* s, int64_t keys, int64_t padded, Exponent exponent, float* t
   }
 }
 
-// What the gradient of a branch's scores needs of each row: P = 2^((sign * s - top) * unit -
-// total).
+// What the gradient of a branch's scores needs of each row: P = 2^((s - top) * unit - total), with
+// the sign of the scale in `unit`.
 struct RowTerms {
   float *top, *total, *e, *weight;
 };
@@ -169,7 +169,7 @@ struct RowTerms {
 // With vectors over rows, s becomes weight * P * (dp - e), in units of keys. Or, if `found` is
 // given, P * dp is summed into it and s stays. raw, if given, receives P * (dp - e) key by key.
 template <class Unit>
-void row_gradients(float* s, const float* dp, int64_t keys, int64_t padded, Exponent exponent,
+void row_gradients(float* s, const float* dp, int64_t keys, int64_t padded, float unit,
                    RowTerms terms, float* found, float* raw) {
   for (int64_t row = 0; row < kRows; row += kWidth) {
     const Vec top = load(terms.top + row), total = load(terms.total + row);
@@ -179,8 +179,7 @@ void row_gradients(float* s, const float* dp, int64_t keys, int64_t padded, Expo
       Vec ds[2] = {};
       for (int64_t i = 0; i < 2 && n + i < keys; ++i) {
         const int64_t at = (n + i) * kRows + row;
-        const Vec below = load(s + at) * exponent.sign - top;
-        const Vec p = exp2_of_negative(below * exponent.unit - total);
+        const Vec p = exp2_of_negative((load(s + at) - top) * unit - total);
         sum += p * load(dp + at);
         ds[i] = p * (load(dp + at) - e);
         if (raw) store(raw + at, ds[i]);
@@ -194,15 +193,14 @@ void row_gradients(float* s, const float* dp, int64_t keys, int64_t padded, Expo
 
 // The same with vectors over keys: s and dp become w * P and w * P * (dp - e), in units of rows.
 template <class Unit>
-void key_gradients(float* s, float* dp, int64_t rows, int64_t padded, Exponent exponent,
-                   RowTerms terms) {
+void key_gradients(float* s, float* dp, int64_t rows, int64_t padded, float unit, RowTerms terms) {
   for (int64_t key = 0; key < kRows; key += kWidth) {
     for (int64_t n = 0; n < padded; n += 2) {
       Vec p[2] = {}, ds[2] = {};
       for (int64_t i = 0; i < 2 && n + i < rows; ++i) {
         const int64_t at = (n + i) * kRows + key;
-        const Vec below = load(s + at) * exponent.sign - terms.top[n + i];
-        p[i] = terms.weight[n + i] * exp2_of_negative(below * exponent.unit - terms.total[n + i]);
+        const Vec exponent = (load(s + at) - terms.top[n + i]) * unit - terms.total[n + i];
+        p[i] = terms.weight[n + i] * exp2_of_negative(exponent);
         ds[i] = p[i] * (load(dp + at) - terms.e[n + i]);
       }
       store_units<Unit>(s + n / Unit::kPer * kRows + key, p[0], p[1]);

@@ -45,7 +45,8 @@ __device__ __forceinline__ void finish_softmax(Warp& warp, const AttentionFwdPar
       softmax.total += __shfl_xor_sync(kAllLanes, softmax.total, 1);
       softmax.total += __shfl_xor_sync(kAllLanes, softmax.total, 2);
       const int row = first_row + 16 * m + 8 * i + lane / 4;
-      if (row < at.p.rows && lane % 4 == 0) softmax.keep(stats + 2 * at.sum(row));
+      if (row < at.p.rows && lane % 4 == 0)
+        softmax.keep(stats + 2 * at.sum(row), is_there(gate) ? 1.0f : p.sign());
       float weight = 1.0f;
       if (is_there(gate)) weight = row < at.p.rows ? tanhf(load1(gate, at.head(row))) : 0.0f;
       const float factor = softmax.factor(weight);

@@ -118,7 +118,8 @@ struct AttentionFloatWarp {
     for (int r = 0; r < kRows; ++r) {
       softmax[r].total = warp_sum(softmax[r].total);
       const int row = first_row + r;
-      if (row < at.p.rows && lane == 0) softmax[r].keep(stats + 2 * at.sum(row));
+      if (row < at.p.rows && lane == 0)
+        softmax[r].keep(stats + 2 * at.sum(row), text ? 1.0f : at.p.sign());
       float weight = 1.0f;
       if (text) weight = row < at.p.rows ? tanhf(load1(at.p.gate, at.head(row))) : 0.0f;
       const float factor = softmax[r].factor(weight);

@@ -61,6 +61,11 @@ struct AttentionFwdParams {
   bool q_vectors;        // every head of q starts at a multiple of 16 bytes
   bool text;             // even if it has no keys
   bool negative;         // the sign of the image's scale
+
+  // Of the product that leads to the image's largest score.
+  __device__ __forceinline__ float sign() const {
+    return negative && bias.values.data == nullptr ? -1.0f : 1.0f;
+  }
 };
 
 // The rows of a block: row = token * R + head of the group, for kv head g of sample b.
@@ -169,10 +174,10 @@ struct RowSoftmax {
   }
   // What to subtract from a score: something finite as long as no key was valid.
   __device__ __forceinline__ float shift() const { return top == kMinusInfinity ? 0.0f : top; }
-  // These two once `total` has been summed over threads. What is kept makes weights of 0 in a row
-  // without a valid key.
-  __device__ __forceinline__ void keep(Global<float> stats) const {
-    stats[0] = total > 0.0f ? top : 0.0f;
+  // These two once `total` has been summed over threads. What is kept, with the product q kᵀ of the
+  // largest score, makes weights of 0 in a row without a valid key.
+  __device__ __forceinline__ void keep(Global<float> stats, float sign) const {
+    stats[0] = total > 0.0f ? sign * top : 0.0f;
     stats[1] = total > 0.0f ? log2f(total) : -kMinusInfinity;
   }
   __device__ __forceinline__ float factor(float weight) const {

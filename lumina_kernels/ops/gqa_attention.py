@@ -161,9 +161,9 @@ def gqa_attention_fwd(
     with_error: bool,
 ) -> tuple[Heads, Heads, SoftmaxStats, SoftmaxStats]:  # fmt: skip
     """error: the rounding error of a 16-bit output, int8; empty for float32, or if not wanted.
-    stats, text_stats: of each row the largest of sign(scale) q kᵀ or, with a bias, of scale q kᵀ +
-    bias; and log2 of the sum of weights of which the largest is 1. (0, inf) for a row without a
-    valid key; text_stats is empty without text."""
+    stats, text_stats: of each row the product q kᵀ or, with a bias, scale q kᵀ + bias that leads to
+    the largest score; and log2 of the sum of weights of which the largest is 1. (0, inf) for a row
+    without a valid key; text_stats is empty without text."""
     (B, L, H, _), G = q.shape, k.shape[2]
     stats = q.new_empty((B, G, L, H // G, 2), dtype=torch.float32)
     error = q.new_empty(q.shape if with_error and q.itemsize == 2 else 0, dtype=torch.int8)

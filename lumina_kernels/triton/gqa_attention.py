@@ -78,7 +78,9 @@ def gqa_attention_bwd(
         None if x is None else x.new_empty(x.shape) for x in (q, k, v, text_k, text_v)
     )
     delta = stats.new_empty(stats.shape[:-1])
-    text_delta = delta.new_empty(0 if text_k is None else delta.shape)
+    text_delta, text_weight = (
+        delta.new_empty(0 if text_k is None else delta.shape) for _ in range(2)
+    )
     dbias = None
     if with_dbias:
         whole = bias.shape == (B, H, L, L_kv)
@@ -94,15 +96,15 @@ def gqa_attention_bwd(
         dout, q, k, v, text_k, text_v = heads
         tokens = _branch(k, v, key_mask, scale)
         text = _branch(text_k, text_v, text_mask, K**-0.5)
-        given = dout, q, tokens, text, text_gate, _bias(bias, (B, H, L, L_kv))
+        heads, added = (dout, q, tokens, text), _bias(bias, (B, H, L, L_kv))
         constants = {"R": H // G, "UNIT": unit}
         options = _options("dq", K, dq.dtype, bias is not None, _has_two_layouts(tokens))
 
         def launch_dq(options):
             grid = (blocks(L * H // G, options["BLOCK_M"]) * G * B,)
             gqa_attention_dq_kernel[grid](
-                *given, out, error if error.numel() else None, stats, text_stats,
-                dq, delta, text_delta, dbias, L, G, **constants, **options,
+                *heads, text_gate, added, out, error if error.numel() else None, stats, text_stats,
+                dq, delta, text_delta, text_weight, dbias, L, G, **constants, **options,
             )  # fmt: skip
 
         _launch("dq", options, launch_dq, dq, L_kv)
@@ -111,8 +113,8 @@ def gqa_attention_bwd(
         def launch_dkv(options):
             tiles = blocks(L_kv, options["BLOCK_N"]) + blocks(T, options["BLOCK_N"])
             gqa_attention_dkv_kernel[(tiles * G * B,)](
-                *given, stats, text_stats, delta, text_delta, dk, dv, dtext_k, dtext_v, L, G,
-                **constants, **options,
+                *heads, added, stats, text_stats, delta, text_delta, text_weight,
+                dk, dv, dtext_k, dtext_v, L, G, **constants, **options,
             )  # fmt: skip
 
         if L_kv + T > 0:

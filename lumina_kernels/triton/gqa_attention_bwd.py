@@ -50,11 +50,12 @@ def gqa_attention_dq_kernel(
     dout, q, tokens, text, text_gate_ptr, bias,  # as in the forward, but the scales as they are
     out_ptr, error_ptr, stats_ptr, text_stats_ptr,
     dq_ptr, delta_ptr, text_delta_ptr,  # (B, L, H, K); e of both branches, (B, G, L, R)
+    text_weight_ptr,  # tanh(gate) over the total of the text's weights, (B, G, L, R)
     dbias_ptr,  # (B, H, L, L_kv) zeros, or None
     L, G, K: tl.constexpr, KS: tl.constexpr, R: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
-    """dq = scale dS k + scale_text dS_text k_text, dbias = dS, and e of both branches."""
+    """dq = scale dS k + scale_text dS_text k_text, dbias = dS, and for dkv e of both branches."""
     n_rows = L * R
     block, g, b = program_block(tl.cdiv(n_rows, BLOCK_M), G)
     rows, exist = row_numbers(block, n_rows, 0, BLOCK_M)
@@ -80,6 +81,7 @@ def gqa_attention_dq_kernel(
         )  # fmt: skip
         tl.store(text_delta_ptr + stats, e, mask=exist)
         gate = tanh_gate(text_gate_ptr, g * R + rows % R)
+        tl.store(text_weight_ptr + stats, gate * tl.exp2(-text_stats[1]), mask=exist)
         delta -= gate * e
 
     tl.store(delta_ptr + stats, delta, mask=exist)
@@ -180,21 +182,21 @@ def _add_dq(
 
 @triton.jit
 def gqa_attention_dkv_kernel(
-    dout, q, tokens, text, text_gate_ptr, bias,  # as for dq
-    stats_ptr, text_stats_ptr, delta_ptr, text_delta_ptr,
+    dout, q, tokens, text, bias,  # as for dq
+    stats_ptr, text_stats_ptr, delta_ptr, text_delta_ptr, text_weight_ptr,
     dk_ptr, dv_ptr, dtext_k_ptr, dtext_v_ptr,  # (B, L_kv, G, K), (B, T, G, K)
     L, G, K: tl.constexpr, KS: tl.constexpr, R: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one tile of keys, of the text (first) or of the tokens."""
     text_blocks = 0
-    if text_gate_ptr is not None:
+    if text is not None:
         text_blocks = tl.cdiv(text[3], BLOCK_N)
     block, g, b = program_block(text_blocks + tl.cdiv(tokens[3], BLOCK_N), G)
     if block < text_blocks:
-        if text_gate_ptr is not None:
+        if text is not None:
             _dkv(
-                dout, q, text, None, text_gate_ptr, text_stats_ptr, text_delta_ptr, dtext_k_ptr,
+                dout, q, text, None, text_weight_ptr, text_stats_ptr, text_delta_ptr, dtext_k_ptr,
                 dtext_v_ptr, block, b, g, G, L * R, K, KS, R, UNIT, BLOCK_M, BLOCK_N,
             )  # fmt: skip
     else:
@@ -206,7 +208,7 @@ def gqa_attention_dkv_kernel(
 
 @triton.jit
 def _dkv(
-    dout, q, branch, bias, gate_ptr, stats_ptr, delta_ptr, dk_ptr, dv_ptr, block, b, g, G, n_rows,
+    dout, q, branch, bias, weight_ptr, stats_ptr, delta_ptr, dk_ptr, dv_ptr, block, b, g, G, n_rows,
     K: tl.constexpr, KS: tl.constexpr, R: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -234,13 +236,16 @@ def _dkv(
         exist = rows < n_rows
         q_tile = load_queries(q, start, exist, b, g, R, UNIT, BLOCK_M, K, KS)
         top, total = load_stats(stats_ptr, stats + rows, exist)
+        if weight_ptr is not None:  # the total is in the weight
+            total = tl.zeros_like(total)
         added = None
         if bias is not None:
             both = inside[:, None] & exist[None, :]
             added = bias_tile(bias, b, g, rows[None, :], columns[:, None], both, R)
         p = weights_of(dot_rows(k_tile, q_tile), top[None, :], total[None, :], scale, added)
-        if gate_ptr is not None:
-            p *= tanh_gate(gate_ptr, g * R + rows % R)[None, :]
+        if weight_ptr is not None:
+            weight = tl.load(weight_ptr + stats + rows, mask=exist, other=0.0)
+            p *= weight[None, :]
         dout_tile = load_queries(dout, start, exist, b, g, R, UNIT, BLOCK_M, K, KS)
         dv = add_dot(dv, p, dout_tile)
         delta = tl.load(delta_ptr + stats + rows, mask=exist, other=0.0)

@@ -48,6 +48,7 @@ def gqa_attention_fwd_kernel(
     where = (b, g, rows, n_rows)
     keys = keys_of(tokens, b, g, UNIT)
     image_q = q_tile
+    sign: tl.constexpr = -1.0 if NEGATIVE and bias is None else 1.0
     if NEGATIVE:
         image_q = negate(q_tile)
     acc, m, total = walk_tiles(
@@ -57,7 +58,7 @@ def gqa_attention_fwd_kernel(
     acc = scale_by(acc, tl.where(total > 0, 1 / total, 0.0)[:, None])
     rows, exist = row_numbers(block, n_rows, 1, BLOCK_M)
     stats = (b * G + g) * n_rows + rows
-    _store_stats(stats_ptr, stats, exist, m, total)
+    _store_stats(stats_ptr, stats, exist, sign * m, total)
 
     if text_gate_ptr is not None:
         keys = keys_of(text, b, g, UNIT)
@@ -87,7 +88,8 @@ def _no_keys(BLOCK_M: tl.constexpr, KS: tl.constexpr):
 
 @triton.jit
 def _store_stats(ptr, rows, mask, m, total):
-    """The largest score and log2 of the total. Without a valid key they make P = 0."""
+    """The product that leads to the largest score, and log2 of the total of the weights. Without a
+    valid key they make P = 0."""
     any_key = total > 0
     tl.store(ptr + 2 * rows, tl.where(any_key, m, 0.0), mask=mask)
     tl.store(ptr + 2 * rows + 1, tl.where(any_key, tl.log2(total), float("inf")), mask=mask)

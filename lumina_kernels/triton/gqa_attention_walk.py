@@ -189,8 +189,7 @@ def bias_tile(bias, b, g, rows, keys, mask, R: tl.constexpr):
 
 @triton.jit
 def load_stats(ptr, rows, mask):
-    """The largest score of some rows, and log2 of the total of their weights; inf, which makes
-    P = 0, outside `mask`."""
+    """What the forward kept of some rows; outside `mask` a total that makes P = 0."""
     top = tl.load(ptr + 2 * rows, mask=mask, other=0.0)
     return top, tl.load(ptr + 2 * rows + 1, mask=mask, other=float("inf"))
 
@@ -202,10 +201,10 @@ def weights_of(s, top, total, scale, bias):
     Here a product may be a little larger than the largest one was in the forward, where tensor
     cores added it up in another order."""
     if bias is None:
-        exponents = (s - tl.where(scale < 0, -top, top)) * (scale * LOG2E)
+        exponents = (s - top) * (scale * LOG2E) - total
     else:
-        exponents = (s * scale + bias - top) * LOG2E
-    return tl.exp2(tl.minimum(exponents, 0.0) - total)
+        exponents = (s * scale + bias - top) * LOG2E - total
+    return tl.exp2(tl.minimum(exponents, 0.0))
 
 
 @triton.jit

@@ -34,7 +34,7 @@ def mask_of_ranges(L_kv, *ranges):
 def logsumexp_of(stats, scale):
     """Of the scores of a row, by what a forward keeps of it; scale is 1 where there was a bias."""
     top, log2_total = stats.unbind(-1)
-    lse = top * abs(scale) + log2_total * math.log(2)
+    lse = top * scale + log2_total * math.log(2)
     return lse.masked_fill(log2_total == torch.inf, -torch.inf)
 
 
