@@ -3,20 +3,41 @@
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+# Torch's thousands of files are compiled when they are imported; most never are.
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --progress-bar off --no-compile
+
+# The CUDA kernels are checked for every architecture, also where torch has no CUDA and could not load them.
+TORCH_CUDA_ARCH_LIST ?= $(shell sed -n 's/^ARCHS = "\(.*\)"/\1/p' setup.py)
+export PYTHONUNBUFFERED = 1
+
+# Before a long command: says every so many seconds that it is still at work.
+EVERY ?= 10
+AWAKE = n=0; while sleep $(EVERY) >/dev/null 2>&1 && kill -0 $$$$ 2>/dev/null; do \
+	n=$$((n + $(EVERY))); echo "[$$n s]"; done & trap "kill $$! 2>/dev/null" EXIT; set -e;
 
 .PHONY: install sample test lint bench FORCE
 
-install: .venv/installed
+install: .venv/all
 
-.venv/installed: setup.py pyproject.toml $(wildcard csrc/* csrc/*/* csrc/*/lib/*) .venv/torch
+# What drawing needs: torch, this package, and its C++ kernels.
+.venv/drawing: setup.py build_backend.py pyproject.toml $(wildcard csrc/*.h csrc/cpu/* csrc/cpu/lib/*) .venv/torch
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and "Python >= 3.10 is needed, $(PYTHON) is %d.%d" % v[:2] or 0)'
-	@echo "Installing $(TORCH) and this package into .venv (minutes, the first time)"
-	@$(PYTHON) -m venv .venv
-	@$(PIP) install "setuptools>=77" wheel ninja
-	@$(PIP) install $(TORCH)
-	@$(PIP) install --no-build-isolation -e ".[dev]"
+	@echo "Installing $(TORCH) and this package into .venv (two minutes, the first time)"
+	@$(AWAKE) export LUMINA_KERNELS_SKIP_CUDA_BUILD=1; \
+	$(PYTHON) -m venv .venv; \
+	$(PIP) "setuptools>=77" wheel ninja; \
+	$(PIP) $(TORCH); \
+	$(BIN)/python setup.py -q build_ext --inplace; \
+	$(PIP) --no-build-isolation -e .
 	@$(BIN)/python -c 'import torch; print("Installed: torch", torch.__version__)'
+	@touch $@
+
+# And everything else: extras, tools, and the CUDA kernels where there is an nvcc.
+.venv/all: .venv/drawing $(wildcard csrc/cuda/* csrc/cuda/lib/*)
+	@echo "Installing what the tests need, and the CUDA kernels if there is an nvcc (minutes, the first time)"
+	@$(AWAKE) export TORCH_CUDA_ARCH_LIST="$(TORCH_CUDA_ARCH_LIST)"; \
+	$(BIN)/python setup.py -q build_ext --inplace; \
+	$(PIP) --no-build-isolation -e ".[dev]"
 	@touch $@
 
 # Touched only when TORCH changes, so that choosing another torch reinstalls everything.
@@ -24,16 +45,16 @@ install: .venv/installed
 	@mkdir -p .venv
 	@echo '$(TORCH)' | cmp -s - $@ || echo '$(TORCH)' > $@
 
-sample: install
-	$(BIN)/python -m lumina demo --out samples/grid.png
+sample: .venv/drawing
+	@$(AWAKE) $(BIN)/python -m lumina demo --out samples/grid.png
 
-test: install
+test: .venv/all
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
-lint: install
+lint: .venv/all
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.h csrc/*/*.* csrc/*/lib/*.* tests/cuda_host/*.h tests/cuda_host/*.c*)
 
-bench: install
+bench: .venv/all
 	$(BIN)/python -m benchmarks.report --quick --out report

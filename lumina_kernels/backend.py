@@ -1,8 +1,13 @@
 """Which implementation runs an op: decided here and nowhere else."""
 
+import ctypes
+import functools
 import importlib
 import importlib.util
 import os
+import sys
+import warnings
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,23 +29,93 @@ DEFAULT = os.environ.get("LUMINA_KERNELS_BACKEND") or None
 # interpreter.
 EMULATED = {"triton"} if os.environ.get("TRITON_INTERPRET") == "1" else set()
 
-# Backend -> why this process does not have it.
-MISSING: dict[str, str] = {}
-if importlib.util.find_spec("triton") is None:
-    MISSING["triton"] = 'triton is not installed (pip install "lumina-kernels[triton]")'
+# Backend -> the oldest GPU that it has kernels for, by compute capability.
+OLDEST_GPU = {"triton": (8, 0), "cuda": (8, 0)}
 
-_BUILD = "run `pip install --force-reinstall --no-deps .` in the source tree with"
-if importlib.util.find_spec("lumina_kernels._C") is None:
-    MISSING["cpu"] = f"the C++ kernels are not built, {_BUILD} a C++ compiler"
-    MISSING["cuda"] = f"the CUDA kernels are not built, {_BUILD} a C++ compiler and nvcc"
-else:
+# Jetson boards, which take no image of another GPU, even of the same major version.
+JETSON = ((8, 7), (10, 1))
+
+
+def _hidden_copy(package: Path) -> Path | None:
+    """An installed package with compiled kernels that `package`, a source tree, comes before."""
+    for entry in sys.path:
+        other = (Path(entry) / package.name).resolve()
+        if other != package and any(other.glob("_C.*so")):
+            return other
+    return None
+
+
+def _missing() -> dict[str, str]:
+    """Backend -> why this process does not have it. Loads the native kernels that are there."""
+    missing = {}
+    if importlib.util.find_spec("triton") is None:
+        missing["triton"] = "triton is not installed (pip install triton)"
+    build = "run `pip install --force-reinstall --no-deps .` in the source tree with"
+    if importlib.util.find_spec("lumina_kernels._C") is None:
+        package = Path(__file__).resolve().parent
+        if hidden := _hidden_copy(package):
+            reason = (
+                f"{package} has no compiled kernels and hides {hidden}, which has: "
+                "run Python in another folder, or `pip install -e .` in this one"
+            )
+            warnings.warn(reason, stacklevel=2)
+            return missing | {"cpu": reason, "cuda": reason}
+        missing["cpu"] = f"the C++ kernels are not built, {build} a C++ compiler"
+        missing["cuda"] = f"the CUDA kernels are not built, {build} a C++ compiler and nvcc"
+        return missing
     importlib.import_module("lumina_kernels._C")  # registers the ops of lumina_kernels_cpp
-    if importlib.util.find_spec("lumina_kernels._C_cuda") is None:
-        MISSING["cuda"] = f"the CUDA kernels are not built, {_BUILD} nvcc"
-    elif torch.version.cuda is None:
-        MISSING["cuda"] = "torch is built without CUDA"
+    if torch.version.cuda is None:
+        missing["cuda"] = "torch is built without CUDA"
+    elif importlib.util.find_spec("lumina_kernels._C_cuda") is None:
+        major = torch.version.cuda.split(".")[0]
+        missing["cuda"] = f"the CUDA kernels are not built, {build} an nvcc of CUDA {major}"
     else:
         importlib.import_module("lumina_kernels._C_cuda")
+    return missing
+
+
+# Backend -> why this process does not have it.
+MISSING = _missing()
+
+
+def cuda_archs() -> tuple[str, ...]:
+    """What lumina_kernels._C_cuda was built for, as in TORCH_CUDA_ARCH_LIST."""
+    library = ctypes.CDLL(importlib.util.find_spec("lumina_kernels._C_cuda").origin)
+    first = ctypes.c_char.in_dll(library, "lumina_cuda_archs")
+    return tuple(ctypes.string_at(ctypes.addressof(first)).decode().split())
+
+
+def _runs(arch: str, gpu: tuple[int, int]) -> bool:
+    """Whether a GPU runs what was compiled for an entry of TORCH_CUDA_ARCH_LIST."""
+    number = arch.removesuffix("+PTX")
+    own = tuple(int(digits) for digits in number.rstrip("af").split("."))
+    if own == gpu:
+        return True
+    if number.endswith("a"):
+        return False
+    image = own[0] == gpu[0] and own < gpu and gpu not in JETSON
+    return image or (arch.endswith("+PTX") and own < gpu)
+
+
+@torch.compiler.assume_constant_result  # dynamo would look through the cache, into CUDA
+def unfit(backend: str, device: torch.device) -> str | None:
+    """Why a GPU does not run a backend's kernels, or None."""
+    return _unfit(backend, device)
+
+
+@functools.cache
+def _unfit(backend: str, device: torch.device) -> str | None:
+    nvidia = device.type == "cuda" and torch.version.cuda and torch.cuda.is_available()
+    if not nvidia or backend not in OLDEST_GPU:
+        return None
+    gpu = torch.cuda.get_device_capability(device)
+    here = f"this GPU has compute capability {gpu[0]}.{gpu[1]}"
+    if gpu < OLDEST_GPU[backend]:
+        return "its kernels need {}.{}, {}".format(*OLDEST_GPU[backend], here)
+    if backend == "cuda" and not any(_runs(arch, gpu) for arch in cuda_archs()):
+        built = ", ".join(cuda_archs())
+        return f"built for {built}, {here}: build with TORCH_CUDA_ARCH_LIST={gpu[0]}.{gpu[1]}"
+    return None
 
 
 def launchers(op: str, backend: str):
@@ -69,16 +144,18 @@ def resolve(
     Raises:
         ValueError: the name is unknown, the op has no such backend, or the device is not its own.
         TypeError: a tensor is float64, which only "torch" computes with.
-        RuntimeError: the backend is missing in this process.
+        RuntimeError: the backend is missing in this process, or has no kernels for this GPU.
         NotImplementedError: a kernel was asked for, and a gradient of one of `constants` or a
             forward-mode derivative, which None takes "torch" for.
     """
+    device = tensors[0].device
     learned = _first_requiring_grad(constants)
     forward_mode = any_tangent((*tensors, *constants.values()))
     asked = f"backend {backend!r}"
     if backend is None and DEFAULT is None:
         for name in implemented:
-            if name not in MISSING and DEVICES[name] == tensors[0].device.type:
+            here = name not in MISSING and DEVICES[name] == device.type
+            if here and not unfit(name, device):
                 only_torch = _any_float64(tensors) or learned or forward_mode
                 return "torch" if only_torch else name
         return "torch"
@@ -91,12 +168,12 @@ def resolve(
     if backend not in implemented:
         have = ", ".join(("torch", *implemented))
         raise ValueError(f"{asked} is not implemented for this op, which has: {have}")
-    if backend in MISSING:
-        raise RuntimeError(f"{asked} is not available here: {MISSING[backend]}")
-    device = tensors[0].device.type
-    if device != DEVICES[backend] and not (device == "cpu" and backend in EMULATED):
+    reason = MISSING.get(backend) or unfit(backend, device)
+    if reason:
+        raise RuntimeError(f"{asked} is not available here: {reason}")
+    if device.type != DEVICES[backend] and not (device.type == "cpu" and backend in EMULATED):
         hint = " (or TRITON_INTERPRET=1, for tests)" if backend == "triton" else ""
-        raise ValueError(f"{asked} needs tensors on {DEVICES[backend]}{hint}, got {device}")
+        raise ValueError(f"{asked} needs tensors on {DEVICES[backend]}{hint}, got {device.type}")
     if _any_float64(tensors):
         raise TypeError(f"{asked} computes in float32 and takes no float64, use backend='torch'")
     if forward_mode:

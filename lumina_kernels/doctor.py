@@ -8,9 +8,11 @@ import os
 import platform
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
+import lumina_kernels
 from lumina_kernels import backend
 from lumina_kernels.ops import OPS
 
@@ -21,8 +23,9 @@ def report() -> str:
     """The whole report as text."""
     lines = [f"python          {platform.python_version()} on {platform.platform()}"]
     lines.append(f"torch           {torch.__version__}")
-    for package in ("lumina-kernels", "triton", "diffusers"):
+    for package in ("triton", "diffusers"):
         lines.append(f"{package:15} {_version(package)}")
+    lines.append(f"lumina-kernels  {lumina_kernels.__version__} in {Path(__file__).parent}")
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
         memory = properties.total_memory / 2**30
@@ -36,13 +39,23 @@ def report() -> str:
     if find_spec("lumina_kernels._C"):
         native = import_module("lumina_kernels._C")
         lines.append(f"cpu kernels     {native.cpu_level()}, of {', '.join(native.cpu_levels())}")
+    if "cuda" not in backend.MISSING:
+        lines.append(f"cuda kernels    for {', '.join(backend.cuda_archs())}")
     lines += [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ]
-    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+    for device in ("cpu", *_different_gpus()):
         lines += ["", f"backend=None on {device} takes"]
         lines += [f"  {op:22}{_taken(op, device)}" for op in OPS]
         lines += ["other backends there"]
         lines += [f"  {name:22}{text}" for name, text in _others(device).items()]
     return "\n".join(lines)
+
+
+def _different_gpus() -> list[str]:
+    """One device of each compute capability."""
+    devices = {}
+    for i in range(torch.cuda.device_count()):
+        devices.setdefault(torch.cuda.get_device_capability(i), f"cuda:{i}")
+    return list(devices.values())
 
 
 def _version(package: str) -> str:
