@@ -1,6 +1,9 @@
+import functools
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,13 +17,32 @@ DOUBLE_ON_GPU = type("OnGpu", (), {"device": torch.device("cuda"), "dtype": torc
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_missing(monkeypatch):
+def as_on_a_machine_with_everything(monkeypatch):
+    """Whatever this one has, and whatever the environment says."""
     monkeypatch.setattr(backend, "MISSING", {})
+    monkeypatch.setattr(backend, "EMULATED", set())
+    monkeypatch.setattr(backend, "DEFAULT", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    backend._unfit.cache_clear()
+    yield
+    backend._unfit.cache_clear()
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """Say which GPU this machine has, and what the CUDA kernels were built for."""
+
+    def have(capability, built):
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(backend, "cuda_archs", lambda: tuple(built.split()))
+
+    return have
 
 
 def test_none_takes_the_best_that_takes_the_tensors(monkeypatch):
     assert resolve(None, (), HERE) == "torch"
-    assert resolve(None, ("triton",), HERE) == "torch"  # the interpreter only on request
     assert resolve(None, ("triton", "cpu"), HERE) == "cpu"
     assert resolve(None, ("triton", "cuda"), GPU) == "triton"
     assert resolve(None, ("cuda", "triton"), GPU, None, GPU) == "cuda"
@@ -57,11 +79,95 @@ def test_a_backend_is_taken_or_refused(monkeypatch):
 
 
 def test_triton_on_a_cpu_is_the_interpreter(monkeypatch):
-    monkeypatch.setattr(backend, "EMULATED", {"triton"})
-    assert resolve("triton", ("triton",), HERE) == "triton"
-    monkeypatch.setattr(backend, "EMULATED", set())
+    assert resolve(None, ("triton",), HERE) == "torch"  # only on request
     with pytest.raises(ValueError, match="needs tensors on cuda .or TRITON_INTERPRET=1.*, got cpu"):
         resolve("triton", ("triton",), HERE)
+    monkeypatch.setattr(backend, "EMULATED", {"triton"})
+    assert resolve("triton", ("triton",), HERE) == "triton"
+    assert resolve(None, ("triton",), HERE) == "torch"
+
+
+DEFAULT_ARCHS = "8.0 9.0 10.0+PTX 12.0+PTX"
+
+
+@pytest.mark.parametrize("capability", ((8, 0), (8, 6), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1)))
+def test_an_image_serves_the_later_gpus_of_its_major_version(capability, a_gpu):
+    a_gpu(capability, DEFAULT_ARCHS.replace("+PTX", ""))
+    assert resolve("cuda", ("cuda",), GPU) == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("capability", "built"),
+    (
+        ((11, 0), DEFAULT_ARCHS),  # Thor, by the PTX of 10.0
+        ((10, 1), DEFAULT_ARCHS),
+        ((13, 0), DEFAULT_ARCHS),
+        ((8, 7), "8.0+PTX"),
+        ((8, 7), "8.7"),
+        ((9, 0), "9.0a"),
+        ((10, 3), "10.0f"),
+    ),
+)
+def test_ptx_serves_every_later_gpu_and_an_own_image_its_gpu(capability, built, a_gpu):
+    a_gpu(capability, built)
+    assert resolve("cuda", ("cuda",), GPU) == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("capability", "built"),
+    (
+        ((12, 1), "9.0"),
+        ((9, 0), "8.0"),
+        ((8, 0), "8.6+PTX 9.0+PTX"),
+        ((11, 0), "8.0 9.0 10.0 12.0+PTX"),
+        ((8, 7), "8.0 9.0+PTX"),  # a Jetson board takes no image of another GPU
+        ((10, 3), "10.0a+PTX"),
+    ),
+)
+def test_a_gpu_without_image_and_ptx_is_refused_in_one_line(capability, built, a_gpu):
+    a_gpu(capability, built)
+    names, (major, minor) = built.replace(" ", ", "), capability
+    with pytest.raises(RuntimeError) as caught:
+        resolve("cuda", ("cuda",), GPU)
+    assert str(caught.value) == (
+        f"backend 'cuda' is not available here: built for {names}, this GPU has compute "
+        f"capability {major}.{minor}: build with TORCH_CUDA_ARCH_LIST={major}.{minor}"
+    )
+    assert resolve("triton", ("triton",), GPU) == "triton"
+    assert resolve(None, ("cuda", "triton"), GPU) == "triton"
+
+
+@pytest.mark.parametrize("name", ("triton", "cuda"))
+def test_a_gpu_that_is_too_old_has_the_definition(name, a_gpu):
+    a_gpu((7, 5), DEFAULT_ARCHS)
+    assert resolve(None, ("triton", "cuda"), GPU) == "torch"
+    with pytest.raises(RuntimeError) as caught:
+        resolve(name, ("triton", "cuda"), GPU)
+    assert str(caught.value) == (
+        f"backend '{name}' is not available here: its kernels need 8.0, this GPU has compute "
+        "capability 7.5"
+    )
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_compiled_code_does_not_look_into_the_question_about_the_gpu(monkeypatch):
+    """It asks CUDA, which has no graph; dynamo warns of caches that it looks through."""
+    asked = []
+
+    @functools.cache
+    def too_old(name, device):
+        asked.append((name, device, sys._getframe()))
+        return "too old"
+
+    monkeypatch.setattr(backend, "_unfit", too_old)
+
+    @torch.compile(fullgraph=True, dynamic=True, backend="eager")
+    def unfit(x):
+        return x + (2 if backend.unfit("triton", x.device) else 1)
+
+    assert unfit(torch.zeros(3)).tolist() == [2, 2, 2]
+    assert unfit(torch.zeros(5)).tolist() == [2] * 5
+    assert [call[:2] for call in asked] == [("triton", torch.device("cpu"))]
 
 
 @pytest.mark.parametrize("name", ("numpy", "", "Torch", 1))
@@ -94,6 +200,36 @@ def test_kernels_do_not_differentiate_constants(name, monkeypatch):
         assert resolve(name, (name,), HERE, cos=constant) == name
 
 
+def test_a_source_tree_that_hides_the_installed_package_says_so(tmp_path, monkeypatch):
+    """As in a clone after `pip install .`: Python finds the folder it runs in first."""
+    ours = Path(backend.__file__).parent
+    tree, site = tmp_path / "clone" / "lumina_kernels", tmp_path / "site" / "lumina_kernels"
+    shutil.copytree(ours, tree, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    site.mkdir(parents=True)
+    (site / "_C.abi3.so").touch()
+    code = "from lumina_kernels.backend import MISSING; print(MISSING['cpu'], MISSING['cuda'])"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tree.parent,
+        env=os.environ | {"PYTHONPATH": str(site.parent)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    reason = (
+        f"{tree} has no compiled kernels and hides {site}, which has: run Python in another "
+        "folder, or `pip install -e .` in this one"
+    )
+    assert done.stdout == f"{reason} {reason}\n"
+    assert f"UserWarning: {reason}\n" in done.stderr
+
+    monkeypatch.setattr(sys, "path", [str(site.parent), *sys.path])
+    assert backend._hidden_copy(tree) == site
+    assert backend._hidden_copy(site) != site
+    (site / "_C.abi3.so").unlink()
+    assert backend._hidden_copy(tree) != site  # it has nothing to hide
+
+
 def test_a_fresh_process_without_kernels_reads_the_environment():
     code = """
 import sys
@@ -117,8 +253,7 @@ except RuntimeError as error:
     )
     assert done.stdout.splitlines() == [
         "cpu torch.Size([1, 1, 1])",
-        "backend 'triton' is not available here: triton is not installed "
-        '(pip install "lumina-kernels[triton]")',
+        "backend 'triton' is not available here: triton is not installed (pip install triton)",
         "LUMINA_KERNELS_BACKEND='cpu' is not available here: the C++ kernels are not built, run "
         "`pip install --force-reinstall --no-deps .` in the source tree with a C++ compiler",
     ]
