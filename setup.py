@@ -146,7 +146,7 @@ class Build(build_ext):
             nvcc = find_nvcc()
             good, bad = architectures(nvcc)
             if bad:
-                say(f"skipped of TORCH_CUDA_ARCH_LIST: {', '.join(bad)}")
+                say(f"architectures that are skipped: {', '.join(bad)}")
             say(f"the CUDA kernels are built for {', '.join(good)}, half a minute for each")
             sources.append(_source_of_names(good, folder))
             nvcc_command = [nvcc, *NVCC_FLAGS, *arch_flags(good)]

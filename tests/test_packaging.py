@@ -1,4 +1,4 @@
-"""The wheel: it holds everything the tree does, and works away from it."""
+"""The wheel and the sdist: they hold everything the tree does, and work away from it."""
 
 import email
 import os
@@ -10,47 +10,56 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
+import build_backend
 from lumina.emoji import data
 from lumina_kernels import backend
 
 ROOT = Path(__file__).resolve().parent.parent
-WASTE = shutil.ignore_patterns("*.pyc", "*.tmp", "*.so")
-SOURCES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
-SOURCES += ("csrc", "lumina", "lumina_kernels")
+CHOICES = ("TORCH_CUDA_ARCH_LIST", "FORCE_CUDA", "LUMINA_KERNELS_SKIP_CUDA_BUILD", "CXX")
+WASTE = shutil.ignore_patterns("__pycache__", "*.tmp", "*.so", "logs")
+FOLDERS = ("csrc", "lumina", "lumina_kernels", "tests", "benchmarks", ".ci")
+FILES = ("setup.py", "build_backend.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "Makefile")
+FILES += ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", ".clang-format")
+
+FEW = ("extension.cpp", "swiglu.cpp")
 
 # An editable install would make its modules visible to the wheel under test.
 ALONE = "import sys; sys.meta_path = [f for f in sys.meta_path if 'ditable' not in repr(f)];"
 
 
 def run(*command, cwd, **environment):
+    ambient = {key: value for key, value in os.environ.items() if key not in CHOICES}
     result = subprocess.run(
-        command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True
+        command, cwd=cwd, env={**ambient, **environment}, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     return result.stdout
 
 
-def copy_of_the_sources(folder):
-    """A build leaves build/ and *.egg-info, and takes up what older ones left."""
+def copy_of_the_sources(folder, only=()):
+    """With `only` some native sources, or all: a build leaves build/ and *.egg-info in its tree."""
     source = folder / "source"
     source.mkdir()
-    for name in SOURCES:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, source / name, ignore=WASTE)
-        else:
-            shutil.copy(ROOT / name, source)
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, source / name, ignore=WASTE)
+    for name in FILES:
+        shutil.copy(ROOT / name, source)
+    for path in (source / "csrc").rglob("*.c*"):
+        if only and path.suffix in (".cpp", ".cu") and path.name not in only:
+            path.unlink()
     return source
 
 
 def build(folder, only=(), broken=False, **environment):
-    """A wheel of `only` some C++ sources, or all."""
-    source = copy_of_the_sources(folder)
-    for path in (source / "csrc").rglob("*.cpp"):
-        if only and path.name not in only:
-            path.unlink()
+    source = copy_of_the_sources(folder, only)
     if broken:
         (source / "csrc" / "cpu" / "broken.cpp").write_text("#error no such thing")
+    return wheel_of(source, folder, **environment)
+
+
+def wheel_of(source, folder, **environment):
     pip = (sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation")
     run(*pip, "-w", str(folder), str(source), cwd=folder, **environment)
     (path,) = folder.glob("*.whl")
@@ -86,6 +95,10 @@ def test_the_wheel_says_what_it_needs(wheel):
     assert metadata["License-Expression"] == "Apache-2.0"
     needed = [r for r in metadata.get_all("Requires-Dist") if "extra ==" not in r]
     assert sorted(needed) == ["Pillow>=10", "numpy", "safetensors", "torch>=2.10", "tqdm"]
+    assert metadata["Author"] == "The lumina-kernels authors"
+    assert "Typing :: Typed" in metadata.get_all("Classifier")
+    addresses = dict(line.split(", ") for line in metadata.get_all("Project-URL"))
+    assert list(addresses) == ["Repository", "Issues", "Paper"]
     assert metadata.get_all("Provides-Extra") == ["triton", "train", "diffusers", "bench", "dev"]
     assert "lumina = lumina.cli:main" in scripts
 
@@ -116,25 +129,54 @@ def test_without_a_compiler_it_is_pure_python(wheel, tmp_path):
     assert printed.startswith("4.386") and "with a C++ compiler" in printed
 
 
-def test_the_sdist_holds_the_native_sources(tmp_path):
-    """Even where nothing can be compiled, and setup.py therefore lists no extension."""
-    source = copy_of_the_sources(tmp_path)
+def sdist_of(source):
     run(sys.executable, "setup.py", "-q", "sdist", cwd=source, CXX="no-such-compiler")
     (path,) = (source / "dist").glob("*.tar.gz")
-    names = {name.split("/", 1)[-1] for name in tarfile.open(path).getnames()}
-    expected = {p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*.*")}
-    assert len(expected) > 60 and expected <= names
+    return path
+
+
+def test_the_sdist_is_the_tree(tmp_path):
+    """Even where nothing can be compiled, and setup.py therefore lists no extension."""
+    source = copy_of_the_sources(tmp_path)
+    expected = {p.relative_to(source).as_posix() for p in source.rglob("*") if p.is_file()}
+    path = sdist_of(source)
+    names = {m.name.split("/", 1)[-1] for m in tarfile.open(path).getmembers() if m.isfile()}
+    assert len(expected) > 250
+    assert expected == {
+        name for name in names if "egg-info" not in name and name not in ("PKG-INFO", "setup.cfg")
+    }
+
+
+def test_an_isolated_build_asks_for_torch_where_there_is_none(monkeypatch):
+    """As in `python -m build`, which shows a build no other environment. An sdist needs none."""
+    assert build_backend.torch_folder() == Path(torch.__file__).parent
+    assert build_backend.get_requires_for_build_wheel() == []
+    assert build_backend.get_requires_for_build_editable() == []
+    monkeypatch.setattr(build_backend, "torch_folder", lambda: None)
+    assert build_backend.get_requires_for_build_wheel() == ["torch>=2.10"]
+    assert build_backend.get_requires_for_build_editable() == ["torch>=2.10"]
+    assert build_backend.get_requires_for_build_sdist() == []
+    monkeypatch.setenv("CXX", "no-such-compiler -O2")
+    assert build_backend.get_requires_for_build_wheel() == []  # for a wheel without kernels
+
+
+@pytest.mark.parametrize(("version", "found"), (("2.9.1", False), ("2.10.0+cu130", True)))
+def test_headers_of_a_torch_that_is_too_old_are_not_taken(version, found, tmp_path, monkeypatch):
+    torch_there = tmp_path / "torch"
+    (torch_there / "include" / "torch").mkdir(parents=True)
+    (torch_there / "version.py").write_text(f"__version__ = {version!r}\ncuda = None\n")
+    monkeypatch.setattr(build_backend, "find_spec", lambda name: None)
+    monkeypatch.setattr(build_backend.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert build_backend.torch_folder() == (torch_there if found else None)
 
 
 @pytest.mark.skipif("cpu" in backend.MISSING, reason="needs a C++ compiler")
-def test_one_wheel_serves_every_python(tmp_path):
+def test_a_wheel_from_the_sdist_has_kernels_for_every_python(tmp_path):
     """Native code, built for the stable ABIs; one kernel is enough."""
-    few = ("extension.cpp", "swiglu.cpp")
-    folder = tmp_path / "wheel"
-    folder.mkdir()
-    with_cpu = build(folder, LUMINA_KERNELS_SKIP_CUDA_BUILD="1", only=few)
-    assert "-cp310-abi3-" in with_cpu.name
-    zipfile.ZipFile(with_cpu).extractall(tmp_path)
+    sdist = sdist_of(copy_of_the_sources(tmp_path, only=FEW))
+    wheel = wheel_of(sdist, tmp_path, LUMINA_KERNELS_SKIP_CUDA_BUILD="1")
+    assert "-cp310-abi3-" in wheel.name
+    zipfile.ZipFile(wheel).extractall(tmp_path)
     assert (tmp_path / "lumina_kernels" / "_C.abi3.so").exists()
     code = ALONE + (
         "import torch, lumina_kernels as lk; x = torch.ones(1, 2, 3);"
@@ -149,8 +191,3 @@ def test_a_compile_error_shows_itself_and_installs_nothing(tmp_path):
     with pytest.raises(AssertionError, match="no such thing"):
         build(tmp_path, LUMINA_KERNELS_SKIP_CUDA_BUILD="1", only=("extension.cpp",), broken=True)
     assert not list(tmp_path.glob("*.whl"))
-
-
-def test_cuda_is_built_or_refused_as_asked(tmp_path):
-    with pytest.raises(AssertionError, match="FORCE_CUDA=1, but there is no C\\+\\+ compiler"):
-        build(tmp_path, FORCE_CUDA="1", CXX="no-such-compiler")
