@@ -1,14 +1,17 @@
 """setuptools' build backend, which asks for torch where its headers are nowhere to be found.
 
 torch is no fixed requirement: that would download gigabytes to read headers that are mostly there
-already. pip shows an isolated build the environment that is installed into, and its torch is taken.
-`python -m build` and uv do not, and an empty environment has none: there torch is installed for the
-build, because the wheel would lack its kernels otherwise. `setup.py` asks the same questions.
+already. An isolated build takes those of the environment that pip installs into, or that
+`python -m build` runs in. Where there are none, as in an empty environment or with uv, torch is
+installed for the build, because the wheel would lack its kernels otherwise.
 """
 
 import os
+import re
 import runpy
 import shutil
+import subprocess
+import sys
 import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,11 +34,27 @@ def get_requires_for_build_sdist(config_settings=None) -> list[str]:
 
 
 def torch_folder() -> Path | None:
-    """Of this environment, or of the one that is installed into, which pip's isolation hides."""
+    """torch >= 2.10 with its headers, of the first environment that has it."""
     spec = find_spec("torch")
     found = [Path(spec.origin).parent] if spec and spec.origin else []
-    found += [Path(sysconfig.get_path(name)) / "torch" for name in ("purelib", "platlib")]
+    # In pip's isolation these are still the paths of the environment that is installed into.
+    sites = [sysconfig.get_path(name) for name in ("purelib", "platlib")]
+    found += [Path(site) / "torch" for site in (*sites, *_site_of_the_frontend())]
     return next((path for path in found if _has_headers(path)), None)
+
+
+def _site_of_the_frontend() -> list[str]:
+    """Where the Python that runs `python -m build` has its packages: the isolated environment is a
+    venv, which names the Python that made it (from 3.11 on)."""
+    settings = Path(sys.prefix) / "pyvenv.cfg"
+    if not Path(sys.prefix).name.startswith("build-env-") or not settings.exists():
+        return []
+    made_by = re.search("^command = (.+) -m venv ", settings.read_text(), re.MULTILINE)
+    if made_by is None:
+        return []
+    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    done = subprocess.run([made_by[1], "-c", code], capture_output=True, text=True)
+    return done.stdout.splitlines()
 
 
 def _has_headers(folder: Path) -> bool:

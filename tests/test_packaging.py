@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import setuptools
 import torch
 
 import build_backend
@@ -148,7 +149,7 @@ def test_the_sdist_is_the_tree(tmp_path):
 
 
 def test_an_isolated_build_asks_for_torch_where_there_is_none(monkeypatch):
-    """As in `python -m build`, which shows a build no other environment. An sdist needs none."""
+    """An sdist needs none."""
     assert build_backend.torch_folder() == Path(torch.__file__).parent
     assert build_backend.get_requires_for_build_wheel() == []
     assert build_backend.get_requires_for_build_editable() == []
@@ -158,6 +159,23 @@ def test_an_isolated_build_asks_for_torch_where_there_is_none(monkeypatch):
     assert build_backend.get_requires_for_build_sdist() == []
     monkeypatch.setenv("CXX", "no-such-compiler -O2")
     assert build_backend.get_requires_for_build_wheel() == []  # for a wheel without kernels
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="a venv does not say what made it")
+def test_python_m_build_takes_the_torch_of_the_environment_that_it_runs_in(tmp_path):
+    isolated = tmp_path / "build-env-1"
+    run(sys.executable, "-m", "venv", "--without-pip", str(isolated), cwd=tmp_path)
+    python = isolated / "bin" / "python"
+    code = "import build_backend; print(build_backend.torch_folder())"
+    # Not the folder that it is in, where torch is as well.
+    for name in ("setuptools", "_distutils_hack"):
+        (tmp_path / name).symlink_to(Path(setuptools.__file__).parent.parent / name)
+    paths = os.pathsep.join([str(ROOT), str(tmp_path)])
+    printed = run(str(python), "-c", code, cwd=tmp_path, PYTHONPATH=paths)
+    assert printed.strip() == str(Path(torch.__file__).parent)
+    isolated.rename(tmp_path / "some-other-venv")
+    python = tmp_path / "some-other-venv" / "bin" / "python"
+    assert run(str(python), "-c", code, cwd=tmp_path, PYTHONPATH=paths).strip() == "None"
 
 
 @pytest.mark.parametrize(("version", "found"), (("2.9.1", False), ("2.10.0+cu130", True)))
