@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from lumina_kernels.when_imported import when_imported
+
 # Every name a call may give. "torch" is the definition, which every op has on every device.
 BACKENDS = ("torch", "triton", "cuda", "cpu")
 
@@ -97,10 +99,13 @@ def _runs(arch: str, gpu: tuple[int, int]) -> bool:
     return image or (arch.endswith("+PTX") and own < gpu)
 
 
-@torch.compiler.assume_constant_result  # dynamo would look through the cache, into CUDA
 def unfit(backend: str, device: torch.device) -> str | None:
     """Why a GPU does not run a backend's kernels, or None."""
     return _unfit(backend, device)
+
+
+# Else dynamo looks through the cache and into CUDA. The mark itself imports dynamo, for seconds.
+when_imported("torch._dynamo", lambda: torch.compiler.assume_constant_result(unfit))
 
 
 @functools.cache

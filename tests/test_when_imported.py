@@ -12,7 +12,7 @@ import lumina_kernels
 import torch
 from lumina_kernels.when_imported import when_imported
 
-heavy = "torch.distributed.tensor", "torch.utils.flop_counter"
+heavy = "torch.distributed.tensor", "torch.utils.flop_counter", "torch._dynamo"
 assert not {*heavy} & sys.modules.keys(), "imported with lumina_kernels"
 seen = []
 when_imported("torch.utils.flop_counter", lambda: seen.append("before"))
