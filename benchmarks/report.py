@@ -62,9 +62,20 @@ def main() -> int:
     report = run(arguments, args.out, budget)
     report["command"] = shlex.join(["python", "-m", "benchmarks.report", *sys.argv[1:]])
     write(report, args.out)
+    print(f"{args.out / 'report.md'}: {summary(report)}")
     failed = sum(entry["outcome"] == "failed" for entry in report["not_measured"])
-    print(f"{args.out / 'report.md'}: {len(report['benchmarks'])} rows, {failed} failed")
     return 1 if failed else 0
+
+
+def summary(report: dict) -> str:
+    """How many rows there are, and why the others are missing."""
+    measured, others = len(report["benchmarks"]), report["not_measured"]
+    failed = sum(entry["outcome"] == "failed" for entry in others)
+    late = sum(entry["reason"] == OUT_OF_BUDGET for entry in others)
+    return (
+        f"{measured} of {measured + len(others)} rows measured, {failed} failed, "
+        f"{len(others) - failed} skipped ({late} of them for want of time, see --budget)"
+    )
 
 
 class Progress:

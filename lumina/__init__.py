@@ -4,17 +4,42 @@ model = lumina.load(lumina.COMPACT)
 encoder = lumina.load_caption_encoder(lumina.COMPACT)
 caption, nothing = encoder(["a red apple"]), encoder([""])
 pictures = lumina.sample(model, *caption, *nothing, size=(32, 32)).latents
+lumina.save_picture(pictures, "apple.png")
 """
 
-from lumina.checkpoints.checkpoint import load, load_caption_encoder, save
-from lumina.emoji.compact import COMPACT, COMPACT_SETTINGS
-from lumina.models.next_dit import reference
-from lumina.models.next_dit.config import PRESETS, NextDiTConfig
-from lumina.models.next_dit.model import NextDiT
-from lumina.models.parts.rope import RopeScaling
-from lumina.sampling.context_drop import ContextDrop
-from lumina.sampling.guidance import Guidance
-from lumina.sampling.sampler import Sample, sample
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lumina.checkpoints.checkpoint import load, load_caption_encoder, save
+    from lumina.emoji.compact import COMPACT, COMPACT_SETTINGS
+    from lumina.emoji.pictures import save_picture
+    from lumina.models.next_dit import reference
+    from lumina.models.next_dit.config import PRESETS, NextDiTConfig
+    from lumina.models.next_dit.model import NextDiT
+    from lumina.models.parts.rope import RopeScaling
+    from lumina.sampling.context_drop import ContextDrop
+    from lumina.sampling.guidance import Guidance
+    from lumina.sampling.sampler import Sample, sample
+
+# Imported when first used: PyTorch takes seconds, in which the command line has to hear Ctrl-C.
+_MODULES = {
+    "COMPACT": "emoji.compact",
+    "COMPACT_SETTINGS": "emoji.compact",
+    "PRESETS": "models.next_dit.config",
+    "ContextDrop": "sampling.context_drop",
+    "Guidance": "sampling.guidance",
+    "NextDiT": "models.next_dit.model",
+    "NextDiTConfig": "models.next_dit.config",
+    "RopeScaling": "models.parts.rope",
+    "Sample": "sampling.sampler",
+    "load": "checkpoints.checkpoint",
+    "load_caption_encoder": "checkpoints.checkpoint",
+    "reference": "models.next_dit.reference",
+    "sample": "sampling.sampler",
+    "save": "checkpoints.checkpoint",
+    "save_picture": "emoji.pictures",
+}
 
 __all__ = [
     "COMPACT",
@@ -31,4 +56,17 @@ __all__ = [
     "reference",
     "sample",
     "save",
+    "save_picture",
 ]
+
+
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module 'lumina' has no attribute {name!r}")
+    module = import_module(f"lumina.{_MODULES[name]}")
+    value = globals()[name] = module if name == "reference" else getattr(module, name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

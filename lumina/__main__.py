@@ -1,5 +1,9 @@
 import sys
 
-from lumina.cli import main
+try:
+    from lumina.cli import main
 
-sys.exit(main())
+    status = main()
+except KeyboardInterrupt:
+    status = 130
+sys.exit(status)

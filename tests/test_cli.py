@@ -1,36 +1,30 @@
 """The command line, on a tiny random checkpoint; the shipped one has `test_compact.py`."""
 
+import errno
+import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from command_line import CONFIG, run, save_tiny
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import lumina
+import lumina_kernels
 from lumina import reference
 from lumina.cli import main
-from lumina.emoji.encoder import CaptionEncoder
-from lumina.models.next_dit.config import NextDiTConfig
+from lumina.emoji.train import Trainer
 from lumina.models.next_dit.flops import forward_flops
-
-CONFIG = NextDiTConfig(
-    patch_size=4, in_channels=3, dim=48, n_layers=2, n_heads=2, n_kv_heads=1, multiple_of=16,
-    learn_sigma=False, cap_feat_dim=32,
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    path = tmp_path_factory.mktemp("checkpoint") / "tiny.safetensors"
-    torch.manual_seed(1)
-    model, encoder = lumina.NextDiT(CONFIG), CaptionEncoder(32, 16, 2)
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.2)
-    lumina.save(model, path, caption_encoder=encoder, metadata={"base_size": "8"})
-    return path
+    return save_tiny(tmp_path_factory.mktemp("checkpoint") / "tiny.safetensors")
 
 
 def pixels(path):
@@ -121,13 +115,17 @@ def test_evaluate_prints_every_figure(checkpoint, capsys):
 
 def test_train_and_continue(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(lumina.PRESETS, "compact", CONFIG)
-    run = str(tmp_path / "run")
+    folder = str(tmp_path / "run")
     small = ["--batch", "2", "--naming-batch", "2", "--no-autocast"]
-    assert main(["train", run, "--steps", "2", *small]) == 0
+    assert main(["train", folder, "--steps", "2", *small]) == 0
     assert "2 of 2 steps" in capsys.readouterr().out
-    assert main(["train", run, "--steps", "3", *small]) == 2
-    assert "steps 2 -> 3" in capsys.readouterr().err
-    options = ["--checkpoint", f"{run}/model.safetensors", "--steps", "1"]
+    assert main(["train", folder, "--steps", "3", *small, "--lr", "0.5"]) == 2
+    assert "lr 0.0015 -> 0.5" in capsys.readouterr().err
+    assert main(["train", folder, "--steps", "3", *small]) == 0
+    said = capsys.readouterr()
+    assert "3 of 3 steps" in said.out
+    assert said.err == "training from step 2 to 3, 2 pictures each; Ctrl-C saves and stops\n"
+    options = ["--checkpoint", f"{folder}/model.safetensors", "--steps", "1"]
     assert main(["sample", "x", *options, "--out", str(tmp_path / "x.png")]) == 0
 
 
@@ -138,7 +136,7 @@ def test_train_and_continue(tmp_path, capsys, monkeypatch):
         (["sample", "x", "--schedule", "cubic"], "schedule must be one of"),
         (["sample", "x", "--size", "big"], "must be WIDTHxHEIGHT, got 'big'"),
         (["sample", "x", "--size", "33x32"], "multiples of the patch"),
-        (["sample", "x", "--steps", "0"], "steps must be at least 1, got 0"),
+        (["sample", "x", "--steps", "0"], "--steps: must be at least 1, got 0"),
         (["sample", "x", "--steps", "many"], "invalid int value"),
         (["sample", "x", "--backend", "vulkan"], "vulkan"),
         (["sample", "x", "--checkpoint", "/none.safetensors"], "does not exist"),
@@ -149,6 +147,27 @@ def test_train_and_continue(tmp_path, capsys, monkeypatch):
         (["sample"], "required: PROMPT"),
         (["train", "run", "--decay", "linear"], "decay must be one of"),
         (["info", "/none"], "does not exist"),
+        (["sample", "x", "--size", "-32x32"], "argument --size: expected one argument"),
+        (["sample", "x", "--size=-32x32"], "both positive, got '-32x32'"),
+        (["sample", "x", "--size", "32x0"], "both positive, got '32x0'"),
+        (["sample", "x", "--size", "99999x99999"], "must be at most 50000000 pixels"),
+        (["sample", "x", "--steps", "1" * 30], "must be at most 1000000"),
+        (["sample", "x", "--seed", str(2**64)], "--seed: must fit in 64 bits"),
+        (["sample", "x", "--seed", str(-(2**63) - 1)], "--seed: must fit in 64 bits"),
+        (["sample", "x", "--device", "meta"], "must be cpu or cuda, got 'meta'"),
+        (["sample", "x", "--device", "tpu"], "'tpu' cannot be used here: "),
+        (["sample", "x", "--out", "x.xyz"], "x.xyz must end in .png or another suffix"),
+        (["sample", "x", "--out", "x"], "x must end in .png or another suffix"),
+        (["sample", "x", "--out", "/"], "/ must be a file or a free name, it is a folder"),
+        (["sample", "x", "--image", "none.png"], "none.png does not exist"),
+        (["sample", "x\ny", "--what\never"], "unrecognized arguments: --what ever"),
+        (["demo", "--out", "x.xyz"], "x.xyz must end in .png or another suffix"),
+        (["evaluate", "--count", "0"], "--count: must be at least 1, got 0"),
+        (["evaluate", "--others", "-1"], "--others: must be at least 0, got -1"),
+        (["train", "run", "--save-every", "0"], "save_every must be at least 1, got 0"),
+        (["train", "run", "--data", "none"], "none/emoji.json does not exist"),
+        (["train", "run", "--seed", str(2**64)], "seed must fit in 64 bits"),
+        (["prompts", "red aple"], "no name has 'red aple' in it; did you mean 'red apple' or "),
         ([], "required: command"),
     ],
 )
@@ -156,21 +175,166 @@ def test_bad_arguments_are_one_line(checkpoint, tmp_path, monkeypatch, capsys, a
     monkeypatch.chdir(tmp_path)
     if arguments[:1] == ["sample"] and "--checkpoint" not in arguments:
         arguments = [*arguments, "--checkpoint", str(checkpoint)]
-    try:
-        status = main(arguments)
-    except SystemExit as stop:
-        status = stop.code
+    status = run(*arguments)
     said = capsys.readouterr()
     assert status == 2
     assert message in said.err and said.err.count("\n") == 1, said.err
+    assert said.err.startswith("python -m lumina") and "error: " in said.err
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="without CUDA")
+@pytest.mark.parametrize("command", ["sample", "evaluate", "train"])
+def test_cuda_where_there_is_none(command, capsys):
+    assert run(command, "x", "--device", "cuda") == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"python -m lumina {command}: error: ") and said.count("\n") == 1
+    if command != "evaluate":  # which takes no "x"
+        assert "argument --device: 'cuda' cannot be used here: Torch not compiled" in said
+
+
+@pytest.mark.parametrize("seed", [2**64 - 1, -(2**63)])
+def test_seeds_at_the_limits(checkpoint, tmp_path, seed):
+    """Two pictures take the seed and the next one, which wraps."""
+    options = ["--steps", "1", "--solver", "euler", "--seed"]
+    both = draw(checkpoint, tmp_path / "a.png", "x", "x", *options, str(seed))
+    second = draw(checkpoint, tmp_path / "a.png", "x", *options, str((seed + 1) % 2**64))
+    assert np.abs(both[:, 32:] - second).max() <= 1 < np.abs(both[:, :32] - second).max()
+    few = ["--count", "1", "--others", "0", "--large", "0", "--checkpoint", checkpoint]
+    assert run("evaluate", *options, seed, *few) == 0
+
+
+def test_the_path_is_refused_before_the_drawing(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lumina, "sample", None)
+    for name in ("a.xyz", "a", ".", "none.png/a.png"):
+        (tmp_path / "none.png").touch()
+        assert run("sample", "x", "--checkpoint", checkpoint, "--out", tmp_path / name) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_full_disk_is_one_line(checkpoint, tmp_path, monkeypatch, capsys):
+    def save(self, file, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    arguments = ["sample", "x", "--steps", "1", "--checkpoint", checkpoint, "--out"]
+    monkeypatch.setattr("lumina.emoji.pictures.check_picture", lambda *_: None)
+    monkeypatch.setattr("lumina.cli.commands.check_picture", lambda *_: None)
+    monkeypatch.setattr(Image.Image, "save", save)
+    assert run(*arguments, tmp_path / "a.png") == 1
+    said = capsys.readouterr().err
+    assert said == "python -m lumina sample: error: [Errno 28] No space left on device\n"
+    assert os.listdir(tmp_path) == []
+
+
+def test_ctrl_c_saves_the_run_and_tells_the_shell(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(lumina.PRESETS, "compact", CONFIG)
+    step = Trainer.step
+
+    def interrupted(self):
+        if self.done == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "step", interrupted)
+    folder = tmp_path / "run"
+    small = ["--batch", "2", "--naming-batch", "2", "--steps", "9"]
+    assert run("train", folder, *small) == 130
+    said = capsys.readouterr()
+    assert "2 of 9 steps" in said.out and "the same command continues" in said.out
+    assert said.err.splitlines()[1:] == ["python -m lumina train: interrupted"]
+    assert (folder / "state.pt").exists()
+
+
+def test_case_and_punctuation_do_not_matter(tmp_path, capsys):
+    pictures = []
+    for prompt in ("a red apple", " A RED apple! ", "🍎", "purple aple", "Purple, aple?"):
+        arguments = [prompt, "--steps", "1", "--solver", "euler", "--out", tmp_path / "a.png"]
+        assert run("sample", *arguments) == 0
+        pictures.append(pixels(tmp_path / "a.png"))
+        said = capsys.readouterr().err
+        if "aple" in prompt:
+            assert said == (
+                f"the model does not know {prompt!r}; did you mean 'red apple' or 'purple heart' "
+                "or 'green apple'?\n"
+            )
+        else:
+            assert said == ""
+    assert (pictures[0] == pictures[1]).all() and (pictures[3] == pictures[4]).all()
+    assert (pictures[0] != pictures[2]).any() and (pictures[0] != pictures[3]).any()
+    model = lumina.load(lumina.COMPACT)
+    encoder = lumina.load_caption_encoder(lumina.COMPACT)
+    settings = lumina.COMPACT_SETTINGS | {"steps": 1, "solver": "euler"}
+    scaling = lumina.RopeScaling("time_aware", base_size=4)
+    latents = lumina.sample(
+        model, *encoder(["a red apple"]), *encoder([""]), size=(32, 32), rope_scaling=scaling,
+        generator=[torch.Generator().manual_seed(0)], **settings,
+    ).latents  # fmt: skip
+    lumina.save_picture(latents, tmp_path / "b.png")
+    assert (pixels(tmp_path / "b.png") == pictures[0]).all()
+
+
+def test_another_checkpoint_reads_the_prompt_as_it_is(checkpoint, tmp_path, capsys):
+    options = ["--steps", "1", "--solver", "euler"]
+    first = draw(checkpoint, tmp_path / "a.png", "x-y!", *options)
+    assert capsys.readouterr().err == ""
+    assert (first != draw(checkpoint, tmp_path / "a.png", "x y", *options)).any()
+
+
+def test_a_long_prompt_warns_in_one_line(checkpoint, tmp_path, capsys):
+    draw(checkpoint, tmp_path / "a.png", "x" * 130, "--steps", "1")
+    assert capsys.readouterr().err == (
+        "python -m lumina sample: warning: a caption is read up to 127 bytes of UTF-8, the rest is "
+        f"ignored; '{'x' * 32}...' has 130\n"
+    )
+
+
+def test_prompts_lists_names(capsys):
+    assert main(["prompts"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 698 and "🍎\ten\tred apple" in lines
+    assert main(["prompts", "PFEL!"]) == 0
+    assert "🍎\tde\troter apfel" in capsys.readouterr().out.splitlines()
+
+
+def python(*arguments, **options):
+    options = {"capture_output": True, "text": True, "timeout": 120} | options
+    return subprocess.run([sys.executable, *arguments], **options)
+
+
 def test_help_tells_defaults_and_units():
-    text = subprocess.run(
-        [sys.executable, "-m", "lumina", "sample", "--help"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    assert "(default: midpoint)" in text and "in pixels" in text
+    text = python("-m", "lumina", "sample", "--help", check=True).stdout
+    assert "(default: midpoint)" in text and "--size WxH" in text and "(default: 32x32)" in text
+    assert "usage: python -m lumina sample" in text
+    script = "import sys; sys.argv[0] = '/bin/lumina'; from lumina.cli import main; main()"
+    assert python("-c", script, "--help").stdout.startswith("usage: lumina ")
+    version = python("-m", "lumina", "--version", check=True).stdout
+    assert version == f"lumina-kernels {lumina_kernels.__version__}, torch {torch.__version__}\n"
+
+
+def test_what_stdout_cannot_take():
+    """A closed pipe is silent, a full disk one line, and another encoding no matter."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = python("-m", "lumina", "prompts", capture_output=False, stdout=writer,
+                  stderr=subprocess.PIPE)  # fmt: skip
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+    with open("/dev/full", "wb") as full:
+        done = python("-m", "lumina", "prompts", capture_output=False, stdout=full,
+                      stderr=subprocess.PIPE)  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr == "python -m lumina prompts: error: [Errno 28] No space left on device\n"
+    done = python("-m", "lumina", "prompts", env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and "\\U0001f34e\ten\tred apple" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "start", [["-m", "lumina"], ["-c", "import sys; from lumina.cli import main; sys.exit(main())"]]
+)
+def test_ctrl_c_while_pytorch_is_imported(tmp_path, start):
+    (tmp_path / "torch.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    root = str(Path(lumina.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), root])}
+    done = python(*start, "prompts", env=environment)
+    assert done.returncode == 130 and done.stdout == ""
+    assert done.stderr == "python -m lumina: interrupted\n"

@@ -18,6 +18,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from lumina.checkpoints.files import parse_json
+from lumina.emoji.pictures import opened
+from lumina.output import replace
+
 SIZE = 32
 COLUMNS = 27  # 698 tiles fill 26 rows of 27 but for four
 LANGUAGES = ("en", "es", "ja", "ko", "pt", "it", "fr", "de", "fa", "id", "zh", "ru", "tr", "ar")
@@ -53,47 +57,41 @@ class EmojiSet:
 def load_emoji(path: str | os.PathLike | None = None) -> EmojiSet:
     """Read `emoji.png` and `emoji.json` from the folder `path` (default: the shipped ones).
 
-    Raises FileNotFoundError where a file is absent, ValueError where the two do not match.
+    Raises FileNotFoundError where a file is absent, ValueError where one is damaged or the two do
+    not match.
     """
     folder = FOLDER if path is None else Path(path)
-    table = json.loads((folder / "emoji.json").read_text(encoding="utf-8"))
-    with Image.open(folder / "emoji.png") as sheet:
+    if not (folder / "emoji.json").is_file():
+        raise FileNotFoundError(f"{folder / 'emoji.json'} does not exist")
+    table = parse_json(folder / "emoji.json", (folder / "emoji.json").read_bytes())
+    with opened(folder / "emoji.png") as sheet:
         pixels = np.asarray(sheet.convert("RGB"))  # (rows * 32, columns * 32, 3)
-    if hashlib.sha256(pixels.tobytes()).hexdigest() != table["pixels_sha256"]:
+    if hashlib.sha256(pixels.tobytes()).hexdigest() != table.get("pixels_sha256"):
         raise ValueError(f"{folder}: emoji.png is not the sheet that emoji.json was written with")
-    characters, captions = table["characters"], table["captions"]
+    characters, captions = table.get("characters"), table.get("captions")
+    if not (_are_texts(characters) and characters):
+        raise ValueError(f"{folder}: emoji.json must hold a list of characters")
+    if not (isinstance(captions, dict) and "en" in captions):
+        raise ValueError(f"{folder}: emoji.json must hold captions, the English among them")
     for language, texts in captions.items():
-        if len(texts) != len(characters):
+        if not _are_texts(texts) or len(texts) != len(characters):
+            got = len(texts) if isinstance(texts, list) else texts
             raise ValueError(
-                f"{folder}: captions in {language!r} must be {len(characters)}, got {len(texts)}"
+                f"{folder}: captions in {language!r} must be {len(characters)}, got {got}"
             )
-    tiles = pixels.reshape(-1, SIZE, pixels.shape[1] // SIZE, SIZE, 3).transpose(0, 2, 4, 1, 3)
+    rows, columns = pixels.shape[0] // SIZE, pixels.shape[1] // SIZE
+    if pixels.shape[:2] != (rows * SIZE, columns * SIZE) or rows * columns < len(characters):
+        raise ValueError(
+            f"{folder}: emoji.png must have {len(characters)} tiles of {SIZE} pixels, "
+            f"got {pixels.shape[1]}x{pixels.shape[0]} pixels"
+        )
+    tiles = pixels.reshape(rows, SIZE, columns, SIZE, 3).transpose(0, 2, 4, 1, 3)
     tiles = tiles.reshape(-1, 3, SIZE, SIZE)[: len(characters)]  # (N, 3, 32, 32)
     return EmojiSet(torch.from_numpy(tiles.copy()), characters, captions)
 
 
-def to_float(images: torch.Tensor) -> torch.Tensor:
-    """`images / 127.5 - 1`: uint8 of any shape to float32 in [-1, 1].
-
-    Raises TypeError for another dtype.
-    """
-    if images.dtype != torch.uint8:
-        raise TypeError(f"images must be uint8, got {images.dtype}")
-    return images.float() / 127.5 - 1
-
-
-def to_uint8(x: torch.Tensor) -> torch.Tensor:
-    """`round((x + 1) * 127.5)` clipped to 0..255: floats of any shape to uint8, undoes `to_float`.
-
-    Raises TypeError for a dtype that is not floating, ValueError for NaN and infinity.
-    """
-    if not x.is_floating_point():
-        raise TypeError(f"x must be floating point, got {x.dtype}")
-    x = x.detach().float()
-    bad = int((~x.isfinite()).sum())
-    if bad:
-        raise ValueError(f"x must be finite, got {bad} values of {x.numel()} that are not")
-    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
 def find_font(path: str | os.PathLike | None = None) -> Path:
@@ -173,13 +171,15 @@ def build(folder: str | os.PathLike = FOLDER, font: str | os.PathLike | None = N
         "characters": characters,
         "captions": {name: [table[c][name] for c in characters] for name in LANGUAGES},
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    # Both are whole before either takes its name; `load_emoji` notices a kill between the renames.
-    Image.fromarray(pixels).save(folder / "emoji.png.tmp", format="PNG", optimize=True)
     text = json.dumps(content, ensure_ascii=False, indent=0) + "\n"
-    (folder / "emoji.json.tmp").write_bytes(text.encode("utf-8"))
-    for name in ("emoji.png", "emoji.json"):
-        os.replace(folder / f"{name}.tmp", folder / name)
+
+    def both(file: Path) -> None:
+        # Both are whole before either takes its name; `load_emoji` notices a kill in between.
+        file.write_bytes(text.encode("utf-8"))
+        sheet = Image.fromarray(pixels)
+        replace(folder / "emoji.png", lambda draft: sheet.save(draft, format="PNG", optimize=True))
+
+    replace(folder / "emoji.json", both)
     return len(characters)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor
 
 import lumina
-from lumina.emoji.pictures import write_png
+from lumina.emoji.pictures import check_picture, save_picture
 from lumina.models.next_dit.reference import NextDiT
+from lumina.progress import progress
 from lumina.sampling.schedules import parse_schedule
 from lumina.sampling.solvers import solve
 
@@ -31,19 +33,29 @@ DEMO = [
 
 
 def draw_demo(out: Path, seed: int = 0) -> None:
-    """Draw `DEMO` and compare with the same pictures drawn by `lumina.reference.NextDiT`."""
+    """Draw `DEMO` and compare with the same pictures drawn by `lumina.reference.NextDiT`.
+
+    Raises:
+        ValueError, OSError: `out` is nothing that `save_picture` writes.
+    """
+    check_picture(out, 6 * 4 * 32, 2 * 4 * 32)
+    print(f"drawing {len(DEMO)} pictures, and again with the reference", file=sys.stderr)
     model = lumina.load(lumina.COMPACT)
     encoder = lumina.load_caption_encoder(lumina.COMPACT)
     prompts = [prompt for _, prompt in DEMO]
     features, negative = encoder(prompts), encoder([""])
-    noise = torch.randn(len(DEMO), 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(len(DEMO), 3, 32, 32, generator=torch.Generator().manual_seed(seed % 2**64))
     settings = lumina.COMPACT_SETTINGS
     start = time.perf_counter()
-    result = lumina.sample(model, *features, *negative, size=(32, 32), latents=noise, **settings)
+    with progress(settings["steps"], "steps") as bar:
+        result = lumina.sample(
+            model, *features, *negative, size=(32, 32), latents=noise, **settings,
+            callback=lambda *_: bar.update(),
+        )  # fmt: skip
     seconds = time.perf_counter() - start
     expected = _reference_sample(model, features, negative, noise, **settings)
     difference = (result.latents - expected).abs().max()
-    write_png(result.latents, out, columns=6, scale=4, text="\n".join(prompts))
+    save_picture(result.latents, out, columns=6, scale=4, text="\n".join(prompts))
     for number, (language, prompt) in enumerate(DEMO):
         print(f"row {number // 6 + 1}, column {number % 6 + 1}  {language}  {prompt}")
     print(
@@ -72,4 +84,6 @@ def _reference_sample(
         conditional, plain = reference(x, time, *features), reference(x, time, *empty)
         return plain + guidance * (conditional - plain)
 
-    return solve(velocity, noise, parse_schedule(schedule)(steps), solver)[0]
+    with progress(steps, "steps of the reference") as bar:
+        grid = parse_schedule(schedule)(steps)
+        return solve(velocity, noise, grid, solver, callback=lambda *_: bar.update())[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -19,18 +20,26 @@ def to_bytes(captions: list[str]) -> Tensor:
     """Return (B, N) int64 symbols, N a multiple of 4: start, UTF-8 bytes of the text, padding.
 
     The text is normalised to NFC and case-folded, runs of blanks become one, and it is cut off
-    after `MAX_BYTES` bytes. The empty caption, the null prompt of classifier-free guidance, is the
-    start symbol alone.
+    after `MAX_BYTES` bytes, with a warning. The empty caption, the null prompt of classifier-free
+    guidance, is the start symbol alone.
 
     Raises:
         TypeError: captions is a single text instead of a list.
     """
     if isinstance(captions, str):  # a list of letters, to Python
         raise TypeError(f"captions must be a list of texts, got {captions!r}")
-    texts = (
-        " ".join(unicodedata.normalize("NFC", caption).casefold().split()) for caption in captions
-    )
-    rows = [[START, *text.encode()[:MAX_BYTES]] for text in texts]
+    texts = [
+        " ".join(unicodedata.normalize("NFC", caption).casefold().split()).encode()
+        for caption in captions
+    ]
+    longest = max(texts, key=len, default=b"")
+    if len(longest) > MAX_BYTES:
+        warnings.warn(
+            f"a caption is read up to {MAX_BYTES} bytes of UTF-8, the rest is ignored; "
+            f"{longest[:32].decode(errors='ignore') + '...'!r} has {len(longest)}",
+            stacklevel=2,
+        )
+    rows = [[START, *text[:MAX_BYTES]] for text in texts]
     length = -(-max(map(len, rows), default=1) // 4) * 4
     rows = [row + [PAD] * (length - len(row)) for row in rows]
     return torch.tensor(rows, dtype=torch.long).reshape(-1, length)

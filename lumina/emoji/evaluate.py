@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
-from lumina.emoji.data import EmojiSet, to_float
+from lumina.emoji.data import EmojiSet
 from lumina.emoji.encoder import CaptionEncoder
+from lumina.emoji.pictures import to_float
 from lumina.models.next_dit.model import NextDiT
+from lumina.progress import progress as progress_of
 from lumina.sampling.sampler import sample
 
 
@@ -26,18 +28,22 @@ def nearest(pictures: Tensor, images: Tensor) -> Tensor:
     Raises:
         ValueError: the sides are no multiples of the images', or a picture holds NaN.
     """
-    C, h, w = images.shape[1:]
-    factor = max(1, pictures.shape[-1] // w)
-    if pictures.shape[1:] != (C, factor * h, factor * w):
-        raise ValueError(
-            f"pictures must be a whole multiple of {(C, h, w)}, got {tuple(pictures.shape[1:])}"
-        )
+    factor = _check_multiple(tuple(pictures.shape[1:]), images)
     if pictures.isnan().any():  # argmin takes NaN for the smallest number
         raise ValueError("pictures must not hold NaN")
     small = F.avg_pool2d(pictures.clamp(-1, 1), factor)
     return torch.cdist(
         small.flatten(1), images.flatten(1), compute_mode="donot_use_mm_for_euclid_dist"
     ).argmin(1)
+
+
+def _check_multiple(shape: tuple[int, ...], images: Tensor) -> int:
+    """How many times the sides of the images those of a picture are; else a ValueError."""
+    C, h, w = images.shape[1:]
+    factor = max(1, shape[-1] // w)
+    if shape != (C, factor * h, factor * w):
+        raise ValueError(f"pictures must be a whole multiple of {(C, h, w)}, got {shape}")
+    return factor
 
 
 @torch.no_grad()
@@ -62,9 +68,10 @@ def evaluate(
         language: of the captions; an emoji without one in it is drawn from the English.
         indices: which emoji to draw; None: all.
         size: (H, W) of the pictures, a whole multiple of the data's.
-        seed: picture i is drawn from the seed `seed * 1_000_003 + i`, whatever the batch.
+        seed: picture i is drawn from the seed `seed * 1_000_003 + i` modulo 2**64, whatever the
+            batch.
         batch: pictures at a time.
-        progress: show a bar.
+        progress: say what begins, and show a bar, or lines where there is no terminal.
         settings: further arguments of `lumina.sample`.
 
     Returns:
@@ -81,15 +88,21 @@ def evaluate(
     if not indices or not 0 <= min(indices) <= max(indices) < len(data):
         raise ValueError(f"indices must be some of 0..{len(data) - 1}, got {indices}")
     images = to_float(data.images)
+    _check_multiple((images.shape[1], *size), images)
+    if progress:
+        print(f"drawing {len(indices)} pictures, {language}", file=sys.stderr, flush=True)
     negative = encoder([""])
     right = []
-    for start in tqdm(range(0, len(indices), batch), desc=language, disable=not progress):
-        chunk = indices[start : start + batch]
-        captions = [data.captions[language][i] or data.captions["en"][i] for i in chunk]
-        generators = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in chunk]
-        result = sample(
-            model, *encoder(captions), *negative, size=size, generator=generators, **settings
-        )
-        found = nearest(result.latents.float().cpu(), images)
-        right.append(found == torch.tensor(chunk))
+    with progress_of(len(indices), f"pictures, {language}", shown=progress) as bar:
+        for start in range(0, len(indices), batch):
+            chunk = indices[start : start + batch]
+            captions = [data.captions[language][i] or data.captions["en"][i] for i in chunk]
+            seeds = [(seed * 1_000_003 + i) % 2**64 for i in chunk]
+            generators = [torch.Generator().manual_seed(s) for s in seeds]
+            result = sample(
+                model, *encoder(captions), *negative, size=size, generator=generators, **settings
+            )
+            found = nearest(result.latents.float().cpu(), images)
+            right.append(found == torch.tensor(chunk))
+            bar.update(len(chunk))
     return torch.cat(right)

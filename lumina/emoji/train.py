@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import random
+import sys
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,27 +14,19 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lumina.checkpoints.checkpoint import save
-from lumina.checkpoints.files import replace
-from lumina.emoji.data import EmojiSet, load_emoji, to_float
+from lumina.checkpoints.files import read_pickle
+from lumina.emoji.data import EmojiSet, load_emoji
 from lumina.emoji.encoder import CaptionEncoder, to_bytes
+from lumina.emoji.names import ARTICLES
+from lumina.emoji.pictures import to_float
 from lumina.models.next_dit.config import PRESETS, NextDiTConfig
 from lumina.models.next_dit.model import NextDiT
+from lumina.output import check_output, replace
+from lumina.progress import progress as progress_of
 from lumina.training.flow_matching import drawn_times, flow_matching_loss
 from lumina.training.run import learning_rate, plot_losses, stop_signals
-
-# People write "a red apple" where the data says "red apple".
-ARTICLES = {
-    "en": ("a", "an", "the", "one"),
-    "de": ("ein", "eine", "der", "die", "das"),
-    "fr": ("un", "une", "le", "la"),
-    "es": ("un", "una", "el", "la"),
-    "it": ("un", "una", "il", "la"),
-    "pt": ("um", "uma", "o", "a"),
-    "tr": ("bir",),
-}
 
 
 @dataclass(frozen=True)
@@ -61,8 +55,11 @@ class TrainConfig:
         ema: decay of the moving average of the weights, which is what a run delivers.
         clip: bound of the gradient's L2 norm.
         weight_decay: of AdamW.
-        seed: of everything random.
+        seed: of everything random, a signed or unsigned number of 64 bits.
         autocast: bfloat16 matrix products.
+
+    Raises:
+        ValueError: a value out of range; the message says which.
     """
 
     preset: str = "compact"
@@ -92,12 +89,17 @@ class TrainConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        for name in ("steps", "batch", "naming_batch", "lr", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("caption_dropout", "english", "ema"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        for names, rule, holds in (
+            ("steps batch naming_batch lr clip", "be positive", lambda z: z > 0),
+            ("warmup naming weight_decay", "not be negative", lambda z: z >= 0),
+            ("caption_dropout english ema", "lie in [0, 1]", lambda z: 0 <= z <= 1),
+            ("lr naming weight_decay t_mean text_gate", "be finite", math.isfinite),
+            ("batch naming_batch", f"be at most {2**20}", lambda z: z <= 2**20),
+            ("seed", "fit in 64 bits", lambda z: -(2**63) <= z < 2**64),
+        ):
+            for name in names.split():
+                if not holds(getattr(self, name)):
+                    raise ValueError(f"{name} must {rule}, got {getattr(self, name)}")
 
 
 class Trainer:
@@ -190,20 +192,34 @@ class Trainer:
         replace(path, lambda file: torch.save(state, file))
 
     def load(self, path: Path) -> None:
-        """Continue the run saved at `path`.
+        """Continue the run saved at `path`, to `config.steps`, which may be more than it had.
 
         Raises:
-            ValueError: it was started with other settings.
+            FileNotFoundError: there is no such file.
+            ValueError: it is damaged, no state of a run, or started with other settings.
         """
-        state = torch.load(path, map_location=self.device, weights_only=True)
+        state = read_pickle(path)
+        parts = {"config": dict, "model": dict, "ema": list, "optimizer": dict, "losses": list}
+        if not isinstance(state, dict) or any(
+            not isinstance(state.get(name), kind) for name, kind in parts.items()
+        ):
+            raise ValueError(f"{path} is not the state of a run: it must hold {', '.join(parts)}")
         old, new = state["config"], asdict(self.config)
-        changed = [f"{k} {old.get(k)} -> {v}" for k, v in new.items() if old.get(k) != v]
+        changed = [
+            f"{k} {old.get(k)} -> {v}"
+            for k, v in new.items()
+            if old.get(k) != v and not (k == "steps" and isinstance(old.get(k), int) and v > old[k])
+        ]
         if changed:
             raise ValueError(f"{path} was started with other settings: {', '.join(changed)}")
-        self.model.load_state_dict(state["model"])
-        torch._foreach_copy_(self.ema, state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.losses = state["losses"]
+        try:
+            self.model.load_state_dict(state["model"])
+            torch._foreach_copy_(self.ema, [average.to(self.device) for average in state["ema"]])
+            # A copy: the file's own tensors are mapped, and `save` replaces the file.
+            self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+            self.losses = [float(loss) for loss in state["losses"]]
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{path} is not the state of this run: {error}") from error
         self.done = len(self.losses)
 
     def export(self, path: Path) -> None:
@@ -262,26 +278,43 @@ def train(
     """Train, or continue a run that was interrupted, until `config.steps`.
 
     Args:
-        config: settings; an interrupted run continues only with the same.
+        config: settings; a run continues only with the same, but for more steps: the cosine of the
+            rate then follows the new total.
         run: folder for `state.pt` (all that is needed to continue), `model.safetensors` (averaged
             weights) and `loss.png`, replaced every `save_every` steps and where Ctrl-C or SIGTERM
             ends the run.
         data: pictures and captions; None takes the emoji that ship with the package.
         device: "cpu" or "cuda".
         save_every: steps between two saves; after a kill these are repeated, with the same result.
-        progress: show a progress bar.
+        progress: say what begins, and show a bar, or lines where there is no terminal.
 
     Returns:
         The trainer, at `config.steps` or where the run was stopped.
+
+    Raises:
+        ValueError: save_every is not positive, or a state that `Trainer.load` refuses.
+        RuntimeError: a loss is not finite.
+        OSError: from the system; the files of the last save are still there.
     """
+    if save_every < 1:
+        raise ValueError(f"save_every must be at least 1, got {save_every}")
     run = Path(run)
     run.mkdir(parents=True, exist_ok=True)
+    for name in ("state.pt", "model.safetensors", "loss.png"):
+        check_output(run / name)
     trainer = Trainer(config, data if data is not None else load_emoji(), device)
     if (run / "state.pt").exists():
         trainer.load(run / "state.pt")
+    if progress:
+        print(
+            f"training from step {trainer.done} to {config.steps}, {config.batch} pictures each; "
+            "Ctrl-C saves and stops",
+            file=sys.stderr,
+            flush=True,
+        )
     with (
         stop_signals() as stop,
-        tqdm(total=config.steps, initial=trainer.done, unit="step", disable=not progress) as bar,
+        progress_of(config.steps, "steps", done=trainer.done, shown=progress) as bar,
     ):
         while trainer.done < config.steps and not stop:
             loss = trainer.step()

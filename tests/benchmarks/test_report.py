@@ -286,6 +286,18 @@ def test_a_figure_of_zero_is_shown():
     assert tables.table([sample], tables.SAMPLE_COLUMNS)[2].split(" | ")[-1] == "0 |"
 
 
+def test_the_last_line_counts_what_is_missing():
+    entries = [{"outcome": "failed", "reason": "the process died: SIGKILL"}]
+    entries += [{"outcome": "skipped", "reason": tables.OUT_OF_BUDGET}] * 3
+    entries += [{"outcome": "skipped", "reason": "No module named liger_kernel"}]
+    rows = synthetic()["benchmarks"]
+    said = report.summary({"benchmarks": rows, "not_measured": entries})
+    assert said == (
+        f"{len(rows)} of {len(rows) + 5} rows measured, 1 failed, 4 skipped "
+        "(3 of them for want of time, see --budget)"
+    )
+
+
 def test_a_budget_of_zero_is_a_budget(tmp_path, monkeypatch):
     """It is not replaced by the default, nor are zero seconds a case."""
     called = []
@@ -293,6 +305,6 @@ def test_a_budget_of_zero_is_a_budget(tmp_path, monkeypatch):
     options = ["--device", "cpu", "--budget", "0", "--seconds", "0", "--out", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["report", *options])
     monkeypatch.setattr("signal.signal", lambda *arguments: None)
-    report.main()
+    assert report.main() == 0
     ((arguments, _, budget),) = called
     assert budget == 0 and arguments[arguments.index("--seconds") + 1] == "0.0"

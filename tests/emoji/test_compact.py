@@ -9,8 +9,9 @@ from PIL import Image
 
 import lumina
 from lumina.cli import main
-from lumina.emoji.data import load_emoji, to_float
+from lumina.emoji.data import load_emoji
 from lumina.emoji.evaluate import evaluate, nearest
+from lumina.emoji.pictures import to_float
 
 # The emoji that the prompts of `python -m lumina demo` ask for, in their order.
 ASKED = "🍎 🐙 🌵 🐘 🍌 ❤️ 🚒 🐯 🍕 🐧 ⚽ 🌻".split()
@@ -45,6 +46,7 @@ def test_draws_english_captions(loaded):
     assert right.float().mean() >= 0.8  # of 50; the README has the figure of all
 
 
+@pytest.mark.filterwarnings("ignore:a caption is read up to")
 def test_empty_and_fully_masked_captions_draw_something(loaded):
     model, encoder = loaded
     features, mask = encoder(["a red apple", "", "x" * 500])

@@ -92,25 +92,6 @@ def test_pictures_fill_a_white_square(emoji_set):
     assert len(torch.unique(emoji_set.images.flatten(1), dim=0)) == 698
 
 
-def test_float_and_back_is_exact():
-    levels = torch.arange(256, dtype=torch.uint8)
-    floats = data.to_float(levels)
-    assert floats.dtype == torch.float32 and floats[0] == -1 and floats[255] == 1
-    assert torch.equal(data.to_uint8(floats), levels)
-    x = torch.tensor([-3.0, -1.0, 0.0, 1.0, 3.0], requires_grad=True)
-    assert data.to_uint8(x).tolist() == [0, 0, 128, 255, 255]
-    assert data.to_uint8(x.bfloat16()).tolist() == [0, 0, 128, 255, 255]
-
-
-def test_conversions_refuse_what_has_no_answer():
-    with pytest.raises(TypeError, match="must be uint8, got torch.float32"):
-        data.to_float(torch.zeros(3))
-    with pytest.raises(TypeError, match="must be floating point, got torch.int64"):
-        data.to_uint8(torch.zeros(3, dtype=torch.int64))
-    with pytest.raises(ValueError, match="got 2 values of 3"):
-        data.to_uint8(torch.tensor([0.0, float("nan"), float("inf")]))
-
-
 def test_files_that_do_not_belong_together(copy):
     assert torch.equal(data.load_emoji(copy).images, data.load_emoji().images)
     with Image.open(copy / "emoji.png") as sheet:
@@ -132,6 +113,52 @@ def test_captions_that_do_not_fit(copy):
 def test_a_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="emoji.json"):
         data.load_emoji(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"captions": {}}, "must hold captions, the English among them"),
+        ({"captions": 3}, "must hold captions, the English among them"),
+        ({"captions": {"en": 3}}, "captions in 'en' must be 698, got 3"),
+        ({"captions": {"en": [3] * 698}}, "captions in 'en' must be 698, got "),
+        ({"characters": []}, "must hold a list of characters"),
+        ({"characters": "abc"}, "must hold a list of characters"),
+        ({"characters": ["a"] * 703, "captions": {"en": ["a"] * 703}}, "must have 703 tiles"),
+        ({"pixels_sha256": None}, "emoji.png is not the sheet"),
+    ],
+)
+def test_tables_of_another_form(copy, change, message):
+    table = json.loads((copy / "emoji.json").read_text(encoding="utf-8"))
+    (copy / "emoji.json").write_text(json.dumps(table | change), encoding="utf-8")
+    with pytest.raises(ValueError) as error:
+        data.load_emoji(copy)
+    assert str(error.value).startswith(str(copy)) and message in str(error.value)
+
+
+def test_damaged_files_of_the_set(copy):
+    sheet = (copy / "emoji.png").read_bytes()
+    for content, message in ((b"", "is not a picture"), (sheet[:9999], "cannot be read")):
+        (copy / "emoji.png").write_bytes(content)
+        with pytest.raises(ValueError, match=f"emoji.png {message}"):
+            data.load_emoji(copy)
+    (copy / "emoji.png").unlink()
+    with pytest.raises(FileNotFoundError, match="emoji.png does not exist"):
+        data.load_emoji(copy)
+    for content, message in ((b"", "holds no valid JSON"), (b"[]", "must hold a JSON object")):
+        (copy / "emoji.json").write_bytes(content)
+        with pytest.raises(ValueError, match=f"emoji.json {message}"):
+            data.load_emoji(copy)
+
+
+def test_a_sheet_of_other_tiles(copy):
+    pixels = np.zeros((32, 40, 3), np.uint8)
+    Image.fromarray(pixels).save(copy / "emoji.png")
+    digest = data.hashlib.sha256(pixels.tobytes()).hexdigest()
+    table = {"pixels_sha256": digest, "characters": ["a"], "captions": {"en": ["a"]}}
+    (copy / "emoji.json").write_text(json.dumps(table))
+    with pytest.raises(ValueError, match="must have 1 tiles of 32 pixels, got 40x32 pixels"):
+        data.load_emoji(copy)
 
 
 def test_tiles_lie_on_the_sheet_in_reading_order(emoji_set):

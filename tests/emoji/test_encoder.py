@@ -2,6 +2,7 @@
 
 import math
 import unicodedata
+import warnings
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from lumina.emoji.encoder import (
     _hash,
     to_bytes,
 )
+
+pytestmark = pytest.mark.filterwarnings("ignore:a caption is read up to")
 
 CAPTIONS = [
     "a red apple",
@@ -87,6 +90,18 @@ def test_cut_also_inside_a_character(offset):
     assert mask.all() and features.shape == (1, REGISTERS + (MAX_BYTES + 1) // 4, 24)
     same, _ = encoder()([long + "more"])
     assert torch.equal(features, same)
+
+
+def test_a_cut_caption_warns():
+    fitting = ["a" * MAX_BYTES, "ん" * (MAX_BYTES // 3), "  ".join("abc" * 21)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        to_bytes(fitting)
+    with pytest.warns(UserWarning) as caught:
+        to_bytes(["x", "b" * (MAX_BYTES + 1), "赤" * 50])
+    assert [str(w.message) for w in caught] == [
+        f"a caption is read up to 127 bytes of UTF-8, the rest is ignored; '{'赤' * 10}...' has 150"
+    ]
 
 
 def test_the_empty_caption_has_one_feature_after_the_registers():

@@ -9,9 +9,10 @@ from common import DEVICE
 from networks import config, randomise
 
 from lumina import NextDiT, sample
-from lumina.emoji.data import EmojiSet, to_float, to_uint8
+from lumina.emoji.data import EmojiSet
 from lumina.emoji.encoder import CaptionEncoder
 from lumina.emoji.evaluate import evaluate, nearest
+from lumina.emoji.pictures import to_float, to_uint8
 
 WORDS = ["apple", "pear", "house", "red car", "moon", "sun", "fish", "tree", "boat"]
 SETTINGS = dict(steps=2, solver="euler", guidance=30.0)

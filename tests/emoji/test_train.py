@@ -15,7 +15,8 @@ import torch.nn.functional as F
 
 import lumina
 from lumina.emoji import train as training
-from lumina.emoji.data import EmojiSet, to_float
+from lumina.emoji.data import EmojiSet
+from lumina.emoji.pictures import to_float
 from lumina.emoji.train import TrainConfig, Trainer, draw_caption
 from lumina.models.next_dit.config import PRESETS, NextDiTConfig
 
@@ -201,8 +202,73 @@ def test_save_that_fails_leaves_the_old_state(tmp_path, monkeypatch):
 def test_other_settings_do_not_continue_a_run(tmp_path):
     trainer = Trainer(CONFIG, pictures())
     trainer.save(tmp_path / "state.pt")
-    with pytest.raises(ValueError, match="lr 0.001 -> 0.5"):
-        Trainer(replace(CONFIG, lr=0.5), pictures()).load(tmp_path / "state.pt")
+    for change, message in (
+        ({"lr": 0.5}, "lr 0.001 -> 0.5"),
+        ({"steps": 7}, "steps 8 -> 7"),
+        ({"steps": 9, "batch": 5}, "batch 4 -> 5"),
+    ):
+        with pytest.raises(ValueError) as error:
+            Trainer(replace(CONFIG, **change), pictures()).load(tmp_path / "state.pt")
+        path = tmp_path / "state.pt"
+        assert str(error.value) == f"{path} was started with other settings: {message}"
+
+
+def test_a_finished_run_takes_more_steps(tmp_path):
+    """The first steps are those of the shorter run, the others follow the new cosine."""
+    data, rates = pictures(), []
+    short = training.train(replace(CONFIG, steps=4), tmp_path, data=data, progress=False)
+    long = training.train(CONFIG, tmp_path, data=data, progress=False)
+    assert (short.done, long.done) == (4, 8) and long.losses[:4] == short.losses
+    by_hand = Trainer(CONFIG, data)
+    by_hand.load(tmp_path / "state.pt")
+    assert by_hand.done == 8
+    by_hand = Trainer(replace(CONFIG, steps=4), data)
+    for _ in range(4):
+        by_hand.step()
+    by_hand.config = CONFIG
+    for _ in range(4):
+        by_hand.step()
+        rates.append(by_hand.optimizer.param_groups[0]["lr"])
+    wanted = dict(peak=CONFIG.lr, warmup=CONFIG.warmup, steps=8, decay="cosine")
+    assert rates == [training.learning_rate(i, **wanted) for i in range(4, 8)]
+    assert_same_state(by_hand, long)
+
+
+def test_states_that_are_none(tmp_path):
+    path = tmp_path / "state.pt"
+    trainer = Trainer(CONFIG, pictures())
+    trainer.step()
+    trainer.save(path)
+    whole, state = path.read_bytes(), torch.load(path, weights_only=True)
+    contents = [b"", b"text", whole[: len(whole) // 2], whole[:100]]
+    for foreign in (
+        3,
+        {},
+        state | {"losses": 3},
+        state | {"losses": ["x"]},
+        state | {"model": {}},
+        state | {"ema": state["ema"][1:]},
+        state | {"ema": [3] * len(state["ema"])},
+        state | {"optimizer": {}},
+        state | {"config": state["config"] | {"steps": "8"}},
+    ):
+        torch.save(foreign, path)
+        contents.append(path.read_bytes())
+    for content in contents:
+        path.write_bytes(content)
+        with pytest.raises(ValueError) as error:
+            training.train(CONFIG, tmp_path, data=pictures(), progress=False)
+        assert str(error.value).startswith(f"{path} "), error.value
+        assert path.read_bytes() == content and os.listdir(tmp_path) == ["state.pt"]
+
+
+def test_what_could_not_be_saved_is_refused_before_the_training(tmp_path):
+    (tmp_path / "model.safetensors").mkdir()
+    with pytest.raises(ValueError, match="model.safetensors must be a file or a free name"):
+        training.train(CONFIG, tmp_path, data=pictures(), progress=False)
+    with pytest.raises(ValueError, match="save_every must be at least 1, got 0"):
+        training.train(CONFIG, tmp_path / "new", data=pictures(), save_every=0)
+    assert os.listdir(tmp_path) == ["model.safetensors"]
 
 
 def test_export_is_the_average(tmp_path):
@@ -221,6 +287,11 @@ def test_export_is_the_average(tmp_path):
         ("preset", "huge", "preset must be one of"),
         ("decay", "linear", "decay must be one of"),
         ("steps", 0, "steps must be positive"),
+        ("lr", float("nan"), "lr must be positive, got nan"),
+        ("lr", float("inf"), "lr must be finite, got inf"),
+        ("batch", 2**21, "batch must be at most 1048576, got 2097152"),
+        ("warmup", -1, "warmup must not be negative, got -1"),
+        ("seed", 2**64, "seed must fit in 64 bits, got 18446744073709551616"),
         ("caption_dropout", 1.5, r"caption_dropout must lie in \[0, 1\], got 1.5"),
     ],
 )

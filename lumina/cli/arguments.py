@@ -1,0 +1,253 @@
+"""The arguments of the commands."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import lumina
+import lumina_kernels
+from lumina.cli import commands
+from lumina.emoji.train import TrainConfig
+from lumina.sampling.solvers import SOLVERS
+
+MAX_PIXELS = 50_000_000  # in a picture: some gigabytes of the network's activations
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports errors in one line."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def build_parser(name: str) -> argparse.ArgumentParser:
+    """The parser of a program of this name; `run` in what it returns is the command."""
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = _Parser(prog=name, description="A compact Next-DiT and its sampler.")
+    version = f"lumina-kernels {lumina_kernels.__version__}, torch {torch.__version__}"
+    parser.add_argument("--version", action="version", version=version)
+    choices = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+
+    def command(name: str, run, text: str) -> argparse.ArgumentParser:
+        sub = choices.add_parser(name, help=text, description=text, formatter_class=formatter)
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("sample", commands.sample, "draw a picture for each prompt")
+    sub.add_argument("prompts", nargs="+", metavar="PROMPT", help="in any of the 14 languages")
+    sub.add_argument(
+        "--out",
+        type=Path,
+        default="out.png",
+        help="picture file, in the format of its suffix; several pictures lie in a row",
+    )
+    sub.add_argument("--image", type=Path, help="start from this picture (image-to-image)")
+    sub.add_argument(
+        "--strength", type=float, help="share of the time axis run from --image, in (0, 1]"
+    )
+    _add_model(sub)
+    _add_sampling(sub)
+
+    sub = command(
+        "demo", commands.demo, "draw the pictures of the README, checked against the reference"
+    )
+    sub.add_argument("--out", type=Path, default="samples/grid.png", help="picture file")
+    sub.add_argument("--seed", type=_seed, default=0, help="of the noise")
+
+    sub = command("prompts", commands.prompts, "list what the shipped model can draw")
+    sub.add_argument(
+        "word",
+        nargs="?",
+        default="",
+        metavar="WORD",
+        help="list the names with this in them, in all languages; without it, all English names",
+    )
+
+    sub = command(
+        "train",
+        commands.train,
+        "train a model, or continue a run",
+    )
+    sub.add_argument(
+        "run_folder", type=Path, metavar="RUN", help="folder of state, weights, loss curve"
+    )
+    sub.add_argument(
+        "--data", type=Path, help="folder of emoji.png and emoji.json, instead of the shipped"
+    )
+    sub.add_argument("--device", type=_device, default="cpu", help="cpu or cuda")
+    sub.add_argument("--save-every", type=int, default=200, help="steps between two saves")
+    for field in dataclasses.fields(TrainConfig):
+        option = f"--{field.name.replace('_', '-')}"
+        kind = {"int": int, "float": float, "str": str}.get(field.type)
+        text = TRAIN_HELP[field.name]
+        if field.type == "bool":
+            action = argparse.BooleanOptionalAction
+            sub.add_argument(option, action=action, default=field.default, help=text)
+        else:
+            sub.add_argument(option, type=kind, default=field.default, help=text)
+
+    sub = command("info", commands.info, "config, parameters and FLOPs of a checkpoint")
+    sub.add_argument(
+        "checkpoint", type=Path, nargs="?", default=lumina.COMPACT, help="what to look at"
+    )
+    sub.add_argument(
+        "--size",
+        type=_size,
+        default=None,
+        metavar="WxH",
+        help="in latent pixels, for the FLOPs; default: the trained size",
+    )
+    sub.add_argument("--text", type=_whole(0, 10**6), default=32, help="text tokens, for the FLOPs")
+    _add_context_drop(sub)
+
+    sub = command(
+        "evaluate", commands.evaluate, "how many pictures' nearest neighbour is the prompted emoji"
+    )
+    sub.add_argument("--count", type=_whole(1), help="English captions to draw; default: all")
+    sub.add_argument(
+        "--others", type=_whole(0), default=64, help="captions of every other language, 0: none"
+    )
+    sub.add_argument(
+        "--large", type=_whole(0), default=128, help="captions drawn at twice the side, 0: none"
+    )
+    _add_model(sub)
+    _add_sampling(sub)
+    return parser
+
+
+TRAIN_HELP = {
+    "preset": "sizes of the model",
+    "steps": "optimiser steps in all",
+    "batch": "pictures in a step",
+    "lr": "peak learning rate",
+    "warmup": "steps in which the rate rises from 0",
+    "decay": "of the rate: cosine (to 0) or constant",
+    "t_sampling": "times: uniform or lognorm",
+    "t_mean": "of the lognorm times, before the logistic function",
+    "caption_dropout": "share of empty captions",
+    "naming": "weight of the caption encoder's own loss",
+    "naming_batch": "captions in that loss",
+    "text_gate": "initial gate of the text branch, before tanh",
+    "english": "share of English captions",
+    "ema": "decay of the average of the weights",
+    "clip": "bound of the gradient's L2 norm",
+    "weight_decay": "of AdamW",
+    "seed": "of everything random",
+    "autocast": "bfloat16 matrix products",
+}
+
+
+def _add_model(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--checkpoint",
+        type=Path,
+        default=lumina.COMPACT,
+        help="a file that `train` or lumina.save wrote",
+    )
+    sub.add_argument("--backend", default="auto", help="of the ops: auto, torch, triton, cuda, cpu")
+    sub.add_argument("--device", type=_device, default="cpu", help="cpu or cuda")
+
+
+def _add_sampling(sub: argparse.ArgumentParser) -> None:
+    best = lumina.COMPACT_SETTINGS
+    sub.add_argument(
+        "--steps",
+        type=_whole(1, 10**6),
+        default=best["steps"],
+        help="intervals of the time grid",
+    )
+    sub.add_argument("--solver", default=best["solver"], choices=SOLVERS, help="of the ODE")
+    sub.add_argument(
+        "--schedule",
+        default=best["schedule"],
+        help="uniform, rational:SHIFT, sigmoid[:MU,ALPHA,BETA]",
+    )
+    sub.add_argument(
+        "--guidance",
+        type=float,
+        default=best["guidance"],
+        help="weight; 1 is off",
+    )
+    sub.add_argument(
+        "--guidance-until", type=float, default=1.0, help="guide while t < this, in [0, 1]"
+    )
+    sub.add_argument(
+        "--guidance-renorm", type=float, help="bound of the guided norm over the plain one"
+    )
+    sub.add_argument(
+        "--size",
+        type=_size,
+        default="32x32",
+        metavar="WxH",
+        help="in pixels, multiples of the patch",
+    )
+    sub.add_argument(
+        "--rope",
+        default="time_aware",
+        choices=["none", "linear", "ntk", "frequency_aware", "time_aware", "watershed"],
+        help="how RoPE stretches beyond the trained size",
+    )
+    _add_context_drop(sub)
+    sub.add_argument("--seed", type=_seed, default=0, help="of the noise; picture i takes seed + i")
+
+
+def _add_context_drop(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--context-drop",
+        type=int,
+        default=1,
+        metavar="FACTOR",
+        help="side of the squares of tokens over which attention averages its keys, in all layers "
+        "at t = 0 and in fewer and fewer towards t = 1; 1 is off",
+    )
+
+
+def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """Reads a whole number in this range."""
+
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+        if most is not None and value > most:
+            raise argparse.ArgumentTypeError(f"must be at most {most}, got {value}")
+        return value
+
+    number.__name__ = "int"  # in argparse's message about other texts
+    return number
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if not -(2**63) <= value < 2**64:
+        raise argparse.ArgumentTypeError(f"must fit in 64 bits, got {value}")
+    return value
+
+
+def _size(text: str) -> tuple[int, int]:
+    """ "64x32" (width x height) as (H, W)."""
+    try:
+        width, height = (int(n) for n in text.lower().split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be WIDTHxHEIGHT, got {text!r}") from None
+    if min(width, height) < 1:
+        raise argparse.ArgumentTypeError(f"must be WIDTHxHEIGHT, both positive, got {text!r}")
+    if width * height > MAX_PIXELS:
+        raise argparse.ArgumentTypeError(f"must be at most {MAX_PIXELS} pixels, got {text!r}")
+    return height, width
+
+
+def _device(text: str) -> str:
+    try:
+        device = torch.empty(1, device=text).device
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = str(error).partition(". ")[0]
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used here: {reason}") from None
+    if device.type == "meta":  # tensors without numbers
+        raise argparse.ArgumentTypeError("must be cpu or cuda, got 'meta'")
+    return text
