@@ -205,7 +205,10 @@ def test_seeds_at_the_limits(checkpoint, tmp_path, seed):
 
 
 def test_the_path_is_refused_before_the_drawing(checkpoint, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(lumina, "sample", None)
+    def draws(*_, **settings):
+        raise AssertionError("drawn")
+
+    monkeypatch.setattr(lumina, "sample", draws)
     for name in ("a.xyz", "a", ".", "none.png/a.png"):
         (tmp_path / "none.png").touch()
         assert run("sample", "x", "--checkpoint", checkpoint, "--out", tmp_path / name) == 2

@@ -156,7 +156,9 @@ def arguments(rng, files):
     elif command == "prompts":
         chosen = ["prompts", *rng.sample(ODD, rng.randrange(3))]
     else:
-        chosen = rng.sample(ODD + ("sample", "train", "info", "--version", "-h"), rng.randrange(4))
+        chosen = rng.sample(
+            ODD + ("sample", "info", "prompts", "--version", "-h"), rng.randrange(4)
+        )
     if rng.random() < 0.05:
         chosen.insert(rng.randrange(len(chosen) + 1), rng.choice(ODD))
     return chosen

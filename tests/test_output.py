@@ -18,7 +18,7 @@ def write(content):
 
 def read_in_background(path):
     found = []
-    thread = threading.Thread(target=lambda: found.append(path.read_bytes()))
+    thread = threading.Thread(target=lambda: found.append(path.read_bytes()), daemon=True)
     thread.start()
     return thread, found
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import random
@@ -215,8 +214,7 @@ class Trainer:
         try:
             self.model.load_state_dict(state["model"])
             torch._foreach_copy_(self.ema, [average.to(self.device) for average in state["ema"]])
-            # A copy: the file's own tensors are mapped, and `save` replaces the file.
-            self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+            self.optimizer.load_state_dict(state["optimizer"])
             self.losses = [float(loss) for loss in state["losses"]]
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{path} is not the state of this run: {error}") from error

@@ -97,6 +97,8 @@ def test_a_cut_caption_warns():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         to_bytes(fitting)
+    with pytest.warns(UserWarning, match="'bbb.*bbb...' has 128"):
+        to_bytes(["b" * (MAX_BYTES + 1)])
     with pytest.warns(UserWarning) as caught:
         to_bytes(["x", "b" * (MAX_BYTES + 1), "赤" * 50])
     assert [str(w.message) for w in caught] == [

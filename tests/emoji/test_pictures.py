@@ -254,7 +254,7 @@ def test_a_size_that_the_format_lacks_is_refused(tmp_path):
 def test_a_fifo_gets_a_png(tmp_path, name):
     path, found = tmp_path / name, []
     os.mkfifo(path)
-    thread = threading.Thread(target=lambda: found.append(path.read_bytes()))
+    thread = threading.Thread(target=lambda: found.append(path.read_bytes()), daemon=True)
     thread.start()
     save_picture(torch.zeros(3, 8, 8), path)
     thread.join(10)
