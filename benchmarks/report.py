@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from benchmarks.harness import plots
 from benchmarks.harness.tables import OUT_OF_BUDGET, csv_text, markdown
+from lumina.output import replace
 
 ROOT = Path(__file__).resolve().parents[1]
 # After one of these errors every later CUDA call in the process fails.
@@ -242,9 +243,7 @@ def write(report: dict, out: Path) -> None:
 
 def put(path: Path, text: str) -> None:
     """Write a file completely or not at all."""
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_text(text)
-    draft.replace(path)
+    replace(path, lambda file: file.write_text(text))
 
 
 if __name__ == "__main__":

@@ -242,7 +242,9 @@ def main(argv: list[str] | None = None) -> int:
             rows += found
             for row in found:
                 tqdm.write(_line(row), file=sys.stdout)
-    if options.json is not None:
+    if options.json is not None and options.json.exists() and not options.json.is_file():
+        options.json.write_text(json.dumps(rows, indent=1))  # a device or FIFO keeps its place
+    elif options.json is not None:
         with tempfile.NamedTemporaryFile(
             "w", dir=options.json.parent, suffix=".tmp", delete=False
         ) as file:

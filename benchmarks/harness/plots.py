@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 
 from benchmarks.harness.tables import exponent, forward_curves, machine_name, main_rows, median
+from lumina.output import replace
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = {
@@ -38,10 +39,8 @@ def draw_all(report: dict, out: Path) -> list[str]:
             if figure is None:
                 path.unlink(missing_ok=True)
                 continue
-            draft = path.with_name(path.name + ".tmp")
-            figure.savefig(draft, format="png", dpi=100)
+            replace(path, lambda file, figure=figure: figure.savefig(file, format="png", dpi=100))
             plt.close(figure)
-        draft.replace(path)
         drawn.append(path.name)
     return drawn
 

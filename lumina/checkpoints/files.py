@@ -1,9 +1,8 @@
-"""Checkpoint files: read without running anything, replaced without losing anything."""
+"""Checkpoint files, read without running anything."""
 
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import re
 import reprlib
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lumina.models.next_dit.config import NextDiTConfig
+from lumina.output import replace
 
 JSON_LIMIT = 2**24  # bytes; what a network of a thousand layers says of itself is under 5 MB
 WEIGHTS = {".safetensors", ".bin", ".pth", ".pt", ".ckpt"}
@@ -170,27 +170,6 @@ def shown(value: object) -> str:
 def one_line(error: Exception) -> str:
     """What an error says, without the trace that torch appends."""
     return next(iter(str(error).splitlines()), type(error).__name__)[:300]
-
-
-def replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a temporary file beside `path`, flush it to disk, and only then rename it.
-
-    Raises:
-        ValueError: there is something else than a regular file at `path`.
-    """
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path} must be a file or a free name, and is a folder or a device")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # that of any new file; safetensors leaves 0600
-        write(temporary)
-        temporary.chmod(mode)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def replace_folder(
