@@ -14,6 +14,12 @@ GPU = {"processor": "a CPU", "threads": 16, "gpu": "a GPU", "driver": "1.2", "to
 MODEL = {"model": "big", "D": 2304, "B": 2, "layers": 1, "dtype": "bfloat16", "backward": False}
 
 
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """pytest-benchmark measures nothing in a child of a worker of pytest-xdist."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+
+
 def row(op, variant, median, L=4096, **info):
     """A row as conftest writes it. Eager PyTorch takes a millisecond."""
     info = MODEL | {"op": op, "L": L, "shape": f"big-L{L}-bfloat16", "variant": variant} | info
