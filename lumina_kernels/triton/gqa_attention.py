@@ -291,4 +291,4 @@ def _warp_tiles(kind: str, K: int, arch: int, bias: bool, more: bool) -> Tiles:
         return Tiles(16, 64, warps=4, stages=1)
     if arch < 90:
         return Tiles(32, 64, warps=4, stages=2)
-    return Tiles(32 if K <= 80 else 16, 64, warps=4, stages=1)
+    return Tiles(32 if K <= 64 else 16, 64, warps=4, stages=1)

@@ -52,7 +52,7 @@ def eager(
             scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
         empty = (scores == -torch.inf).all(-1, keepdim=True)
         weights = scores.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)
-        return (weights @ v).transpose(1, 2)
+        return (weights.to(v.dtype) @ v).transpose(1, 2)
 
     plain = q.shape[-1] ** -0.5
     out = attend(k, v, key_mask, plain if scale is None else scale, bias)
