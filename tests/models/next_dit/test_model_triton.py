@@ -84,7 +84,7 @@ def test_trains_as_torch():
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         x, t, feats, mask = cast(inputs(3, 4, 6), torch.float32)
         noise, losses[backend] = torch.randn_like(x), []
-        for step in range(20):
+        for step in range(10):
             time = (t + step / 20) % 1
             mix = time[:, None, None, None]
             loss = (
