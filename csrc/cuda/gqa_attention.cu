@@ -1,5 +1,4 @@
 // CUDA launcher of gqa_attention.
-#include <algorithm>
 #include <cmath>
 #include <utility>
 

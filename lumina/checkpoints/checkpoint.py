@@ -233,7 +233,6 @@ def _save_lumina(
             named = plain_state(encoder, plain, expected, writes)
             state |= {ENCODER + name: tensor for name, tensor in named.items()}
         if writes:
-            path.parent.mkdir(parents=True, exist_ok=True)
             replace(path, lambda file: save_file(state, file, {**metadata, **own}))
 
 

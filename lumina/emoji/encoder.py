@@ -16,6 +16,11 @@ NGRAMS = (3, 6)  # one and two characters of the scripts that take three bytes e
 BUCKETS = 4096
 
 
+def spelled(text: str) -> str:
+    """A text as the encoder reads it: in NFC, case-folded, runs of blanks as one."""
+    return " ".join(unicodedata.normalize("NFC", text).casefold().split())
+
+
 def to_bytes(captions: list[str]) -> Tensor:
     """Return (B, N) int64 symbols, N a multiple of 4: start, UTF-8 bytes of the text, padding.
 
@@ -28,10 +33,7 @@ def to_bytes(captions: list[str]) -> Tensor:
     """
     if isinstance(captions, str):  # a list of letters, to Python
         raise TypeError(f"captions must be a list of texts, got {captions!r}")
-    texts = [
-        " ".join(unicodedata.normalize("NFC", caption).casefold().split()).encode()
-        for caption in captions
-    ]
+    texts = [spelled(caption).encode() for caption in captions]
     longest = max(texts, key=len, default=b"")
     if len(longest) > MAX_BYTES:
         warnings.warn(

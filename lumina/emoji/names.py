@@ -6,6 +6,7 @@ import difflib
 import unicodedata
 
 from lumina.emoji.data import EmojiSet
+from lumina.emoji.encoder import spelled
 
 # People write "a red apple" where the data says "red apple".
 ARTICLES = {
@@ -19,13 +20,8 @@ ARTICLES = {
 }
 
 
-def spelled(text: str) -> str:
-    """A text without case and superfluous blanks, as the caption encoder reads it."""
-    return " ".join(unicodedata.normalize("NFC", text).casefold().split())
-
-
 def plain(text: str) -> str:
-    """The same without punctuation."""
+    """A text as `spelled`, without punctuation."""
     return spelled("".join(" " if unicodedata.category(c)[0] == "P" else c for c in text))
 
 

@@ -128,7 +128,8 @@ def sample(
         mask = feats.new_ones(feats.shape[:2], dtype=torch.bool) if mask is None else mask
         return model(cap_feats=feats.to(device, dtype), cap_mask=mask.to(device))
 
-    conditional = both = _copied(prepared("cap", cap_feats, cap_mask))
+    # Memory of its own: a CUDA graph overwrites what it returned when it runs again.
+    conditional = both = _each(prepared("cap", cap_feats, cap_mask), torch.clone)
     if guidance.needed:
         both = _stack(conditional, prepared("neg", neg_feats, neg_mask))
     options = {"rope_scaling": rope_scaling, "base_seqlen": base_seqlen}
@@ -176,11 +177,11 @@ class _Flow:
 
     def alone(self, i: int) -> _Flow:
         """That of picture i."""
-        B, both = len(self.conditional.mask), len(self.both.mask)
+        B = len(self.conditional.mask)
         return replace(
             self,
-            conditional=_select(self.conditional, [i]),
-            both=_select(self.both, range(i, both, B)),
+            conditional=_each(self.conditional, lambda z: z[i::B]),
+            both=_each(self.both, lambda z: z[i::B]),
         )
 
     def evaluate(self, t: float, x: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
@@ -256,23 +257,13 @@ def _is_whole(n) -> bool:
     return True
 
 
-def _select(caption: Caption, rows: Sequence[int]) -> Caption:
-    rows = list(rows)
+def _each(caption: Caption, change: Callable[[Tensor], Tensor]) -> Caption:
+    """A caption with every tensor changed."""
     return Caption(
-        caption.pooled[rows],
-        [z[rows] for z in caption.keys],
-        [z[rows] for z in caption.values],
-        caption.mask[rows],
-    )
-
-
-def _copied(caption: Caption) -> Caption:
-    """With memory of its own: a CUDA graph overwrites what it returned when it runs again."""
-    return Caption(
-        caption.pooled.clone(),
-        [z.clone() for z in caption.keys],
-        [z.clone() for z in caption.values],
-        caption.mask.clone(),
+        change(caption.pooled),
+        [change(z) for z in caption.keys],
+        [change(z) for z in caption.values],
+        change(caption.mask),
     )
 
 

@@ -29,8 +29,8 @@ from lumina_kernels.triton.gqa_attention_trial import prove
 def gqa_attention_fwd(
     q, k, v, key_mask, scale, text_k, text_v, text_mask, text_gate, bias, with_error
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out (B, L, H, K); its rounding error, int8; and for each branch the largest score of a row
-    and log2 of the total of its weights, (B, G, L, R, 2) float32.
+    """out (B, L, H, K); its rounding error, int8; and for each branch what the largest score
+    of a row comes from and log2 of the total of its weights, (B, G, L, R, 2) float32.
 
     Empty: the error unless it is wanted and out has 16 bits; the second branch without text."""
     B, L, H, K = q.shape
