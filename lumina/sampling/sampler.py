@@ -92,7 +92,7 @@ def sample(
         strength: share of the time axis that is run from `image`; 1 ignores it.
         rtol, atol: of dopri5.
         callback: called as callback(i, t, latents) after every step; with dopri5 for a batch of
-            one picture.
+            one picture, i from 0 again for the next one.
         progress: show a bar.
 
     Raises:
@@ -194,7 +194,7 @@ class _Flow:
             batch = [xi.to(dtype) for xi in x] * (2 if double else 1)
         # Never in 16 bits, which would merge neighbouring times.
         acc = torch.promote_types(dtype, torch.float32)
-        time = torch.full((len(batch),), t, dtype=acc, device=x[0].device if len(x) else None)
+        time = torch.full((len(batch),), t, dtype=acc, device=x[0].device)
         drop = self.context_drop and self.context_drop.at(t, self.network.config.n_layers)
         caption = self.both if double else self.conditional
         return self.model(batch, time, caption, context_drop=drop, **self.options)
