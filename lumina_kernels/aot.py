@@ -127,7 +127,7 @@ def inspect(op: str, arch: int, head_dim: int, dtype: str) -> list[dict]:
             with offline(arch) as compiled:
                 try:
                     launch()
-                except ValueError as error:  # what a launcher refuses is a row; the run goes on
+                except NotImplementedError as error:  # what a launcher refuses is a row; the run goes on
                     rows.append(_row(op, arch, head_dim, dtype, call, error=str(error)))
             for files in compiled:
                 paths = {Path(file).suffix: Path(path) for file, path in files.items()}

@@ -7,7 +7,9 @@ import importlib.util
 import os
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -134,6 +136,7 @@ def resolve(
     backend: str | None,
     implemented: tuple[str, ...],
     *tensors: Tensor | None,
+    refused: Mapping[str, str] = MappingProxyType({}),
     **constants: Tensor | float | None,
 ) -> str:
     """Return the name of the backend that runs an op, never another one than was asked for.
@@ -143,6 +146,7 @@ def resolve(
             `implemented` that is here and takes these tensors, else "torch".
         implemented: what the op has besides "torch", best first.
         tensors: what the op was given; the first says the device.
+        refused: why a backend does not take this call, by name: None looks further.
         constants: what its kernels do not differentiate, by name. Where one of them asks for a
             gradient, None takes "torch".
 
@@ -150,17 +154,17 @@ def resolve(
         ValueError: the name is unknown, the op has no such backend, or the device is not its own.
         TypeError: a tensor is float64, which only "torch" computes with.
         RuntimeError: the backend is missing in this process, or has no kernels for this GPU.
-        NotImplementedError: a kernel was asked for, and a gradient of one of `constants` or a
-            forward-mode derivative, which None takes "torch" for.
+        NotImplementedError: a kernel was asked for that refuses, or with it a gradient of one of
+            `constants` or a forward-mode derivative, which None takes "torch" for.
     """
     device = tensors[0].device
-    learned = _first_requiring_grad(constants)
+    learned = next((name for name, value in constants.items() if wants_grad(value)), None)
     forward_mode = any_tangent((*tensors, *constants.values()))
     asked = f"backend {backend!r}"
     if backend is None and DEFAULT is None:
         for name in implemented:
             here = name not in MISSING and DEVICES[name] == device.type
-            if here and not unfit(name, device):
+            if here and name not in refused and not unfit(name, device):
                 only_torch = _any_float64(tensors) or learned or forward_mode
                 return "torch" if only_torch else name
         return "torch"
@@ -181,6 +185,8 @@ def resolve(
         raise ValueError(f"{asked} needs tensors on {DEVICES[backend]}{hint}, got {device.type}")
     if _any_float64(tensors):
         raise TypeError(f"{asked} computes in float32 and takes no float64, use backend='torch'")
+    if backend in refused:
+        raise NotImplementedError(f"{asked} {refused[backend]}, use backend='torch' for it")
     if forward_mode:
         raise NotImplementedError(
             f"{asked} has no forward-mode derivative, use backend='torch' for it"
@@ -193,12 +199,10 @@ def resolve(
     return backend
 
 
-def _first_requiring_grad(constants) -> str | None:
-    if torch.is_grad_enabled():
-        for name, value in constants.items():
-            if isinstance(value, Tensor) and value.requires_grad:
-                return name
-    return None
+def wants_grad(*tensors: Tensor | float | None) -> bool:
+    """Whether autograd records an op on these."""
+    given = any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
+    return given and torch.is_grad_enabled()
 
 
 def any_tangent(values) -> bool:

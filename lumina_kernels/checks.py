@@ -34,8 +34,10 @@ def check_optional(name: str, tensor: Tensor | None, device: torch.device, *shap
         check_float(name, tensor, device, *shapes)
 
 
-def check_broadcasts(name: str, tensor: Tensor, device: torch.device, shape: tuple) -> None:
-    """`tensor` is floating, on `device`, and broadcasts to `shape`."""
+def check_broadcasts(name: str, tensor: Tensor | None, device: torch.device, shape: tuple) -> None:
+    """`tensor` is None, or floating, on `device`, and broadcasts to `shape`."""
+    if tensor is None:
+        return
     check_floating(name, tensor)
     check_shape(name, tensor, device, tensor.shape)
     pairs = zip(reversed(tensor.shape), reversed(shape), strict=False)

@@ -78,6 +78,15 @@ def test_a_backend_is_taken_or_refused(monkeypatch):
         resolve("triton", ("triton",), GPU)
 
 
+def test_a_backend_that_refuses_a_call_is_passed_over():
+    why = {"cpu": "takes at most 3"}
+    assert resolve(None, ("cpu",), HERE, refused=why) == "torch"
+    assert resolve(None, ("cpu", "cuda"), GPU, refused=why) == "cuda"
+    assert resolve("torch", ("cpu",), HERE, refused=why) == "torch"
+    with pytest.raises(NotImplementedError, match="'cpu' takes at most 3, use backend='torch'"):
+        resolve("cpu", ("cpu",), HERE, refused=why)
+
+
 def test_triton_on_a_cpu_is_the_interpreter(monkeypatch):
     assert resolve(None, ("triton",), HERE) == "torch"  # only on request
     with pytest.raises(ValueError, match="needs tensors on cuda .or TRITON_INTERPRET=1.*, got cpu"):

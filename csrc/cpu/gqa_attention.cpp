@@ -11,8 +11,8 @@
 namespace lumina_kernels::cpu::LUMINA_LEVEL {
 namespace {
 
-// For kRows rows: the weighted sums of values [channel][row], the largest score, and the total of
-// the weights, of which the largest is 1.
+// For kRows rows: the weighted sums of values [channel][row], the largest score times
+// `inner`, and the total of the weights, of which the largest is 1.
 struct Sums {
   float *out, *top, *total;
 
@@ -48,33 +48,31 @@ void attend(const Attention& a, const Keys& keys, bool biased, int64_t b, int64_
       if (biased)
         add_bias(a, tile.s, kRows, 1, b, g, first + at, std::min(kRows, rows - at), tile.index,
                  count);
-      softmax<Unit>(tile.s, count, padded, Exponent(biased ? 1.f : keys.scale), sum.top, sum.total,
-                    tile.factor);
+      softmax<Unit>(tile.s, count, padded, keys.exponent, sum.top, sum.total, tile.factor);
       add_product<Unit>(sum.out, tile.factor, tile.s, tile.v, padded / Unit::kPer, channels);
     }
   }
 }
 
-// The product that leads to the largest score of a row, and log2 of the total of the weights.
-// Without a valid key they make P = 0.
-void keep_stats(float* stats, const Sums& sums, float sign, int64_t row) {
+// The largest score of a row as above, and log2 of the total of the weights. Without a valid key
+// they make P = 0.
+void keep_stats(float* stats, const Sums& sums, int64_t row) {
   const bool any = sums.total[row] > 0.f;
-  stats[0] = any ? sign * sums.top[row] : 0.f;
+  stats[0] = any ? sums.top[row] : 0.f;
   stats[1] = any ? std::log2(sums.total[row]) : INFINITY;
 }
 
 // Writes out = image / total + gate * text / total, transposed, and the statistics of both.
 void finish(const Attention& a, const Outputs& outs, int64_t b, int64_t g, int64_t first,
             int64_t rows, const Sums& image, const Sums* text) {
-  const float sign = Exponent(a.bias.base ? 1.f : a.image.scale).sign;
   alignas(64) float image_factor[kRows], text_factor[kRows], line[kMaxHeadDim + kWidth];
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t row = first + r, at = (b * a.G + g) * a.rows() + row;
     image_factor[r] = image.total[r] > 0.f ? 1.f / image.total[r] : 0.f;
-    keep_stats(outs.stats + 2 * at, image, sign, r);
+    keep_stats(outs.stats + 2 * at, image, r);
     if (text == nullptr) continue;
     text_factor[r] = text->total[r] > 0.f ? a.gate[g * a.R + row % a.R] / text->total[r] : 0.f;
-    keep_stats(outs.text_stats + 2 * at, *text, 1.f, r);
+    keep_stats(outs.text_stats + 2 * at, *text, r);
   }
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t c = 0; c < a.K; ++c) {

@@ -59,11 +59,10 @@ void rows_over_keys(const Gradients& a, const Keys& keys, bool is_text, bool fin
       scores<Unit>(tile.s, block.q, tile.k, units, padded);
       scores<Unit>(tile.dp, block.dout, tile.v, units, padded);
       if (biased) add_bias(a, tile.s, kRows, 1, b, g, start, some, tile.index, count);
-      const float unit = kLog2E * (biased ? 1.f : keys.scale);
       const RowTerms terms = is_text ? block.text : block.image;
       float* raw = !is_text && a.dbias ? tile.dp : nullptr;
-      row_gradients<Unit>(tile.s, tile.dp, count, padded, unit, terms, find_e ? terms.e : nullptr,
-                          raw);
+      row_gradients<Unit>(tile.s, tile.dp, count, padded, keys.exponent, terms,
+                          find_e ? terms.e : nullptr, raw);
       if (raw) store_dbias(a, raw, b, g, start, some, tile.index, count);
       if (!find_e)
         add_product<Unit>(block.dq, ones, tile.s, tile.k_pairs, padded / Unit::kPer, channels);
@@ -191,8 +190,8 @@ void add_rows(const Gradients& a, KeyBlock& block, RowTile& tile, bool is_text, 
   scores<Unit>(tile.s, block.k, tile.q, units, padded);
   scores<Unit>(tile.dp, block.v, tile.dout, units, padded);
   if (biased) add_bias(a, tile.s, 1, kRows, b, g, first, rows, block.index, block.count);
-  const float unit = kLog2E * (biased ? 1.f : (is_text ? a.text : a.image).scale);
-  key_gradients<Unit>(tile.s, tile.dp, rows, padded, unit, tile.terms);
+  const SplitScale exponent = (is_text ? a.text : a.image).exponent;
+  key_gradients<Unit>(tile.s, tile.dp, rows, padded, exponent, tile.terms);
   add_product<Unit>(block.dv, ones, tile.s, tile.dout_pairs, padded / Unit::kPer, channels);
   add_product<Unit>(block.dk, ones, tile.dp, tile.q_pairs, padded / Unit::kPer, channels);
 }

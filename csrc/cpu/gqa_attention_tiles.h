@@ -119,39 +119,27 @@ LUMINA_INLINE void store_units(float* out, Vec first, Vec second) {
   store(out + kRows, second);
 }
 
-// Scores as exponents of 2: sign * s is largest where the weight is, and `unit` is positive.
-struct Exponent {
-  float sign, unit;
-
-  // A scale of 0 makes all scores equal. So does the smallest positive number, and it keeps -inf.
-  explicit Exponent(float scale)
-      : sign(scale < 0.f ? -1.f : 1.f),
-        unit(std::max(std::abs(scale) * kLog2E, std::numeric_limits<float>::min())) {}
-};
-
-// s[key][row] becomes 2^((sign * s - top) * unit), in units of keys, and 0 for keys in [keys,
-// padded). The difference comes first: it is exact next to the largest score, where rounded
-// products would differ by more than exponents can. Updates top, the largest score so far, and
-// total; factor is what earlier sums have to be multiplied by.
+// s[key][row] becomes its weight, in units of keys, and 0 for keys in [keys, padded). Updates top,
+// the largest score so far, and total; factor is what earlier sums have to be multiplied by.
 template <class Unit>
-void softmax(float* s, int64_t keys, int64_t padded, Exponent exponent, float* tops, float* total,
+void softmax(float* s, int64_t keys, int64_t padded, SplitScale exponent, float* tops, float* total,
              float* factor) {
   const Vec infinite = broadcast(-INFINITY);
   for (int64_t row = 0; row < kRows; row += kWidth) {
     const Vec before = load(tops + row);
     Vec top = before;
-    for (int64_t n = 0; n < keys; ++n) top = max(top, load(s + n * kRows + row) * exponent.sign);
+    for (int64_t n = 0; n < keys; ++n) top = max(top, load(s + n * kRows + row) * exponent.inner);
     store(tops + row, top);
     top = top == infinite ? Vec{} : top;  // no valid key so far
-    const Vec old = exp2_of_negative((before - top) * exponent.unit);
+    const Vec old = exp2_of_negative((before - top) * exponent.outer);
     store(factor + row, old);
     Vec sum = load(total + row) * old;
     for (int64_t n = 0; n < padded; n += 2) {
       Vec p[2] = {};
       for (int64_t i = 0; i < 2; ++i)
         if (n + i < keys) {
-          const Vec below = load(s + (n + i) * kRows + row) * exponent.sign - top;
-          p[i] = exp2_of_negative(below * exponent.unit);
+          const Vec below = load(s + (n + i) * kRows + row) * exponent.inner - top;
+          p[i] = exp2_of_negative(below * exponent.outer);
         }
       sum += p[0] + p[1];
       store_units<Unit>(s + n / Unit::kPer * kRows + row, p[0], p[1]);
@@ -160,8 +148,8 @@ void softmax(float* s, int64_t keys, int64_t padded, Exponent exponent, float* t
   }
 }
 
-// What the gradient of a branch's scores needs of each row: P = 2^((s - top) * unit - total), with
-// the sign of the scale in `unit`.
+// What the gradient of a branch's scores needs of each row: P = 2^((inner * s - top) * outer -
+// total).
 struct RowTerms {
   float *top, *total, *e, *weight;
 };
@@ -169,7 +157,7 @@ struct RowTerms {
 // With vectors over rows, s becomes weight * P * (dp - e), in units of keys. Or, if `found` is
 // given, P * dp is summed into it and s stays. raw, if given, receives P * (dp - e) key by key.
 template <class Unit>
-void row_gradients(float* s, const float* dp, int64_t keys, int64_t padded, float unit,
+void row_gradients(float* s, const float* dp, int64_t keys, int64_t padded, SplitScale exponent,
                    RowTerms terms, float* found, float* raw) {
   for (int64_t row = 0; row < kRows; row += kWidth) {
     const Vec top = load(terms.top + row), total = load(terms.total + row);
@@ -179,7 +167,8 @@ void row_gradients(float* s, const float* dp, int64_t keys, int64_t padded, floa
       Vec ds[2] = {};
       for (int64_t i = 0; i < 2 && n + i < keys; ++i) {
         const int64_t at = (n + i) * kRows + row;
-        const Vec p = exp2_of_negative((load(s + at) - top) * unit - total);
+        const Vec below = load(s + at) * exponent.inner - top;
+        const Vec p = exp2_of_negative(below * exponent.outer - total);
         sum += p * load(dp + at);
         ds[i] = p * (load(dp + at) - e);
         if (raw) store(raw + at, ds[i]);
@@ -193,14 +182,15 @@ void row_gradients(float* s, const float* dp, int64_t keys, int64_t padded, floa
 
 // The same with vectors over keys: s and dp become w * P and w * P * (dp - e), in units of rows.
 template <class Unit>
-void key_gradients(float* s, float* dp, int64_t rows, int64_t padded, float unit, RowTerms terms) {
+void key_gradients(float* s, float* dp, int64_t rows, int64_t padded, SplitScale exponent,
+                   RowTerms terms) {
   for (int64_t key = 0; key < kRows; key += kWidth) {
     for (int64_t n = 0; n < padded; n += 2) {
       Vec p[2] = {}, ds[2] = {};
       for (int64_t i = 0; i < 2 && n + i < rows; ++i) {
         const int64_t at = (n + i) * kRows + key;
-        const Vec exponent = (load(s + at) - terms.top[n + i]) * unit - terms.total[n + i];
-        p[i] = terms.weight[n + i] * exp2_of_negative(exponent);
+        const Vec below = load(s + at) * exponent.inner - terms.top[n + i];
+        p[i] = terms.weight[n + i] * exp2_of_negative(below * exponent.outer - terms.total[n + i]);
         ds[i] = p[i] * (load(dp + at) - terms.e[n + i]);
       }
       store_units<Unit>(s + n / Unit::kPer * kRows + key, p[0], p[1]);

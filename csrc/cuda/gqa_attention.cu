@@ -37,11 +37,12 @@ AttentionHeads<T> heads_of(const Tensor& x) {
 }
 
 template <class T>
-AttentionKeys<T> keys_of(const Tensor& k, const Tensor& v, const OptionalTensor& mask,
-                         double scale) {
+AttentionKeys<T> keys_of(const Tensor& k, const Tensor& v, const OptionalTensor& mask, double scale,
+                         bool biased) {
   AttentionKeys<T> keys{heads_of<T>(k), heads_of<T>(v)};
   keys.count = static_cast<int>(k.size(1));
-  keys.scale = static_cast<float>(std::abs(scale));
+  keys.scale = static_cast<float>(scale);
+  keys.exponent = biased ? kUnscaled : split_scale(scale);
   keys.vectors = takes_vectors(k) && takes_vectors(v) && k.size(3) % 8 == 0;
   if (mask) {
     keys.mask = pointer_to<const uint8_t>(*mask);
@@ -65,12 +66,11 @@ AttentionFwdParams<T> arguments(const Inputs& x, const Saved& outs) {
   const int64_t L = x.q.size(1), H = x.q.size(2), G = x.k.size(2), K = x.q.size(3);
   AttentionFwdParams<T> p{};
   p.q = heads_of<T>(x.q);
-  p.keys[0] = keys_of<T>(x.k, x.v, x.key_mask, x.scale);
+  p.keys[0] = keys_of<T>(x.k, x.v, x.key_mask, x.scale, x.bias.has_value());
   p.text = x.text_k.has_value();
-  p.negative = x.scale < 0;
   if (p.text) {
     const double scale = 1 / std::sqrt(static_cast<double>(K));
-    p.keys[1] = keys_of<T>(*x.text_k, *x.text_v, x.text_mask, scale);
+    p.keys[1] = keys_of<T>(*x.text_k, *x.text_v, x.text_mask, scale, false);
     p.text_stats = pointer_to<float>(text_stats);
   }
   p.gate = values_of(x.text_gate);

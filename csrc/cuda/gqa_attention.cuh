@@ -45,8 +45,7 @@ __device__ __forceinline__ void finish_softmax(Warp& warp, const AttentionFwdPar
       softmax.total += __shfl_xor_sync(kAllLanes, softmax.total, 1);
       softmax.total += __shfl_xor_sync(kAllLanes, softmax.total, 2);
       const int row = first_row + 16 * m + 8 * i + lane / 4;
-      if (row < at.p.rows && lane % 4 == 0)
-        softmax.keep(stats + 2 * at.sum(row), is_there(gate) ? 1.0f : p.sign());
+      if (row < at.p.rows && lane % 4 == 0) softmax.keep(stats + 2 * at.sum(row));
       float weight = 1.0f;
       if (is_there(gate)) weight = row < at.p.rows ? tanhf(load1(gate, at.head(row))) : 0.0f;
       const float factor = softmax.factor(weight);
@@ -168,7 +167,9 @@ __global__ void __launch_bounds__(kAttentionThreads, AttentionTile<kHeadDim, kBi
   AttentionWarp<kHeadDim, kDtype, kBias> warp;
   const auto first_row = [&] { return at.first_row + thread_index() / 32 * Tile::kWarpRows; };
   warp.load_queries(at, first_row(), tiles + thread_index() / 32 * Tile::kRowElements);
-  if (p.negative) warp.negate_queries();
+  // Negated by these, the sign of the scale, products are largest where the scores are.
+  const bool negative = p.keys[0].scale < 0.0f;
+  if (negative) warp.negate_queries();
 
 #pragma unroll 1
   for (int branch = 0; branch < (p.text ? 2 : 1); ++branch) {
@@ -196,9 +197,9 @@ __global__ void __launch_bounds__(kAttentionThreads, AttentionTile<kHeadDim, kBi
       const Shared<uint16_t> tile = tiles + 2 * stage * Tile::kElements;
       warp.multiply_keys(tile);
       const bool biased = kBias && branch == 0;
-      if (biased) warp.add_bias(p.bias, at, first_row(), first, keys.count, keys.scale);
+      if (biased) warp.add_bias(p.bias, at, first_row(), first, keys.count, fabsf(keys.scale));
       if (bits != walk.kFull) warp.mask(bits);
-      warp.exponentials(biased ? kLog2E : keys.unit());
+      warp.exponentials({fabsf(keys.exponent.inner), keys.exponent.outer});
       warp.multiply_values(tile + Tile::kElements);
     }
     const Shared<float> sums = as_shared<float>(tiles + Tile::kSumElements);
@@ -207,7 +208,7 @@ __global__ void __launch_bounds__(kAttentionThreads, AttentionTile<kHeadDim, kBi
     if (!p.text) break;
     if (branch == 0) {
       keep_sums<false>(warp, sums);
-      if (p.negative) warp.negate_queries();
+      if (negative) warp.negate_queries();
     } else {
       keep_sums<true>(warp, sums);
     }

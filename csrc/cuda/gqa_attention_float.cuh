@@ -56,11 +56,10 @@ struct AttentionFloatWarp {
 
   // scores become weights, or 0 if not `valid`; out is rescaled.
   __device__ __forceinline__ void exponentials(const AttentionPlace<float>& at, int first_row,
-                                               int key, bool valid, float sign,
+                                               int key, bool valid,
                                                const AttentionKeys<float>& keys, bool biased) {
     const AttentionBias& bias = at.p.bias;
-    const float scale = biased ? sign * keys.scale : sign;
-    const float unit = biased ? kLog2E : keys.unit();
+    const float scale = biased ? keys.scale : keys.exponent.inner;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       float score = scores[r] * scale;
@@ -74,8 +73,8 @@ struct AttentionFloatWarp {
       for (int bit = 16; bit > 0; bit /= 2) {
         largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, bit));
       }
-      const float factor = softmax[r].rise(largest, unit);
-      scores[r] = exp2_approx((score - softmax[r].shift()) * unit);
+      const float factor = softmax[r].rise(largest, keys.exponent);
+      scores[r] = exp2_approx((score - softmax[r].shift()) * keys.exponent.outer);
       softmax[r].total = softmax[r].total * factor + scores[r];
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) out[r][c] *= factor;
@@ -118,8 +117,7 @@ struct AttentionFloatWarp {
     for (int r = 0; r < kRows; ++r) {
       softmax[r].total = warp_sum(softmax[r].total);
       const int row = first_row + r;
-      if (row < at.p.rows && lane == 0)
-        softmax[r].keep(stats + 2 * at.sum(row), text ? 1.0f : at.p.sign());
+      if (row < at.p.rows && lane == 0) softmax[r].keep(stats + 2 * at.sum(row));
       float weight = 1.0f;
       if (text) weight = row < at.p.rows ? tanhf(load1(at.p.gate, at.head(row))) : 0.0f;
       const float factor = softmax[r].factor(weight);
@@ -184,7 +182,6 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
 #pragma unroll 1
   for (int branch = 0; branch < (p.text ? 2 : 1); ++branch) {
     const AttentionKeys<float>& keys = p.keys[branch];
-    const float sign = branch == 0 && p.negative ? -1.0f : 1.0f;
     warp.clear();
     KeyWalk<Tile::kKeys> walk;
     while (walk.next(keys, at.b)) {
@@ -200,7 +197,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
       if (first_row >= p.rows) continue;
       warp.multiply_keys(queries, tiles, p.K);
       const bool valid = (walk.bits >> warp.lane & 1) != 0;
-      warp.exponentials(at, first_row, walk.first + warp.lane, valid, sign, keys,
+      warp.exponentials(at, first_row, walk.first + warp.lane, valid, keys,
                         branch == 0 && p.bias.values.data != nullptr);
       warp.multiply_values(weights, tiles + Tile::kValues);
     }

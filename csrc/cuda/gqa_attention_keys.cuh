@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/lib/ptx.cuh"
+#include "split_scale.h"
 
 namespace lumina_kernels::cuda {
 
@@ -14,7 +15,6 @@ namespace lumina_kernels::cuda {
 
 constexpr int kAttentionWarps = 4;
 constexpr int kAttentionThreads = 32 * kAttentionWarps;
-constexpr float kLog2E = 1.44269504f;
 constexpr float kMinusInfinity = -__builtin_huge_valf();
 
 // Head h of token l of sample b, K numbers without gaps, starts at data[b * step_b + l * step_l +
@@ -32,13 +32,10 @@ struct AttentionKeys {
   Global<const uint8_t> mask;  // (B, count), null if all keys are valid
   int64_t mask_step;           // from sample to sample
   int count;
-  float scale;   // of the scores, without its sign
+  float scale;          // of the scores
+  SplitScale exponent;  // kUnscaled with a bias, which is added to scaled scores
   bool vectors;  // every head of k and v starts at a multiple of 16 bytes, and K is a multiple of 8
   bool mask_vectors;  // every sample's mask starts at a multiple of 16 bytes
-
-  // What exponents of 2 are in units of scores. A scale of 0 makes all scores equal. So does the
-  // smallest positive number, and it keeps -inf.
-  __device__ __forceinline__ float unit() const { return fmaxf(scale * kLog2E, 0x1p-126f); }
 };
 
 // Added to the scores: bias(b, h, l, key). A step is 0 where the bias is broadcast.
@@ -60,12 +57,6 @@ struct AttentionFwdParams {
   int rows, row_blocks;  // L * R rows of a kv head, and the blocks they take
   bool q_vectors;        // every head of q starts at a multiple of 16 bytes
   bool text;             // even if it has no keys
-  bool negative;         // the sign of the image's scale
-
-  // Of the product that leads to the image's largest score.
-  __device__ __forceinline__ float sign() const {
-    return negative && bias.values.data == nullptr ? -1.0f : 1.0f;
-  }
 };
 
 // The rows of a block: row = token * R + head of the group, for kv head g of sample b.
@@ -159,25 +150,24 @@ struct KeyWalk {
 
 // --- online softmax of a row ---
 
-// A row's scores so far: `top` is the largest, and `total` is this thread's part of the sum of the
-// weights 2^((score - top) * unit). The difference comes first: it is exact next to the largest
-// score, where rounded products would differ by more than exponents can.
+// A row's scores so far: `top` is the largest, times `inner`, and `total` is this thread's part of
+// the sum of the weights.
 struct RowSoftmax {
   float top = kMinusInfinity, total = 0.0f;
 
-  // Includes the largest new score, and returns the factor by which earlier sums have to be
-  // multiplied.
-  __device__ __forceinline__ float rise(float largest, float unit) {
+  // Includes the largest new score, times `inner`, and returns the factor by which earlier sums
+  // have to be multiplied.
+  __device__ __forceinline__ float rise(float largest, SplitScale exponent) {
     const float before = top;
     top = fmaxf(top, largest);
-    return exp2_approx((before - shift()) * unit);
+    return exp2_approx((before - shift()) * exponent.outer);
   }
   // What to subtract from a score: something finite as long as no key was valid.
   __device__ __forceinline__ float shift() const { return top == kMinusInfinity ? 0.0f : top; }
-  // These two once `total` has been summed over threads. What is kept, with the product q kᵀ of the
-  // largest score, makes weights of 0 in a row without a valid key.
-  __device__ __forceinline__ void keep(Global<float> stats, float sign) const {
-    stats[0] = total > 0.0f ? sign * top : 0.0f;
+  // These two once `total` has been summed over threads. What is kept makes weights of 0 in a row
+  // without a valid key.
+  __device__ __forceinline__ void keep(Global<float> stats) const {
+    stats[0] = total > 0.0f ? top : 0.0f;
     stats[1] = total > 0.0f ? log2f(total) : -kMinusInfinity;
   }
   __device__ __forceinline__ float factor(float weight) const {

@@ -251,8 +251,8 @@ struct AttentionWarp {
     }
   }
 
-  // scores become weights 2^((score - top) * unit); out is rescaled to the new top.
-  __device__ __forceinline__ void exponentials(float unit) {
+  // scores become weights; out is rescaled to the new top.
+  __device__ __forceinline__ void exponentials(SplitScale exponent) {
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
@@ -265,13 +265,14 @@ struct AttentionWarp {
         }
         largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 1));
         largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 2));
-        const float factor = row.rise(largest, unit), shift = row.shift();
+        const float factor = row.rise(largest * exponent.inner, exponent), shift = row.shift();
         row.total *= factor;
 #pragma unroll
         for (int n = 0; n < kKeyTiles; ++n) {
 #pragma unroll
           for (int e = 2 * i; e < 2 * i + 2; ++e) {
-            scores[m][n][e] = exp2_approx((scores[m][n][e] - shift) * unit);
+            const float below = fmaf(scores[m][n][e], exponent.inner, -shift);
+            scores[m][n][e] = exp2_approx(below * exponent.outer);
             row.total += scores[m][n][e];
           }
         }

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lumina_kernels.axes import Heads
-from lumina_kernels.backend import BEST_FIRST, resolve
+from lumina_kernels.backend import BEST_FIRST, resolve, wants_grad
 from lumina_kernels.checks import (
     check_axes,
     check_broadcasts,
@@ -16,11 +16,7 @@ from lumina_kernels.checks import (
 )
 from lumina_kernels.kernel_op import kernel_op, like
 
-BACKENDS_WITH_GRADIENT = ("triton", "cpu")
-
-# What the tiles of the kernels hold.
-MAX_HEAD_DIM = 256
-
+MAX_HEAD_DIM = 256  # what the tiles of the kernels hold
 Keys, KeyMask = Annotated[Tensor, "B M H K"], Annotated[Tensor, "B M"]
 Text, TextMask = Annotated[Tensor, "B T H K"], Annotated[Tensor, "B T"]
 Gate, Bias = Annotated[Tensor, "H"], Annotated[Tensor, "[B] [H] [L] [M]"]
@@ -58,23 +54,19 @@ def gqa_attention(
     Raises:
         ValueError, TypeError: a shape, device or dtype is not as above, or text_k, text_v and
             text_gate do not come together.
-        NotImplementedError: a tensor requires a gradient and backend is "cuda", which has none.
+        NotImplementedError: a kernel was asked for, and head_dim is above 256, or the kernel is
+            "cuda" and a tensor requires a gradient. None takes another one then.
     """
     _check(q, k, v, key_mask, bias)
     _check_text(q, k, text_k, text_v, text_mask, text_gate)
     floats = (q, k, v, text_k, text_v, text_gate, bias)
-    with_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in floats)
-    backend = _resolve(backend, floats, with_grad)
+    with_grad = wants_grad(*floats)
+    backend = resolve(backend, BEST_FIRST, *floats, refused=_refusals(q.shape[-1], with_grad))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    inputs = q, k, v, key_mask, scale, text_k, text_v, text_mask, text_gate, bias
     if backend == "torch":
-        return gqa_attention_ref(
-            q, k, v, key_mask, scale, text_k, text_v, text_mask, text_gate, bias
-        )
-    if abs(scale) > 2.0**126:  # the kernels' scale * log2(e) would be infinite
-        k, scale = k * 4, scale / 4
-    return gqa_attention_fwd(
-        q, k, v, key_mask, scale, text_k, text_v, text_mask, text_gate, bias, with_grad, backend
-    )[0]
+        return gqa_attention_ref(*inputs)
+    return gqa_attention_fwd(*inputs, with_grad, backend)[0]
 
 
 def gqa_attention_ref(
@@ -90,19 +82,10 @@ def gqa_attention_ref(
     return out.to(q.dtype)
 
 
-def _resolve(backend, floats, with_grad) -> str:
-    K = floats[0].shape[-1]
-    wide = K > MAX_HEAD_DIM
-    able = () if wide else BACKENDS_WITH_GRADIENT if with_grad else BEST_FIRST
-    name = resolve(backend, BEST_FIRST if backend else able, *floats)
-    if wide and name != "torch":
-        raise ValueError(f"backend {name!r} takes a head_dim of at most {MAX_HEAD_DIM}, got {K}")
-    if with_grad and name not in ("torch", *BACKENDS_WITH_GRADIENT):
-        raise NotImplementedError(
-            f"backend {name!r} computes no gradients of gqa_attention, which a tensor requires: "
-            f"use one of {', '.join(('torch', *BACKENDS_WITH_GRADIENT))}"
-        )
-    return name
+def _refusals(K, with_grad) -> dict[str, str]:
+    if K > MAX_HEAD_DIM:
+        return dict.fromkeys(BEST_FIRST, f"takes a head_dim of at most {MAX_HEAD_DIM}, got {K}")
+    return {"cuda": "computes no gradients, which a tensor requires"} if with_grad else {}
 
 
 def _attend(q, k, v, scale, key_mask, bias):
@@ -133,8 +116,7 @@ def _check(q, k, v, key_mask, bias) -> None:
     check_float("v", v, q.device, (B, L_kv, G, K))
     check_same_dtype(q=q, k=k, v=v)
     check_mask("key_mask", key_mask, q.device, (B, L_kv))
-    if bias is not None:
-        check_broadcasts("bias", bias, q.device, (B, H, L, L_kv))
+    check_broadcasts("bias", bias, q.device, (B, H, L, L_kv))
 
 
 def _check_text(q, k, text_k, text_v, text_mask, text_gate) -> None:
@@ -161,9 +143,9 @@ def gqa_attention_fwd(
     with_error: bool,
 ) -> tuple[Heads, Heads, SoftmaxStats, SoftmaxStats]:  # fmt: skip
     """error: the rounding error of a 16-bit output, int8; empty for float32, or if not wanted.
-    stats, text_stats: of each row the product q kᵀ or, with a bias, scale q kᵀ + bias that leads to
-    the largest score; and log2 of the sum of weights of which the largest is 1. (0, inf) for a row
-    without a valid key; text_stats is empty without text."""
+    stats, text_stats: of each row the largest inner * q kᵀ (csrc/split_scale.h) or, with a bias,
+    score; and log2 of the sum of weights of which the largest is 1. (0, inf) for a row without a
+    valid key; text_stats is empty without text."""
     (B, L, H, _), G = q.shape, k.shape[2]
     stats = q.new_empty((B, G, L, H // G, 2), dtype=torch.float32)
     error = q.new_empty(q.shape if with_error and q.itemsize == 2 else 0, dtype=torch.int8)

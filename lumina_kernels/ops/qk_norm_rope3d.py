@@ -4,15 +4,13 @@ import torch
 from torch import Tensor
 
 from lumina_kernels.axes import Frequencies, Heads, Positions, Vector
-from lumina_kernels.backend import BEST_FIRST, resolve
+from lumina_kernels.backend import BEST_FIRST, resolve, wants_grad
 from lumina_kernels.checks import check_optional
 from lumina_kernels.kernel_op import kernel_op, like
 from lumina_kernels.ops.norm_modulate import norm_modulate_ref
 from lumina_kernels.ops.rope3d import check_rope3d, rope3d_ref
 
-# What CUDA's backward holds of a token, kBwdLimits in csrc/cuda/qk_norm_rope3d.cuh.
-MOST_CUDA_VALUES = 8192
-
+MOST_CUDA_VALUES = 8192  # of a token, kBwdLimits in csrc/cuda/qk_norm_rope3d.cuh
 NORMS = ("layer_across_heads", "rms_per_head", "rms_across_heads")
 
 
@@ -46,16 +44,17 @@ def qk_norm_rope3d(
         for float64), rounded once.
 
     Raises:
-        ValueError, TypeError: a shape, device, dtype or norm is not as above, a bias comes with an
-            RMS norm, or backend is "cuda" and a gradient is required of tokens that its backward
-            cannot hold, more than 8192 values of q or of k.
-        NotImplementedError, RuntimeError: as `rope3d`.
+        ValueError, TypeError: a shape, device, dtype or norm is not as above, or a bias comes with
+            an RMS norm.
+        NotImplementedError, RuntimeError: as `rope3d`, or backend is "cuda" and a gradient is
+            required of tokens that its backward cannot hold, more than 8192 values of q or of k.
     """
     check_rope3d(q, k, positions, inv_freq, axis)
     parameters = q_weight, q_bias, k_weight, k_bias
     check_qk_norm(q, k, *parameters, norm)
     constants = {"positions": positions, "inv_freq": inv_freq}
-    backend = resolve_qk_norm(backend, BEST_FIRST, q, k, *parameters, **constants)
+    floats = q, k, *parameters
+    backend = resolve(backend, BEST_FIRST, *floats, refused=refusals(*floats), **constants)
     if backend == "torch":
         return qk_norm_rope3d_ref(q, k, *parameters, positions, inv_freq, axis, eps, norm)
     return qk_norm_rope3d_fwd(q, k, *parameters, positions, inv_freq, axis, eps, norm, backend)
@@ -77,23 +76,14 @@ def qk_norm_rope3d_ref(
     return q_out.to(q.dtype), k_out.to(k.dtype)
 
 
-def resolve_qk_norm(backend, implemented, *tensors: Tensor | None, **constants: Tensor) -> str:
-    """`backend.resolve` for q, k and others, where "cuda" cannot take all that need a gradient."""
-    name = resolve(backend, implemented, *tensors, **constants)
-    if name != "cuda" or not torch.is_grad_enabled():
-        return name
-    if any(x is not None and x.requires_grad for x in tensors):
-        for label, x in zip("qk", tensors[:2], strict=True):
-            heads, K = x.shape[2:]
-            held = -(-heads // 2) * 2 * -(-K // 8) * 8
-            if held > MOST_CUDA_VALUES and backend is None:
-                return resolve(None, (), *tensors, **constants)
-            if held > MOST_CUDA_VALUES:
-                raise ValueError(
-                    f"backend 'cuda' computes gradients of at most {MOST_CUDA_VALUES} values of a "
-                    f"token (heads in pairs, head_dim in eights), {label} has {held}"
-                )
-    return name
+def refusals(q, k, *others: Tensor | None) -> dict[str, str]:
+    """What CUDA's backward cannot hold of a token, as `backend.resolve` takes it."""
+    heads, K = max(q.shape[2], k.shape[2]), q.shape[3]
+    held = -(-heads // 2) * 2 * -(-K // 8) * 8
+    if held <= MOST_CUDA_VALUES or not wants_grad(q, k, *others):
+        return {}
+    most = f"computes gradients of at most {MOST_CUDA_VALUES} values of a token"
+    return {"cuda": f"{most}, got {held} (heads in pairs, head_dim in eights)"}
 
 
 def check_qk_norm(q, k, q_weight, q_bias, k_weight, k_bias, norm) -> None:

@@ -6,15 +6,10 @@ import torch
 from torch import Tensor
 
 from lumina_kernels.axes import Frequencies, Heads, PooledHeads, Positions, Vector, Windows
-from lumina_kernels.backend import BEST_FIRST
+from lumina_kernels.backend import BEST_FIRST, resolve
 from lumina_kernels.kernel_op import kernel_op, like
 from lumina_kernels.ops.context_drop import check_context_drop, context_drop_ref, pooled
-from lumina_kernels.ops.qk_norm_rope3d import (
-    NORMS,
-    check_qk_norm,
-    qk_norm_rope3d_ref,
-    resolve_qk_norm,
-)
+from lumina_kernels.ops.qk_norm_rope3d import NORMS, check_qk_norm, qk_norm_rope3d_ref, refusals
 from lumina_kernels.ops.rope3d import check_rope3d
 
 
@@ -53,7 +48,8 @@ def qk_norm_rope3d_pool(
     check_qk_norm(q, k, *parameters, norm)
     check_context_drop(k, v, grid, factor, key_mask)
     constants = {"positions": positions, "inv_freq": inv_freq}
-    backend = resolve_qk_norm(backend, BEST_FIRST, q, k, v, *parameters, **constants)
+    floats = q, k, v, *parameters
+    backend = resolve(backend, BEST_FIRST, *floats, refused=refusals(*floats), **constants)
     inputs = q, k, v, *parameters, *table, list(grid), factor, key_mask, eps, norm
     if backend == "torch":
         return qk_norm_rope3d_pool_ref(*inputs)

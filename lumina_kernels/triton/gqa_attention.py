@@ -6,6 +6,7 @@ a processor. warp_specialize does not compile there with 4 warps and does nothin
 3.9).
 """
 
+import math
 from functools import cache
 from typing import NamedTuple
 
@@ -25,12 +26,14 @@ from lumina_kernels.triton.gqa_attention_bwd import (
 from lumina_kernels.triton.gqa_attention_fwd import gqa_attention_fwd_kernel
 from lumina_kernels.triton.gqa_attention_trial import prove
 
+LOG2E = 1.4426950408889634
+
 
 def gqa_attention_fwd(
     q, k, v, key_mask, scale, text_k, text_v, text_mask, text_gate, bias, with_error
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out (B, L, H, K); its rounding error, int8; and for each branch what the largest score
-    of a row comes from and log2 of the total of its weights, (B, G, L, R, 2) float32.
+    """out (B, L, H, K); its rounding error, int8; and for each branch and row the largest score, as
+    in gqa_attention_walk, and log2 of the total of the weights, (B, G, L, R, 2) float32.
 
     Empty: the error unless it is wanted and out has 16 bits; the second branch without text."""
     B, L, H, K = q.shape
@@ -46,7 +49,7 @@ def gqa_attention_fwd(
         prove(gqa_attention_fwd, None, q, key_mask, text_k, bias)
     heads, unit = in_units(*map(heads_of, (q, k, v, text_k, text_v)))
     q, k, v, text_k, text_v = heads
-    tokens = _branch(k, v, key_mask, abs(scale))
+    tokens = _branch(k, v, key_mask, abs(scale), bias)
     text = _branch(text_k, text_v, text_mask, K**-0.5)
     options = _options("fwd", K, out.dtype, bias is not None, _has_two_layouts(tokens))
 
@@ -94,7 +97,7 @@ def gqa_attention_bwd(
             prove(gqa_attention_fwd, gqa_attention_bwd, q, key_mask, text_k, bias)
         heads, unit = in_units(*map(heads_of, (dout, q, k, v, text_k, text_v)))
         dout, q, k, v, text_k, text_v = heads
-        tokens = _branch(k, v, key_mask, scale)
+        tokens = _branch(k, v, key_mask, scale, bias)
         text = _branch(text_k, text_v, text_mask, K**-0.5)
         heads, added = (dout, q, tokens, text), _bias(bias, (B, H, L, L_kv))
         constants = {"R": H // G, "UNIT": unit}
@@ -131,14 +134,26 @@ def _dgate(gate: Tensor, text_delta: Tensor) -> Tensor:
     return ((1 - gate.float().tanh().square()) * total).to(gate.dtype)
 
 
-def _branch(k: tuple | None, v: tuple | None, mask: Tensor | None, scale: float) -> tuple | None:
-    """Keys for the kernels: (k, v, mask, number of keys, scale). v comes without its strides if
-    they are those of k."""
+def _branch(
+    k: tuple | None, v: tuple | None, mask: Tensor | None, scale: float, bias: Tensor | None = None
+) -> tuple | None:
+    """Keys for the kernels, see gqa_attention_walk. v comes without its strides if they are those
+    of k. A biased score has the scale in it."""
     if k is None:
         return None
     if v[1:] == k[1:]:
         v = v[:1]
-    return k, v, _mask(mask), k[0].shape[1], scale
+    inner, outer = (1.0, LOG2E) if bias is not None else split_scale(scale)
+    return k, v, _mask(mask), k[0].shape[1], (scale, inner, outer)
+
+
+def split_scale(scale: float) -> tuple[float, float]:
+    """log2(e) * scale as a power of 2 that takes half of its exponent and the sign, and the
+    positive rest. Differences of any two products are then finite wherever the scores are."""
+    # A scale of 0 makes all scores equal. So does the smallest positive number, and it keeps -inf.
+    size = min(max(abs(scale), 2.0**-149), 2.0**128)
+    inner = 2.0 ** ((math.frexp(size)[1] - 1) // 2 - 1)
+    return math.copysign(inner, scale), size / inner * LOG2E
 
 
 def _has_two_layouts(branch: tuple) -> bool:
@@ -222,7 +237,7 @@ def _launch(kind: str, options: dict, launch, like: Tensor, L_kv: int) -> None:
     try:
         launch(_searched(kind, options, launch, like, L_kv) if AUTOTUNE else options)
     except OutOfResources as error:
-        raise ValueError(
+        raise NotImplementedError(
             f"backend 'triton' has no tiles of gqa_attention for a head_dim of {like.shape[-1]} in "
             f"{like.dtype} on sm_{_arch()}: {error.name} {error.required} of {error.limit}"
         ) from error

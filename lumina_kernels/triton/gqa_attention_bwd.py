@@ -47,7 +47,7 @@ from lumina_kernels.triton.gqa_attention_walk import (
 
 @triton.jit
 def gqa_attention_dq_kernel(
-    dout, q, tokens, text, text_gate_ptr, bias,  # as in the forward, but the scales as they are
+    dout, q, tokens, text, text_gate_ptr, bias,  # as in the forward, but with the sign of the scale
     out_ptr, error_ptr, stats_ptr, text_stats_ptr,
     dq_ptr, delta_ptr, text_delta_ptr,  # (B, L, H, K); e of both branches, (B, G, L, R)
     text_weight_ptr,  # tanh(gate) over the total of the text's weights, (B, G, L, R)
@@ -86,18 +86,17 @@ def gqa_attention_dq_kernel(
 
     tl.store(delta_ptr + stats, delta, mask=exist)
     keys = keys_of(tokens, b, g, UNIT)
-    scale = tokens[4]
     context = (
-        q_tile, dout_tile, keys, load_stats(stats_ptr, stats, exist), scale, bias, where,
+        q_tile, dout_tile, keys, load_stats(stats_ptr, stats, exist), tokens[4], bias, where,
     )  # fmt: skip
     acc = walk_tiles(
         _add_dq, zeros(((0, BLOCK_M),), KS), (context, delta, None, dbias_ptr, G),
         tokens[2], b, tokens[3], K, KS, R, BLOCK_N, EDGE, SCAN,
     )  # fmt: skip
-    acc = scale_by(acc, scale)
+    acc = scale_by(acc, tokens[4][0])
     if text_gate_ptr is not None:
         acc = walk_tiles(
-            _add_dq, acc, (text_context, e, gate * text[4], None, G),
+            _add_dq, acc, (text_context, e, gate * text[4][0], None, G),
             text[2], b, text[3], K, KS, R, EDGE, EDGE, SCAN,
         )  # fmt: skip
     rows, exist = row_numbers(block, n_rows, 1, BLOCK_M)
@@ -126,7 +125,7 @@ def _weights(
     inside = None
     if MASKED:
         inside = columns < tile[2]
-    q, dout, keys, stats, scale, bias, where = context
+    q, dout, keys, stats, scales, bias, where = context
     k, v = keys
     k = load_keys(k, tile[1], inside, BLOCK, K, KS)
     added = None
@@ -134,7 +133,7 @@ def _weights(
         b, g, rows, n_rows = where
         exist = (rows < n_rows)[:, None] & (columns < tile[2])[None, :]
         added = bias_tile(bias, b, g, rows[:, None], columns[None, :], exist, R)
-    p = weights_of(dot_rows(q, k), stats[0][:, None], stats[1][:, None], scale, added)
+    p = weights_of(dot_rows(q, k), stats[0][:, None], stats[1][:, None], scales, added)
     return p, dot_rows(dout, load_keys(v, tile[1], inside, BLOCK, K, KS)), k
 
 
@@ -216,7 +215,7 @@ def _dkv(
 
     What a masked key gets stays within its own row of dk and dv, so the loop does no masking: the
     result is replaced by 0 at the end. A tile without a valid key skips the loop."""
-    _, _, mask, n_keys, scale = branch
+    _, _, mask, n_keys, scales = branch
     columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = columns < n_keys
     valid = inside
@@ -242,7 +241,7 @@ def _dkv(
         if bias is not None:
             both = inside[:, None] & exist[None, :]
             added = bias_tile(bias, b, g, rows[None, :], columns[:, None], both, R)
-        p = weights_of(dot_rows(k_tile, q_tile), top[None, :], total[None, :], scale, added)
+        p = weights_of(dot_rows(k_tile, q_tile), top[None, :], total[None, :], scales, added)
         if weight_ptr is not None:
             weight = tl.load(weight_ptr + stats + rows, mask=exist, other=0.0)
             p *= weight[None, :]
@@ -252,6 +251,6 @@ def _dkv(
         ds = p * (dot_rows(v_tile, dout_tile) - delta[None, :])
         dk = add_dot(dk, ds, q_tile)
     out_rows = ((b * n_keys + columns) * G + g)[:, None] * K
-    dk = scale_by(dk, scale)
+    dk = scale_by(dk, scales[0])
     store_tile(dk_ptr, select(dk, valid[:, None]), out_rows, inside[:, None], K, KS)
     store_tile(dv_ptr, select(dv, valid[:, None]), out_rows, inside[:, None], K, KS)

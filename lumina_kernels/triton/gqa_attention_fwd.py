@@ -13,7 +13,6 @@ from lumina_kernels.triton._tiles import (
     zeros,
 )
 from lumina_kernels.triton.gqa_attention_walk import (
-    LOG2E,
     bias_tile,
     keys_of,
     load_keys,
@@ -29,7 +28,7 @@ from lumina_kernels.triton.gqa_attention_walk import (
 @triton.jit
 def gqa_attention_fwd_kernel(
     q,  # heads: (pointer, stride of b, of l, of h)
-    tokens, text,  # branches: (k, v, mask, number of keys, |scale|); text or None
+    tokens, text,  # branches, see gqa_attention_walk, with |scale|; text or None
     text_gate_ptr,  # (H,) or None
     bias,  # (pointer, stride of b, of h, of l, of the key) or None
     out_ptr, error_ptr,  # (B, L, H, K), the second may be None
@@ -48,7 +47,6 @@ def gqa_attention_fwd_kernel(
     where = (b, g, rows, n_rows)
     keys = keys_of(tokens, b, g, UNIT)
     image_q = q_tile
-    sign: tl.constexpr = -1.0 if NEGATIVE and bias is None else 1.0
     if NEGATIVE:
         image_q = negate(q_tile)
     acc, m, total = walk_tiles(
@@ -58,7 +56,7 @@ def gqa_attention_fwd_kernel(
     acc = scale_by(acc, tl.where(total > 0, 1 / total, 0.0)[:, None])
     rows, exist = row_numbers(block, n_rows, 1, BLOCK_M)
     stats = (b * G + g) * n_rows + rows
-    _store_stats(stats_ptr, stats, exist, sign * m, total)
+    _store_stats(stats_ptr, stats, exist, m, total)
 
     if text_gate_ptr is not None:
         keys = keys_of(text, b, g, UNIT)
@@ -88,8 +86,8 @@ def _no_keys(BLOCK_M: tl.constexpr, KS: tl.constexpr):
 
 @triton.jit
 def _store_stats(ptr, rows, mask, m, total):
-    """The product that leads to the largest score, and log2 of the total of the weights. Without a
-    valid key they make P = 0."""
+    """The largest score, and log2 of the total of the weights. Without a valid key they make
+    P = 0."""
     any_key = total > 0
     tl.store(ptr + 2 * rows, tl.where(any_key, m, 0.0), mask=mask)
     tl.store(ptr + 2 * rows + 1, tl.where(any_key, tl.log2(total), float("inf")), mask=mask)
@@ -100,35 +98,29 @@ def _step(
     state, context, tile, K: tl.constexpr, KS: tl.constexpr, R: tl.constexpr,
     BLOCK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax: one more tile of keys and values.
-
-    Scores are subtracted before they are multiplied: the difference is exact next to the largest,
-    where rounded products would differ by more than exponents can."""
+    """Online softmax: one more tile of keys and values."""
     acc, m, total = state
-    q, keys, scale, bias, where = context
+    q, keys, scales, bias, where = context
+    scale, inner, outer = scales
     k, v = keys
     columns = tile[1] + tl.arange(0, BLOCK)
     inside = None
     if MASKED:
         inside = columns < tile[2]
     s = dot_rows(q, load_keys(k, tile[1], inside, BLOCK, K, KS))
-    if bias is None:
-        # A scale of 0 makes all scores equal. So does the smallest number, and it keeps -inf.
-        unit = tl.maximum(scale * LOG2E, 2.0**-126)
-    else:
+    if bias is not None:
         b, g, rows, n_rows = where
         exist = (rows < n_rows)[:, None] & (columns < tile[2])[None, :]
         s = s * scale + bias_tile(bias, b, g, rows[:, None], columns[None, :], exist, R)
-        unit = LOG2E
     if MASKED:
         valid = valid_keys(tile, columns, inside)
         s = tl.where(valid[None, :], s, -float("inf"))
-    m_new = tl.maximum(m, tl.max(s, 1))
+    m_new = tl.maximum(m, tl.max(s, 1) * inner)
     top = m_new
     if MASKED or bias is not None:
         top = tl.where(m_new == -float("inf"), 0.0, m_new)  # no valid key so far
-    p = tl.exp2((s - top[:, None]) * unit)
-    alpha = tl.exp2((m - top) * unit)
+    p = tl.exp2((s * inner - top[:, None]) * outer)
+    alpha = tl.exp2((m - top) * outer)
     total = total * alpha + tl.sum(p, 1)
     v = load_keys(v, tile[1], inside, BLOCK, K, KS)
     return add_dot(scale_by(acc, alpha[:, None]), p, v), m_new, total

@@ -5,8 +5,13 @@ Rows. The R = H / G query heads of one key/value head are packed with the tokens
 m // R, head g*R + m % R. One tile of keys and values serves them all.
 
 Branches. The keys of the tokens and those of the text come as tuples (k, v, mask, number of keys,
-scale): k and v are heads (pointer, stride of b, of l, of h), the mask is int8, (pointer, stride of
-b) or None, with the keys of a sample next to each other.
+scales): k and v are heads (pointer, stride of b, of l, of h), the mask is int8, (pointer, stride of
+b) or None, with the keys of a sample next to each other. The scales are (scale, inner, outer).
+
+Weights. That of a product s = q kᵀ is 2^((inner * s - top) * outer), top being the row's largest
+inner * s; with a bias s is the biased score. The difference comes before the product with the
+scale: it is exact next to the largest score, where rounded scores would differ by more than
+exponents can.
 
 Strides come in units of UNIT, see `_arguments.in_units`. Offsets within a tile are int32 (the
 launcher makes sure they fit); offsets of tiles are int64.
@@ -16,8 +21,6 @@ import triton
 import triton.language as tl
 
 from lumina_kernels.triton._tiles import load_tile
-
-LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -195,16 +198,15 @@ def load_stats(ptr, rows, mask):
 
 
 @triton.jit
-def weights_of(s, top, total, scale, bias):
+def weights_of(s, top, total, scales, bias):
     """Softmax of products s = q kᵀ by the statistics of their rows; bias: a tile, or None.
 
     Here a product may be a little larger than the largest one was in the forward, where tensor
     cores added it up in another order."""
-    if bias is None:
-        exponents = (s - top) * (scale * LOG2E) - total
-    else:
-        exponents = (s * scale + bias - top) * LOG2E - total
-    return tl.exp2(tl.minimum(exponents, 0.0))
+    scale, inner, outer = scales
+    if bias is not None:
+        s = s * scale + bias
+    return tl.exp2(tl.minimum((s * inner - top) * outer - total, 0.0))
 
 
 @triton.jit

@@ -32,7 +32,7 @@ def saved(inputs, with_error=True):
     args = [inputs.get(name) for name in names]
     args[4] = scale
     out, error, stats, text = gqa_attention_fwd(*args, with_error, "cuda")
-    lse = logsumexp_of(stats, scale if inputs.get("bias") is None else 1)
+    lse = logsumexp_of(stats, scale if inputs.get("bias") is None else None)
     return out, error, lse, logsumexp_of(text, inputs["q"].shape[-1] ** -0.5) if len(text) else text
 
 

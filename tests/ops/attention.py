@@ -3,7 +3,14 @@
 import math
 
 import torch
-from common import DEVICE, randn
+from common import BACKENDS, DEVICE, randn
+
+GRADIENT = ("torch", *(name for name in BACKENDS if name != "cuda"))
+
+
+def differentiated(backend, wrt=None):
+    """The inputs of which to compare gradients, None for all; of "cuda" none."""
+    return wrt if backend in GRADIENT else ()
 
 
 def make_mask(B, L):
@@ -32,9 +39,11 @@ def mask_of_ranges(L_kv, *ranges):
 
 
 def logsumexp_of(stats, scale):
-    """Of the scores of a row, by what a forward keeps of it; scale is 1 where there was a bias."""
+    """Of the scores of a row, by what a forward keeps of it; scale is None where there was a bias,
+    else its split is csrc/split_scale.h's."""
     top, log2_total = stats.unbind(-1)
-    lse = top * scale + log2_total * math.log(2)
+    rest = 1 if scale is None else abs(scale) / 2.0 ** ((math.frexp(scale)[1] - 1) // 2 - 1)
+    lse = top * rest + log2_total * math.log(2)
     return lse.masked_fill(log2_total == torch.inf, -torch.inf)
 
 

@@ -7,8 +7,10 @@ import pytest
 import torch
 from common import (
     BACKENDS,
+    DEVICE,
     assert_compiles,
     assert_equal_results,
+    assert_rounded_once,
     cast,
     is_float,
     raises,
@@ -62,6 +64,15 @@ def test_results_are_those_of_the_definition(op, name, backend):
     assert_as_definition(expected(op, name, backend), arguments(op, name), op, backend)
 
 
+@every_op
+def test_the_definition_is_rounded_once(op, name):
+    """All arithmetic is float32, whatever the dtype: also between the steps of a fused op."""
+    inputs = cast(arguments(op, name, LARGE), torch.bfloat16)
+    exact = run(call(op, "torch"), cast(inputs, torch.float64), wrt=())
+    for key, value in run(call(op, "torch"), inputs, wrt=()).items():
+        assert_rounded_once(value, exact[key])
+
+
 @every_call
 def test_views_with_gaps(op, name, backend):
     """Rows that do not follow each other, with NaN in between."""
@@ -103,6 +114,13 @@ def test_mixed_dtypes(op, name, backend):
         inputs, label = example | shared, ", ".join(shared)
         low = cast(inputs, torch.float16)
         assert_as_definition(results(op, backend, inputs), inputs, op, backend, label, low)
+
+
+@every_call
+def test_autocast_changes_nothing(op, name, backend):
+    with torch.autocast(DEVICE, torch.bfloat16):
+        found = results(op, backend, arguments(op, name))
+    assert_equal_results(found, expected(op, name, backend))
 
 
 @every_call

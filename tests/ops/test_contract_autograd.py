@@ -141,7 +141,7 @@ def test_gradients_that_a_kernel_does_not_have(op, name, backend):
         if not is_float(x) or key in differentiated(op, backend):
             continue
         learned = inputs | {key: x.clone().requires_grad_()}
-        match = f"no gradient of {key}|no gradient.* use one of torch"
+        match = f"no gradient of {key}|no gradients, which"
         raises(NotImplementedError, match, call(op, backend), learned)
         with torch.no_grad():
             outs = call(op, backend)(**learned)

@@ -4,31 +4,26 @@ from functools import partial
 
 import pytest
 import torch
-from attention import eager, make_inputs
+from attention import GRADIENT, differentiated, eager, make_inputs
 from common import BACKENDS, DEVICE, IMPLEMENTATIONS, assert_accurate, cast, randn, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lumina_kernels import gqa_attention
-from lumina_kernels.ops.gqa_attention import BACKENDS_WITH_GRADIENT
 
 definition = partial(gqa_attention, backend="torch")
 every_implementation = pytest.mark.parametrize("backend, dtype", IMPLEMENTATIONS)
 
 
-def differentiable(backend):
-    return backend in ("torch", *BACKENDS_WITH_GRADIENT)
-
-
 def assert_attention(backend, inputs, dtype, wrt):
     """The accuracy rule for the output and some gradients."""
     op = partial(gqa_attention, backend=backend)
-    assert_accurate(op, definition, inputs, dtype, wrt if differentiable(backend) else ())
+    assert_accurate(op, definition, inputs, dtype, differentiated(backend, wrt))
 
 
 def assert_finite(backend, inputs, dtype):
     """All gradients, which float16 could not hold."""
-    if differentiable(backend) and dtype != torch.float16:
+    if backend in GRADIENT and dtype != torch.float16:
         results = run(partial(gqa_attention, backend=backend), cast(inputs, dtype))
         assert all(x.isfinite().all() for x in results.values())
 
@@ -66,6 +61,19 @@ def test_keys(backend, dtype):
     assert_attention(backend, inputs, dtype, {"v", "text_v", "text_gate"})
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sign", (1, -1))
+def test_differences(backend, sign):
+    """Of products of opposite signs, beyond the largest number, where the scale makes them small;
+    and of a scale so small that it is not normal."""
+    inputs = make_inputs(B=2, L=5, L_kv=37, H=4, G=2, K=24, text=False)
+    k = inputs["k"].sign()
+    k[:, ::2] = k[:, ::2].abs() * torch.tensor((1, -1, 0)).repeat(7)[:19, None, None].to(k)
+    inputs |= {"q": inputs["q"].abs().clamp(0.5, 1) * 3e18, "k": k * 4e18}
+    for scale in (1e-38, 1e-40, 0.0):
+        assert_attention(backend, inputs | {"scale": sign * scale}, torch.float32, {*"qkv"})
+
+
 @every_implementation
 @pytest.mark.parametrize("scale", (1e-45, 1e-30, 2e38, 3.4e38, -3.4e38))
 def test_scales(backend, scale, dtype):
@@ -90,7 +98,7 @@ def test_biases_of_finfo(backend, bias_dtype, dtype):
     bias[:, :, 3, 7:9] = bias[:, :, 4] = finfo.max
     bias[:, :, 5, ::2], bias[:, :, 5, 1::2] = finfo.max, finfo.min
     op = partial(_with_bias, bias=bias, backend=backend)
-    wrt = {"v", "text_v", "text_gate"} if differentiable(backend) else ()
+    wrt = differentiated(backend, {"v", "text_v", "text_gate"})
     assert_accurate(op, partial(eager, bias=bias.float()), inputs, dtype, wrt)
     mean = cast(inputs, dtype)["v"].double().mean(1).repeat_interleave(2, 1)
     rows = op(**cast(inputs | {"text_gate": torch.zeros(4, device=DEVICE)}, dtype))

@@ -6,7 +6,15 @@ from functools import partial
 
 import pytest
 import torch
-from attention import eager, logsumexp_of, make_inputs, make_mask, mask_of_ranges
+from attention import (
+    GRADIENT,
+    differentiated,
+    eager,
+    logsumexp_of,
+    make_inputs,
+    make_mask,
+    mask_of_ranges,
+)
 from common import (
     BACKENDS,
     DEVICE,
@@ -23,18 +31,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lumina_kernels import gqa_attention
-from lumina_kernels.ops.gqa_attention import BACKENDS_WITH_GRADIENT, gqa_attention_fwd
+from lumina_kernels.ops.gqa_attention import gqa_attention_fwd
 
 EPS = torch.finfo(torch.float32).eps
-GRADIENT = tuple(name for name in BACKENDS if name in BACKENDS_WITH_GRADIENT)
 every_backend = pytest.mark.parametrize("backend", ("torch", *BACKENDS))
 every_implementation = pytest.mark.parametrize("backend, dtype", IMPLEMENTATIONS)
 every_kernel = pytest.mark.parametrize("backend, dtype", KERNELS)
-
-
-def differentiated(backend):
-    """Everything (None), or nothing."""
-    return None if backend in ("torch", *GRADIENT) else ()
 
 
 def assert_attention(backend, inputs, dtype=torch.float32, expected=eager):
@@ -130,13 +132,6 @@ def test_scale_may_have_any_sign(backend, scale):
     assert_attention(backend, inputs, expected=partial(gqa_attention, backend="torch"))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_large_negative_scale_does_not_overflow(backend):
-    inputs = make_kernel_inputs(text=False) | {"scale": -40.0, "key_mask": None}
-    out, expected = (gqa_attention(**inputs, backend=name) for name in (backend, "torch"))
-    torch.testing.assert_close(out, expected, rtol=0, atol=1e-3)
-
-
 @every_kernel
 @pytest.mark.parametrize("shape", ((21,), (5, 21), (4, 1, 21), (2, 1, 1, 21), (2, 4, 5, 21)))
 def test_bias(backend, shape, dtype):
@@ -221,14 +216,6 @@ def test_nothing_to_attend_to(backend):
     assert all(value.eq(0).all() for value in results.values())
 
 
-@every_backend
-def test_autocast_changes_nothing(backend):
-    inputs = make_kernel_inputs(torch.float32)
-    with torch.autocast(DEVICE, torch.bfloat16):
-        out = gqa_attention(**inputs, backend=backend)
-    assert torch.equal(out, gqa_attention(**inputs, backend=backend))
-
-
 @pytest.mark.parametrize("backend", GRADIENT)
 def test_the_output_is_the_same_without_a_gradient(backend):
     """The rounding error of the output is kept for a gradient only."""
@@ -243,5 +230,5 @@ def test_errors(backend):
     raises(TypeError, "no float64", op, good, bias=randn(37))
     raises(TypeError, "no float64", op, good, text_gate=randn(4))
     wide = make_kernel_inputs(K=257)
-    raises(ValueError, "head_dim of at most 256, got 257", op, wide)
+    raises(NotImplementedError, "head_dim of at most 256, got 257", op, wide)
     assert gqa_attention(**wide).shape == (2, 5, 4, 257)
