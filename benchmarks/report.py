@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from benchmarks.harness import plots
 from benchmarks.harness.tables import OUT_OF_BUDGET, csv_text, markdown
-from lumina.output import replace
+from lumina_kernels.output import replace
 
 ROOT = Path(__file__).resolve().parents[1]
 # After one of these errors every later CUDA call in the process fails.

@@ -14,7 +14,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from tqdm import tqdm
 from lumina_kernels import backend
 from lumina_kernels.examples import Sizes, examples
 from lumina_kernels.ops import OPS
+from lumina_kernels.output import check_output, replace
 
 # Shared memory that a block may use, in KiB, by compute capability (CUDA C++ Programming Guide).
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -127,7 +127,7 @@ def inspect(op: str, arch: int, head_dim: int, dtype: str) -> list[dict]:
             with offline(arch) as compiled:
                 try:
                     launch()
-                except NotImplementedError as error:  # what a launcher refuses is a row; the run goes on
+                except NotImplementedError as error:  # refused by the launcher
                     rows.append(_row(op, arch, head_dim, dtype, call, error=str(error)))
             for files in compiled:
                 paths = {Path(file).suffix: Path(path) for file, path in files.items()}
@@ -228,6 +228,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     options = parser.parse_args(argv)
+    if options.json is not None:
+        try:
+            check_output(options.json)
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
     tasks = [
         (op, arch, head_dim, dtype)
         for arch in options.arch
@@ -242,14 +247,8 @@ def main(argv: list[str] | None = None) -> int:
             rows += found
             for row in found:
                 tqdm.write(_line(row), file=sys.stdout)
-    if options.json is not None and options.json.exists() and not options.json.is_file():
-        options.json.write_text(json.dumps(rows, indent=1))  # a device or FIFO keeps its place
-    elif options.json is not None:
-        with tempfile.NamedTemporaryFile(
-            "w", dir=options.json.parent, suffix=".tmp", delete=False
-        ) as file:
-            json.dump(rows, file, indent=1)
-        os.replace(file.name, options.json)
+    if options.json is not None:
+        replace(options.json, lambda file: file.write_text(json.dumps(rows, indent=1)))
     failed = [row for row in rows if "error" in row]
     spilled = [row for row in rows if row.get("stack")]
     print(

@@ -9,7 +9,7 @@ import tty
 
 import pytest
 
-from lumina.output import check_output, replace
+from lumina_kernels.output import check_output, replace
 
 
 def write(content):

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 
 from benchmarks.harness.tables import exponent, forward_curves, machine_name, main_rows, median
-from lumina.output import replace
+from lumina_kernels.output import replace
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = {

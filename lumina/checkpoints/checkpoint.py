@@ -36,7 +36,7 @@ from lumina.models.next_dit.config import LARGEST, NextDiTConfig
 from lumina.models.next_dit.diffusers import open_diffusers, save_diffusers
 from lumina.models.next_dit.model import NextDiT
 from lumina.models.next_dit.original import open_original, save_original
-from lumina.output import replace
+from lumina_kernels.output import replace
 
 ENCODER = "caption_encoder."  # prefix of the text encoder's tensors in our own file
 

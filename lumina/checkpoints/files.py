@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lumina.models.next_dit.config import NextDiTConfig
-from lumina.output import replace
+from lumina_kernels.output import replace
 
 JSON_LIMIT = 2**24  # bytes; what a network of a thousand layers says of itself is under 5 MB
 WEIGHTS = {".safetensors", ".bin", ".pth", ".pt", ".ckpt"}

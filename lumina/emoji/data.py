@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from lumina.checkpoints.files import parse_json
 from lumina.emoji.pictures import opened
-from lumina.output import replace
+from lumina_kernels.output import replace
 
 SIZE = 32
 COLUMNS = 27  # 698 tiles fill 26 rows of 27 but for four

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from lumina.output import check_output, replace
+from lumina_kernels.output import check_output, replace
 
 # Ranges that pictures of numbers come in: fractions, and what fits in 8 and in 16 bits.
 TOPS = (1, 255, 65535)

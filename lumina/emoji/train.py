@@ -22,10 +22,10 @@ from lumina.emoji.names import ARTICLES
 from lumina.emoji.pictures import to_float
 from lumina.models.next_dit.config import PRESETS, NextDiTConfig
 from lumina.models.next_dit.model import NextDiT
-from lumina.output import check_output, replace
 from lumina.progress import progress as progress_of
 from lumina.training.flow_matching import drawn_times, flow_matching_loss
 from lumina.training.run import learning_rate, plot_losses, stop_signals
+from lumina_kernels.output import check_output, replace
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from lumina.models.parts.rope import RopeScaling
 from lumina.sampling.context_drop import ContextDrop
 from lumina.sampling.guidance import Guidance
 from lumina.sampling.schedules import parse_schedule, start_at
-from lumina.sampling.solvers import solve
+from lumina.sampling.solvers import check_solver, solve
 from lumina_kernels import guided_step
 
 Size = tuple[int, ...]
@@ -111,16 +111,10 @@ def sample(
     _check(guidance, config.in_channels, strength, image)
     if guidance.needed and neg_feats is None:
         raise ValueError("guidance needs neg_feats, got None; guidance=1 does without")
-    if B == 0:
-        acc = torch.promote_types(dtype, torch.float32)
-        shape = (0, config.in_channels, *(common or ()))
-        return Sample([] if ragged else torch.empty(shape, dtype=acc, device=device), 0)
     grid = (parse_schedule(schedule) if isinstance(schedule, str) else schedule)(steps)
-    shapes = [(config.in_channels, *s) for s in sizes]
-    x = _noise(shapes, ragged, generator, latents, dtype, device)
     if image is not None:
         grid = start_at(grid, strength)
-        x = _noised(image, x, float(grid[0]), shapes)
+    check_solver(solver, grid, rtol, atol)
 
     def prepared(name: str, feats: Tensor, mask: Tensor | None) -> Caption:
         if not feats.is_floating_point():
@@ -132,6 +126,14 @@ def sample(
     conditional = both = _each(prepared("cap", cap_feats, cap_mask), torch.clone)
     if guidance.needed:
         both = _stack(conditional, prepared("neg", neg_feats, neg_mask))
+    if B == 0:
+        acc = torch.promote_types(dtype, torch.float32)
+        shape = (0, config.in_channels, *(common or ()))
+        return Sample([] if ragged else torch.empty(shape, dtype=acc, device=device), 0)
+    shapes = [(config.in_channels, *s) for s in sizes]
+    x = _noise(shapes, ragged, generator, latents, dtype, device)
+    if image is not None:
+        x = _noised(image, x, float(grid[0]), shapes)
     options = {"rope_scaling": rope_scaling, "base_seqlen": base_seqlen}
     flow = _Flow(model, network, conditional, both, guidance, context_drop, options)
     # An adaptive solver would choose steps that suit all pictures: none may depend on its batch.
@@ -235,26 +237,26 @@ def _sizes(size, B: int, axes: int) -> tuple[list[Size], Size | None]:
     try:
         if _is_whole(size):
             size = (size,) * axes
-        if len(size) and all(map(_is_whole, size)):
-            common = tuple(map(index, size))
-            return [common] * B, common
-        sizes = [tuple(map(index, s)) for s in size]
+        common = tuple(map(index, size)) if len(size) and all(map(_is_whole, size)) else None
+        sizes = [common] * B if common else [tuple(map(index, s)) for s in size]
     except TypeError:
         raise ValueError(
             f"size must be a whole number, a tuple of them, or a list of such tuples, got {size}"
         ) from None
     if len(sizes) != B:
         raise ValueError(f"size must be one size or {B}, one for each caption, got {len(sizes)}")
-    return sizes, None
+    if min((n for s in (common or (), *sizes) for n in s), default=1) < 1:
+        raise ValueError(f"size must be positive, got {size}")
+    return sizes, common
 
 
 def _is_whole(n) -> bool:
-    """Whether n is an integer of Python, NumPy or PyTorch."""
+    """Whether n is an integer of Python, NumPy or PyTorch; True and False are none here."""
     try:
         index(n)
     except TypeError:
         return False
-    return True
+    return not isinstance(n, bool)
 
 
 def _each(caption: Caption, change: Callable[[Tensor], Tensor]) -> Caption:

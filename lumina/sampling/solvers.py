@@ -69,14 +69,9 @@ def solve(
     Source: Hairer, Norsett, Wanner, Solving Ordinary Differential Equations I, chapters II.1, II.4,
     II.5 and III.5.
     """
-    if solver not in SOLVERS:
-        raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
+    times = check_solver(solver, grid, rtol, atol)
     if euler_step is not None and solver != "euler":
         raise ValueError(f"euler_step is for solver 'euler', got {solver!r}")
-    times = _check_grid(grid)
-    for name, value in (("rtol", rtol), ("atol", atol)):
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name} must be finite and positive, got {value}")
     system = _System(velocity, x, callback, euler_step)
     state = system.start(x)
     if solver == "dopri5":
@@ -90,6 +85,18 @@ def solve(
             state = step(system, state, t, end)
             system.accept(end, state)
     return system.external(state), system.nfe
+
+
+def check_solver(
+    solver: str, grid: Tensor | Sequence[float], rtol: float, atol: float
+) -> list[float]:
+    """The times of the grid, where these are arguments for `solve`."""
+    if solver not in SOLVERS:
+        raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name} must be finite and positive, got {value}")
+    return _check_grid(grid)
 
 
 class _System:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from lumina.output import replace
+from lumina_kernels.output import replace
 
 
 def learning_rate(step: int, *, peak: float, warmup: int, steps: int, decay: str) -> float:

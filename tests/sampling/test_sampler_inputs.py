@@ -106,6 +106,17 @@ def test_no_captions_no_pictures(solver):
     result = draw(texts=texts, generator=[], solver=solver)
     assert result.latents.shape == (0, 4, *SIZE) and result.nfe == 0
     assert draw(texts=texts, generator=None, size=[], solver=solver).latents == []
+    feats, mask, *negative = texts
+    for error, match, changed in (
+        (ValueError, "solver must be one of", {"solver": "nonsense"}),
+        (ValueError, "rtol must be finite", {"rtol": math.nan}),
+        (ValueError, "schedule must be one of", {"schedule": "nonsense"}),
+        (ValueError, "size must be positive", {"size": 0}),
+        (ValueError, "cap_mask must be bool", {"texts": (feats, mask.long(), *negative)}),
+        (TypeError, "cap_feats must be floating", {"texts": (feats.long(), mask, *negative)}),
+    ):
+        with pytest.raises(error, match=match):
+            draw(**{"texts": texts, "generator": [], "solver": solver} | changed)
 
 
 # Captions
@@ -252,10 +263,11 @@ def test_errors():
     for strength in (0.0, -0.1, 1.1, math.nan):
         refuse(r"strength must lie in \(0, 1\]", image=noise(), strength=strength)
     refuse("one size or 2, one for each caption, got 3", size=[SIZE] * 3)
-    for size in ((4.0, 6.0), 4.0, "46", [(4, 6), 4], [(4, "6"), (4, 6)], None):
+    for size in ((4.0, 6.0), 4.0, "46", [(4, 6), 4], [(4, "6"), (4, 6)], None, True):
         refuse("size must be a whole number, a tuple of them, or a list", size=size)
     refuse("positive multiples of the patch", size=(5, 6), latents=noise(5, 6))
-    refuse("positive multiples of the patch", size=(0, 6), latents=noise(0, 6))
+    for size in (-1, (0, 6), [(4, -6), (4, 6)]):
+        refuse("size must be positive, got", size=size)
     refuse("x must be", size=(3, 4, 6), latents=noise(3, 4, 6))
     refuse(r"latents must have the shapes .*got \[\(4, 6, 4\)", latents=noise(6, 4))
     refuse("latents must have the shapes", latents=noise(B=1))
