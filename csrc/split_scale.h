@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 namespace lumina_kernels {
 
@@ -18,11 +19,13 @@ struct SplitScale {
 // For scores that have the scale in them already.
 constexpr SplitScale kUnscaled = {1.f, kLog2E};
 
-// Splits log2(e) * scale into a power of 2 that takes half of its exponent and the sign, and the
-// positive rest. Differences of any two products are then finite wherever the scores are.
+// log2(e) * scale as the product of a power of 2, with the sign and about half of the exponent, and
+// a positive number. Neither a product nor the difference of two of opposite signs is then infinite
+// where the scores are not: for that the power of 2 is half as large as it might be.
 inline SplitScale split_scale(double scale) {
-  // A scale of 0 makes all scores equal. So does the smallest positive number, and it keeps -inf.
-  const double size = std::clamp(std::abs(scale), 0x1p-149, 0x1p128);
+  if (!(std::abs(scale) <= std::numeric_limits<float>::max())) return {NAN, NAN};
+  // A scale of 0 makes all scores equal. So does a number this small, and it keeps -inf.
+  const double size = std::max(std::abs(scale), 0x1p-149);
   const double inner = std::exp2(std::floor(std::ilogb(size) / 2.0) - 1);
   return {static_cast<float>(std::copysign(inner, scale)),
           static_cast<float>(size / inner * 1.4426950408889634)};

@@ -248,7 +248,10 @@ def main(argv: list[str] | None = None) -> int:
             for row in found:
                 tqdm.write(_line(row), file=sys.stdout)
     if options.json is not None:
-        replace(options.json, lambda file: file.write_text(json.dumps(rows, indent=1)))
+        try:
+            replace(options.json, lambda file: file.write_text(json.dumps(rows, indent=1)))
+        except OSError as error:
+            sys.exit(f"{options.json}: {error.strerror}")
     failed = [row for row in rows if "error" in row]
     spilled = [row for row in rows if row.get("stack")]
     print(

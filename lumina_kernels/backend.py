@@ -154,8 +154,9 @@ def resolve(
         ValueError: the name is unknown, the op has no such backend, or the device is not its own.
         TypeError: a tensor is float64, which only "torch" computes with.
         RuntimeError: the backend is missing in this process, or has no kernels for this GPU.
-        NotImplementedError: a kernel was asked for that refuses, or with it a gradient of one of
-            `constants` or a forward-mode derivative, which None takes "torch" for.
+        NotImplementedError: the backend that was asked for refuses this call, or would have to
+            compute a gradient of one of `constants` or a forward-mode derivative. None takes
+            another backend, for derivatives "torch".
     """
     device = tensors[0].device
     learned = next((name for name, value in constants.items() if wants_grad(value)), None)

@@ -48,7 +48,8 @@ void attend(const Attention& a, const Keys& keys, bool biased, int64_t b, int64_
       if (biased)
         add_bias(a, tile.s, kRows, 1, b, g, first + at, std::min(kRows, rows - at), tile.index,
                  count);
-      softmax<Unit>(tile.s, count, padded, keys.exponent, sum.top, sum.total, tile.factor);
+      softmax<Unit>(tile.s, count, padded, biased ? kUnscaled : keys.split, sum.top, sum.total,
+                    tile.factor);
       add_product<Unit>(sum.out, tile.factor, tile.s, tile.v, padded / Unit::kPer, channels);
     }
   }

@@ -17,8 +17,8 @@ struct Keys {
   Rows k, v;
   OptionalTensor mask;
   int64_t count = 0;
-  float scale = 0;      // of the scores, for base e
-  SplitScale exponent;  // kUnscaled with a bias, which is added to scaled scores
+  float scale = 0;   // of the scores, for base e
+  SplitScale split;  // the same for base 2
 
   // Finds the next valid keys of sample b from `from` on, at most `limit`, and moves `from` past
   // them.
@@ -107,12 +107,8 @@ inline Attention attention_of(const Tensor& q, const Tensor& k, const Tensor& v,
                               const OptionalTensor& bias) {
   const int64_t H = q.size(2), G = k.size(2), K = q.size(3);
   Attention a{.B = q.size(0), .L = q.size(1), .H = H, .G = G, .K = K, .R = H / G, .q = rows_of(q)};
-  a.image = {rows_of(k),
-             rows_of(v),
-             key_mask,
-             k.size(1),
-             static_cast<float>(scale),
-             bias ? kUnscaled : split_scale(scale)};
+  a.image = {rows_of(k),        rows_of(v), key_mask, k.size(1), static_cast<float>(scale),
+             split_scale(scale)};
   a.bias = bias_of(bias);
   if (text_k) {
     const float plain = 1.f / std::sqrt(static_cast<float>(K));

@@ -61,7 +61,7 @@ void rows_over_keys(const Gradients& a, const Keys& keys, bool is_text, bool fin
       if (biased) add_bias(a, tile.s, kRows, 1, b, g, start, some, tile.index, count);
       const RowTerms terms = is_text ? block.text : block.image;
       float* raw = !is_text && a.dbias ? tile.dp : nullptr;
-      row_gradients<Unit>(tile.s, tile.dp, count, padded, keys.exponent, terms,
+      row_gradients<Unit>(tile.s, tile.dp, count, padded, biased ? kUnscaled : keys.split, terms,
                           find_e ? terms.e : nullptr, raw);
       if (raw) store_dbias(a, raw, b, g, start, some, tile.index, count);
       if (!find_e)
@@ -174,7 +174,7 @@ void pack_tile(const Gradients& a, RowTile& tile, bool is_text, int64_t b, int64
     const int64_t at = (b * a.G + g) * a.rows() + first + r;
     const float* stats = (is_text ? a.text_stats : a.stats) + 2 * at;
     tile.terms.top[r] = stats[0], tile.terms.total[r] = stats[1];
-    tile.terms.e[r] = (is_text ? a.text_e : a.e)[at];
+    tile.terms.e[r] = is_text ? a.text_e[at] * a.text.split.inner : a.e[at] * a.image.split.inner;
     tile.terms.weight[r] = is_text ? a.gate[g * a.R + (first + r) % a.R] : 1.f;
   }
 }
@@ -190,8 +190,9 @@ void add_rows(const Gradients& a, KeyBlock& block, RowTile& tile, bool is_text, 
   scores<Unit>(tile.s, block.k, tile.q, units, padded);
   scores<Unit>(tile.dp, block.v, tile.dout, units, padded);
   if (biased) add_bias(a, tile.s, 1, kRows, b, g, first, rows, block.index, block.count);
-  const SplitScale exponent = (is_text ? a.text : a.image).exponent;
-  key_gradients<Unit>(tile.s, tile.dp, rows, padded, exponent, tile.terms);
+  const SplitScale split = (is_text ? a.text : a.image).split;
+  key_gradients<Unit>(tile.s, tile.dp, rows, padded, biased ? kUnscaled : split, split.inner,
+                      tile.terms);
   add_product<Unit>(block.dv, ones, tile.s, tile.dout_pairs, padded / Unit::kPer, channels);
   add_product<Unit>(block.dk, ones, tile.dp, tile.q_pairs, padded / Unit::kPer, channels);
 }
@@ -231,13 +232,16 @@ void key_blocks(const Gradients& a, bool is_text, int64_t b, int64_t g, const in
     for (KeyBlock& block : blocks)
       add_rows<Unit>(a, block, tile, is_text, b, g, first, rows, padded);
   }
+  // The other part of the scale is in the sums already, which might else be infinite where queries
+  // are large and the scale is small.
+  const float after = keys.scale / keys.split.inner;
   for (const KeyBlock& block : blocks) {
     const auto row = [&](Row grads) {
       return [&, grads](int64_t n) {
         return grads + ((b * keys.count + block.index[n]) * a.G + g) * a.K;
       };
     };
-    store_transposed(block.dk, block.count, a.K, keys.scale, row(is_text ? a.dtext_k : a.dk));
+    store_transposed(block.dk, block.count, a.K, after, row(is_text ? a.dtext_k : a.dk));
     store_transposed(block.dv, block.count, a.K, 1.f, row(is_text ? a.dtext_v : a.dv));
   }
 }

@@ -122,24 +122,24 @@ LUMINA_INLINE void store_units(float* out, Vec first, Vec second) {
 // s[key][row] becomes its weight, in units of keys, and 0 for keys in [keys, padded). Updates top,
 // the largest score so far, and total; factor is what earlier sums have to be multiplied by.
 template <class Unit>
-void softmax(float* s, int64_t keys, int64_t padded, SplitScale exponent, float* tops, float* total,
+void softmax(float* s, int64_t keys, int64_t padded, SplitScale split, float* tops, float* total,
              float* factor) {
   const Vec infinite = broadcast(-INFINITY);
   for (int64_t row = 0; row < kRows; row += kWidth) {
     const Vec before = load(tops + row);
     Vec top = before;
-    for (int64_t n = 0; n < keys; ++n) top = max(top, load(s + n * kRows + row) * exponent.inner);
+    for (int64_t n = 0; n < keys; ++n) top = max(top, load(s + n * kRows + row) * split.inner);
     store(tops + row, top);
     top = top == infinite ? Vec{} : top;  // no valid key so far
-    const Vec old = exp2_of_negative((before - top) * exponent.outer);
+    const Vec old = exp2_of_negative((before - top) * split.outer);
     store(factor + row, old);
     Vec sum = load(total + row) * old;
     for (int64_t n = 0; n < padded; n += 2) {
       Vec p[2] = {};
       for (int64_t i = 0; i < 2; ++i)
         if (n + i < keys) {
-          const Vec below = load(s + (n + i) * kRows + row) * exponent.inner - top;
-          p[i] = exp2_of_negative(below * exponent.outer);
+          const Vec below = load(s + (n + i) * kRows + row) * split.inner - top;
+          p[i] = exp2_of_negative(below * split.outer);
         }
       sum += p[0] + p[1];
       store_units<Unit>(s + n / Unit::kPer * kRows + row, p[0], p[1]);
@@ -157,7 +157,7 @@ struct RowTerms {
 // With vectors over rows, s becomes weight * P * (dp - e), in units of keys. Or, if `found` is
 // given, P * dp is summed into it and s stays. raw, if given, receives P * (dp - e) key by key.
 template <class Unit>
-void row_gradients(float* s, const float* dp, int64_t keys, int64_t padded, SplitScale exponent,
+void row_gradients(float* s, const float* dp, int64_t keys, int64_t padded, SplitScale split,
                    RowTerms terms, float* found, float* raw) {
   for (int64_t row = 0; row < kRows; row += kWidth) {
     const Vec top = load(terms.top + row), total = load(terms.total + row);
@@ -167,8 +167,8 @@ void row_gradients(float* s, const float* dp, int64_t keys, int64_t padded, Spli
       Vec ds[2] = {};
       for (int64_t i = 0; i < 2 && n + i < keys; ++i) {
         const int64_t at = (n + i) * kRows + row;
-        const Vec below = load(s + at) * exponent.inner - top;
-        const Vec p = exp2_of_negative(below * exponent.outer - total);
+        const Vec below = load(s + at) * split.inner - top;
+        const Vec p = exp2_of_negative(below * split.outer - total);
         sum += p * load(dp + at);
         ds[i] = p * (load(dp + at) - e);
         if (raw) store(raw + at, ds[i]);
@@ -180,18 +180,19 @@ void row_gradients(float* s, const float* dp, int64_t keys, int64_t padded, Spli
   }
 }
 
-// The same with vectors over keys: s and dp become w * P and w * P * (dp - e), in units of rows.
+// The same with vectors over keys: s and dp become w * P and w * P * (dp * before - e), in units of
+// rows, where e has `before` in it.
 template <class Unit>
-void key_gradients(float* s, float* dp, int64_t rows, int64_t padded, SplitScale exponent,
-                   RowTerms terms) {
+void key_gradients(float* s, float* dp, int64_t rows, int64_t padded, SplitScale split,
+                   float before, RowTerms terms) {
   for (int64_t key = 0; key < kRows; key += kWidth) {
     for (int64_t n = 0; n < padded; n += 2) {
       Vec p[2] = {}, ds[2] = {};
       for (int64_t i = 0; i < 2 && n + i < rows; ++i) {
         const int64_t at = (n + i) * kRows + key;
-        const Vec below = load(s + at) * exponent.inner - terms.top[n + i];
-        p[i] = terms.weight[n + i] * exp2_of_negative(below * exponent.outer - terms.total[n + i]);
-        ds[i] = p[i] * (load(dp + at) - terms.e[n + i]);
+        const Vec below = load(s + at) * split.inner - terms.top[n + i];
+        p[i] = terms.weight[n + i] * exp2_of_negative(below * split.outer - terms.total[n + i]);
+        ds[i] = p[i] * (load(dp + at) * before - terms.e[n + i]);
       }
       store_units<Unit>(s + n / Unit::kPer * kRows + key, p[0], p[1]);
       store_units<Unit>(dp + n / Unit::kPer * kRows + key, ds[0], ds[1]);

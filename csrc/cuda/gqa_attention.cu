@@ -42,7 +42,7 @@ AttentionKeys<T> keys_of(const Tensor& k, const Tensor& v, const OptionalTensor&
   AttentionKeys<T> keys{heads_of<T>(k), heads_of<T>(v)};
   keys.count = static_cast<int>(k.size(1));
   keys.scale = static_cast<float>(scale);
-  keys.exponent = biased ? kUnscaled : split_scale(scale);
+  keys.split = biased ? kUnscaled : split_scale(scale);
   keys.vectors = takes_vectors(k) && takes_vectors(v) && k.size(3) % 8 == 0;
   if (mask) {
     keys.mask = pointer_to<const uint8_t>(*mask);

@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(kAttentionThreads, AttentionTile<kHeadDim, kBi
   AttentionWarp<kHeadDim, kDtype, kBias> warp;
   const auto first_row = [&] { return at.first_row + thread_index() / 32 * Tile::kWarpRows; };
   warp.load_queries(at, first_row(), tiles + thread_index() / 32 * Tile::kRowElements);
-  // Negated by these, the sign of the scale, products are largest where the scores are.
+  // The queries take the sign of the scale, so that products are largest where scores are.
   const bool negative = p.keys[0].scale < 0.0f;
   if (negative) warp.negate_queries();
 
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(kAttentionThreads, AttentionTile<kHeadDim, kBi
       const bool biased = kBias && branch == 0;
       if (biased) warp.add_bias(p.bias, at, first_row(), first, keys.count, fabsf(keys.scale));
       if (bits != walk.kFull) warp.mask(bits);
-      warp.exponentials({fabsf(keys.exponent.inner), keys.exponent.outer});
+      warp.exponentials({fabsf(keys.split.inner), keys.split.outer});
       warp.multiply_values(tile + Tile::kElements);
     }
     const Shared<float> sums = as_shared<float>(tiles + Tile::kSumElements);

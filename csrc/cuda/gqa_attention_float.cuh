@@ -59,10 +59,10 @@ struct AttentionFloatWarp {
                                                int key, bool valid,
                                                const AttentionKeys<float>& keys, bool biased) {
     const AttentionBias& bias = at.p.bias;
-    const float scale = biased ? keys.scale : keys.exponent.inner;
+    const float multiplier = biased ? keys.scale : keys.split.inner;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      float score = scores[r] * scale;
+      float score = scores[r] * multiplier;
       if (biased && valid && first_row + r < at.p.rows) {
         const int64_t i = at.start(bias, first_row + r) + key * bias.step_key;
         score += load1(bias.values, i);
@@ -73,8 +73,8 @@ struct AttentionFloatWarp {
       for (int bit = 16; bit > 0; bit /= 2) {
         largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, bit));
       }
-      const float factor = softmax[r].rise(largest, keys.exponent);
-      scores[r] = exp2_approx((score - softmax[r].shift()) * keys.exponent.outer);
+      const float factor = softmax[r].rise(largest, keys.split);
+      scores[r] = exp2_approx((score - softmax[r].shift()) * keys.split.outer);
       softmax[r].total = softmax[r].total * factor + scores[r];
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) out[r][c] *= factor;

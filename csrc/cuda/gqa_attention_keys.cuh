@@ -32,8 +32,8 @@ struct AttentionKeys {
   Global<const uint8_t> mask;  // (B, count), null if all keys are valid
   int64_t mask_step;           // from sample to sample
   int count;
-  float scale;          // of the scores
-  SplitScale exponent;  // kUnscaled with a bias, which is added to scaled scores
+  float scale;       // of the scores
+  SplitScale split;  // kUnscaled with a bias, which is added to scaled scores
   bool vectors;  // every head of k and v starts at a multiple of 16 bytes, and K is a multiple of 8
   bool mask_vectors;  // every sample's mask starts at a multiple of 16 bytes
 };
@@ -157,10 +157,10 @@ struct RowSoftmax {
 
   // Includes the largest new score, times `inner`, and returns the factor by which earlier sums
   // have to be multiplied.
-  __device__ __forceinline__ float rise(float largest, SplitScale exponent) {
+  __device__ __forceinline__ float rise(float largest, SplitScale split) {
     const float before = top;
     top = fmaxf(top, largest);
-    return exp2_approx((before - shift()) * exponent.outer);
+    return exp2_approx((before - shift()) * split.outer);
   }
   // What to subtract from a score: something finite as long as no key was valid.
   __device__ __forceinline__ float shift() const { return top == kMinusInfinity ? 0.0f : top; }

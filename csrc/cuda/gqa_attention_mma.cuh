@@ -252,7 +252,7 @@ struct AttentionWarp {
   }
 
   // scores become weights; out is rescaled to the new top.
-  __device__ __forceinline__ void exponentials(SplitScale exponent) {
+  __device__ __forceinline__ void exponentials(SplitScale split) {
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
@@ -265,14 +265,14 @@ struct AttentionWarp {
         }
         largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 1));
         largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 2));
-        const float factor = row.rise(largest * exponent.inner, exponent), shift = row.shift();
+        const float factor = row.rise(largest * split.inner, split), shift = row.shift();
         row.total *= factor;
 #pragma unroll
         for (int n = 0; n < kKeyTiles; ++n) {
 #pragma unroll
           for (int e = 2 * i; e < 2 * i + 2; ++e) {
-            const float below = fmaf(scores[m][n][e], exponent.inner, -shift);
-            scores[m][n][e] = exp2_approx(below * exponent.outer);
+            const float below = fmaf(scores[m][n][e], split.inner, -shift);
+            scores[m][n][e] = exp2_approx(below * split.outer);
             row.total += scores[m][n][e];
           }
         }

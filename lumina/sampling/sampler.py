@@ -112,8 +112,13 @@ def sample(
     if guidance.needed and neg_feats is None:
         raise ValueError("guidance needs neg_feats, got None; guidance=1 does without")
     grid = (parse_schedule(schedule) if isinstance(schedule, str) else schedule)(steps)
+    shapes = [(config.in_channels, *s) for s in sizes]
+    acc = torch.promote_types(dtype, torch.float32)
+    x = _noise(shapes, generator) if latents is None else latents
+    x = _batch("latents", x, shapes, ragged, acc, device)
     if image is not None:
         grid = start_at(grid, strength)
+        x = _noised(_batch("image", image, shapes, ragged, acc, device), x, float(grid[0]))
     check_solver(solver, grid, rtol, atol)
 
     def prepared(name: str, feats: Tensor, mask: Tensor | None) -> Caption:
@@ -127,13 +132,8 @@ def sample(
     if guidance.needed:
         both = _stack(conditional, prepared("neg", neg_feats, neg_mask))
     if B == 0:
-        acc = torch.promote_types(dtype, torch.float32)
         shape = (0, config.in_channels, *(common or ()))
         return Sample([] if ragged else torch.empty(shape, dtype=acc, device=device), 0)
-    shapes = [(config.in_channels, *s) for s in sizes]
-    x = _noise(shapes, ragged, generator, latents, dtype, device)
-    if image is not None:
-        x = _noised(image, x, float(grid[0]), shapes)
     options = {"rope_scaling": rope_scaling, "base_seqlen": base_seqlen}
     flow = _Flow(model, network, conditional, both, guidance, context_drop, options)
     # An adaptive solver would choose steps that suit all pictures: none may depend on its batch.
@@ -234,19 +234,21 @@ def _check(guidance: Guidance, channels: int, strength: float, image) -> None:
 
 def _sizes(size, B: int, axes: int) -> tuple[list[Size], Size | None]:
     """The size of each picture, and that of all unless they came as a list."""
+    common = (size,) * axes if _is_whole(size) else size
     try:
-        if _is_whole(size):
-            size = (size,) * axes
-        common = tuple(map(index, size)) if len(size) and all(map(_is_whole, size)) else None
-        sizes = [common] * B if common else [tuple(map(index, s)) for s in size]
+        if not len(common) or not all(map(_is_whole, common)):
+            common, sizes = None, [tuple(map(index, s)) for s in size]
+        else:
+            common = tuple(map(index, common))
+            sizes = [common] * B
     except TypeError:
         raise ValueError(
             f"size must be a whole number, a tuple of them, or a list of such tuples, got {size}"
         ) from None
     if len(sizes) != B:
         raise ValueError(f"size must be one size or {B}, one for each caption, got {len(sizes)}")
-    if min((n for s in (common or (), *sizes) for n in s), default=1) < 1:
-        raise ValueError(f"size must be positive, got {size}")
+    if not all(0 < n < 2**31 for s in (common or (), *sizes) for n in s):
+        raise ValueError(f"sides of size must lie in [1, 2**31), got {size}")
     return sizes, common
 
 
@@ -290,18 +292,14 @@ def _stack(conditional: Caption, negative: Caption) -> Caption:
     )
 
 
-def _noise(shapes, ragged, generator, latents, dtype, device) -> Tensor | list[Tensor]:
-    """The state at t = 0, in at least float32."""
-    acc = torch.promote_types(dtype, torch.float32)
-    if latents is None:
-        each = [generator] * len(shapes) if not isinstance(generator, Sequence) else generator
-        if len(each) != len(shapes):
-            raise ValueError(f"there must be 1 or {len(shapes)} generators, got {len(each)}")
-        latents = [
-            torch.randn(shape, generator=g, device=g.device if g is not None else None)
-            for shape, g in zip(shapes, each, strict=True)
-        ]
-    return _batch("latents", latents, shapes, ragged, acc, device)
+def _noise(shapes, generator) -> list[Tensor]:
+    each = [generator] * len(shapes) if not isinstance(generator, Sequence) else generator
+    if len(each) != len(shapes):
+        raise ValueError(f"there must be 1 or {len(shapes)} generators, got {len(each)}")
+    return [
+        torch.randn(shape, generator=g, device=g.device if g is not None else None)
+        for shape, g in zip(shapes, each, strict=True)
+    ]
 
 
 def _batch(name, images, shapes, ragged, dtype, device) -> Tensor | list[Tensor]:
@@ -312,13 +310,11 @@ def _batch(name, images, shapes, ragged, dtype, device) -> Tensor | list[Tensor]
         if not z.is_floating_point():  # bytes 0..255 are not latents
             raise TypeError(f"{name} must be floating, got {z.dtype}")
     images = [z.to(device, dtype) for z in images]
-    return images if ragged else torch.stack(images)
+    return images if ragged or not images else torch.stack(images)
 
 
-def _noised(image, noise, t: float, shapes) -> Tensor | list[Tensor]:
+def _noised(image, noise, t: float) -> Tensor | list[Tensor]:
     """t image + (1 - t) noise."""
     if isinstance(noise, Tensor):
-        image = _batch("image", image, shapes, False, noise.dtype, noise.device)
         return t * image + (1 - t) * noise
-    image = _batch("image", image, shapes, True, noise[0].dtype, noise[0].device)
     return [t * a + (1 - t) * b for a, b in zip(image, noise, strict=True)]

@@ -54,8 +54,8 @@ def gqa_attention(
     Raises:
         ValueError, TypeError: a shape, device or dtype is not as above, or text_k, text_v and
             text_gate do not come together.
-        NotImplementedError: a kernel was asked for, and head_dim is above 256, or the kernel is
-            "cuda" and a tensor requires a gradient. None takes another one then.
+        NotImplementedError: the backend that was asked for takes no head_dim above 256, is "cuda"
+            where a tensor requires a gradient, or is "triton" on a GPU that its tiles do not fit.
     """
     _check(q, k, v, key_mask, bias)
     _check_text(q, k, text_k, text_v, text_mask, text_gate)

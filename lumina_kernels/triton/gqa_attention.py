@@ -143,15 +143,21 @@ def _branch(
         return None
     if v[1:] == k[1:]:
         v = v[:1]
-    inner, outer = (1.0, LOG2E) if bias is not None else split_scale(scale)
-    return k, v, _mask(mask), k[0].shape[1], (scale, inner, outer)
+    inner, outer = split_scale(scale)
+    before = 1.0 if k[0].dtype == torch.float16 else inner  # its range is small, no sum overflows
+    if bias is not None:
+        inner, outer = 1.0, LOG2E
+    return k, v, _mask(mask), k[0].shape[1], (scale, inner, outer, before)
 
 
 def split_scale(scale: float) -> tuple[float, float]:
-    """log2(e) * scale as a power of 2 that takes half of its exponent and the sign, and the
-    positive rest. Differences of any two products are then finite wherever the scores are."""
-    # A scale of 0 makes all scores equal. So does the smallest positive number, and it keeps -inf.
-    size = min(max(abs(scale), 2.0**-149), 2.0**128)
+    """log2(e) * scale as the product of a power of 2, with the sign and about half of the exponent,
+    and a positive number. Neither a product nor the difference of two of opposite signs is then
+    infinite where the scores are not: for that the power of 2 is half as large as it might be."""
+    if not abs(scale) <= torch.finfo(torch.float32).max:
+        return math.nan, math.nan
+    # A scale of 0 makes all scores equal. So does a number this small, and it keeps -inf.
+    size = max(abs(scale), 2.0**-149)
     inner = 2.0 ** ((math.frexp(size)[1] - 1) // 2 - 1)
     return math.copysign(inner, scale), size / inner * LOG2E
 

@@ -89,14 +89,19 @@ def gqa_attention_dq_kernel(
     context = (
         q_tile, dout_tile, keys, load_stats(stats_ptr, stats, exist), tokens[4], bias, where,
     )  # fmt: skip
+    scale, _, _, before = tokens[4]
+    if dbias_ptr is None:
+        context = (context, delta * before, before, None, None, G)
+    else:
+        context = (context, delta, None, before, dbias_ptr, G)
     acc = walk_tiles(
-        _add_dq, zeros(((0, BLOCK_M),), KS), (context, delta, None, dbias_ptr, G),
+        _add_dq, zeros(((0, BLOCK_M),), KS), context,
         tokens[2], b, tokens[3], K, KS, R, BLOCK_N, EDGE, SCAN,
     )  # fmt: skip
-    acc = scale_by(acc, tokens[4][0])
+    acc = scale_by(acc, scale / before)
     if text_gate_ptr is not None:
         acc = walk_tiles(
-            _add_dq, acc, (text_context, e, gate * text[4][0], None, G),
+            _add_dq, acc, (text_context, e, None, (gate * text[4][0])[:, None], None, G),
             text[2], b, text[3], K, KS, R, EDGE, EDGE, SCAN,
         )  # fmt: skip
     rows, exist = row_numbers(block, n_rows, 1, BLOCK_M)
@@ -157,25 +162,28 @@ def _add_dq(
     acc, context, tile, K: tl.constexpr, KS: tl.constexpr, R: tl.constexpr,
     BLOCK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """dq + dS k over one tile; dS itself is the gradient of the bias."""
+    """dq + weight dS k over one tile; dS itself is the gradient of the bias. The weight multiplies
+    dS after that or, for one multiplication less, dP before it, and then delta has it."""
     columns = tile[1] + tl.arange(0, BLOCK)
     inside = None
     if MASKED:
         inside = columns < tile[2]
-    branch, delta, weight, dbias_ptr, G = context
+    branch, delta, before, after, dbias_ptr, G = context
     p, dp, k = _weights(branch, tile, K, KS, R, BLOCK, MASKED)
+    if before is not None:
+        dp *= before
     ds = p * (dp - delta[:, None])
     if MASKED:  # masked keys may be anything, P inf or NaN
         valid = valid_keys(tile, columns, inside)
         ds = tl.where(valid[None, :], ds, 0.0)
-    if weight is not None:
-        ds *= weight[:, None]
     if dbias_ptr is not None:
         b, g, rows, n_rows = branch[6]
         exist = (rows < n_rows)[:, None] & (columns < tile[2])[None, :]
         dbias_rows = ((b * G + g) * R + rows % R) * (n_rows // R) + rows // R
         ptrs = dbias_ptr + dbias_rows[:, None] * tile[2] + columns[None, :]
         tl.store(ptrs, ds.to(dbias_ptr.dtype.element_ty), mask=exist)
+    if after is not None:
+        ds *= after
     return add_dot(acc, ds, k)
 
 
@@ -216,6 +224,7 @@ def _dkv(
     What a masked key gets stays within its own row of dk and dv, so the loop does no masking: the
     result is replaced by 0 at the end. A tile without a valid key skips the loop."""
     _, _, mask, n_keys, scales = branch
+    before = scales[3]
     columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = columns < n_keys
     valid = inside
@@ -247,10 +256,10 @@ def _dkv(
             p *= weight[None, :]
         dout_tile = load_queries(dout, start, exist, b, g, R, UNIT, BLOCK_M, K, KS)
         dv = add_dot(dv, p, dout_tile)
-        delta = tl.load(delta_ptr + stats + rows, mask=exist, other=0.0)
-        ds = p * (dot_rows(v_tile, dout_tile) - delta[None, :])
+        delta = tl.load(delta_ptr + stats + rows, mask=exist, other=0.0) * before
+        ds = p * (dot_rows(v_tile, dout_tile) * before - delta[None, :])
         dk = add_dot(dk, ds, q_tile)
     out_rows = ((b * n_keys + columns) * G + g)[:, None] * K
-    dk = scale_by(dk, scales[0])
+    dk = scale_by(dk, scales[0] / before)
     store_tile(dk_ptr, select(dk, valid[:, None]), out_rows, inside[:, None], K, KS)
     store_tile(dv_ptr, select(dv, valid[:, None]), out_rows, inside[:, None], K, KS)

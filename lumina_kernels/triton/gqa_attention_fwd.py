@@ -101,7 +101,7 @@ def _step(
     """Online softmax: one more tile of keys and values."""
     acc, m, total = state
     q, keys, scales, bias, where = context
-    scale, inner, outer = scales
+    scale, inner, outer, _ = scales
     k, v = keys
     columns = tile[1] + tl.arange(0, BLOCK)
     inside = None

@@ -6,7 +6,10 @@ m // R, head g*R + m % R. One tile of keys and values serves them all.
 
 Branches. The keys of the tokens and those of the text come as tuples (k, v, mask, number of keys,
 scales): k and v are heads (pointer, stride of b, of l, of h), the mask is int8, (pointer, stride of
-b) or None, with the keys of a sample next to each other. The scales are (scale, inner, outer).
+b) or None, with the keys of a sample next to each other. The scales are (scale, inner, outer,
+before): the next two are for weights, the last is a power of 2 that score gradients are multiplied
+by before the sums over queries or keys, which might else be infinite where these are large and the
+scale is small.
 
 Weights. That of a product s = q kᵀ is 2^((inner * s - top) * outer), top being the row's largest
 inner * s; with a bias s is the biased score. The difference comes before the product with the
@@ -203,7 +206,7 @@ def weights_of(s, top, total, scales, bias):
 
     Here a product may be a little larger than the largest one was in the forward, where tensor
     cores added it up in another order."""
-    scale, inner, outer = scales
+    scale, inner, outer, _ = scales
     if bias is not None:
         s = s * scale + bias
     return tl.exp2(tl.minimum((s * inner - top) * outer - total, 0.0))

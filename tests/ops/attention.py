@@ -8,7 +8,7 @@ from common import BACKENDS, DEVICE, randn
 GRADIENT = ("torch", *(name for name in BACKENDS if name != "cuda"))
 
 
-def differentiated(backend, wrt=None):
+def gradients_of(backend, wrt=None):
     """The inputs of which to compare gradients, None for all; of "cuda" none."""
     return wrt if backend in GRADIENT else ()
 

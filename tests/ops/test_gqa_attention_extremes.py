@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from attention import GRADIENT, differentiated, eager, make_inputs
+from attention import GRADIENT, eager, gradients_of, make_inputs
 from common import BACKENDS, DEVICE, IMPLEMENTATIONS, assert_accurate, cast, randn, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +18,7 @@ every_implementation = pytest.mark.parametrize("backend, dtype", IMPLEMENTATIONS
 def assert_attention(backend, inputs, dtype, wrt):
     """The accuracy rule for the output and some gradients."""
     op = partial(gqa_attention, backend=backend)
-    assert_accurate(op, definition, inputs, dtype, differentiated(backend, wrt))
+    assert_accurate(op, definition, inputs, dtype, gradients_of(backend, wrt))
 
 
 def assert_finite(backend, inputs, dtype):
@@ -62,16 +62,18 @@ def test_keys(backend, dtype):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("sign", (1, -1))
-def test_differences(backend, sign):
-    """Of products of opposite signs, beyond the largest number, where the scale makes them small;
-    and of a scale so small that it is not normal."""
+@pytest.mark.parametrize("biased", (False, True))
+@pytest.mark.parametrize("q, k", ((3e18, -4e18), (-1.0, 1e37), (1e37, 1.0)))
+def test_small_scales(backend, q, k, biased):
+    """The difference of products of opposite signs is beyond the largest number, and so are sums of
+    queries or keys. Also a scale that is not normal."""
     inputs = make_inputs(B=2, L=5, L_kv=37, H=4, G=2, K=24, text=False)
-    k = inputs["k"].sign()
-    k[:, ::2] = k[:, ::2].abs() * torch.tensor((1, -1, 0)).repeat(7)[:19, None, None].to(k)
-    inputs |= {"q": inputs["q"].abs().clamp(0.5, 1) * 3e18, "k": k * 4e18}
-    for scale in (1e-38, 1e-40, 0.0):
-        assert_attention(backend, inputs | {"scale": sign * scale}, torch.float32, {*"qkv"})
+    signs = inputs["k"].sign()
+    signs[:, ::2] = torch.tensor((1, -1, 0)).repeat(7)[:19, None, None].to(signs)
+    inputs |= {"q": inputs["q"].abs().clamp(0.5, 1) * q, "k": signs * k, "v": 9 * inputs["v"]}
+    inputs["bias"] = randn(37) if biased else None
+    for scale in (1e-38, -1e-40, 0.0):
+        assert_attention(backend, inputs | {"scale": scale}, torch.float32, {*"qkv"})
 
 
 @every_implementation
@@ -98,7 +100,7 @@ def test_biases_of_finfo(backend, bias_dtype, dtype):
     bias[:, :, 3, 7:9] = bias[:, :, 4] = finfo.max
     bias[:, :, 5, ::2], bias[:, :, 5, 1::2] = finfo.max, finfo.min
     op = partial(_with_bias, bias=bias, backend=backend)
-    wrt = differentiated(backend, {"v", "text_v", "text_gate"})
+    wrt = gradients_of(backend, {"v", "text_v", "text_gate"})
     assert_accurate(op, partial(eager, bias=bias.float()), inputs, dtype, wrt)
     mean = cast(inputs, dtype)["v"].double().mean(1).repeat_interleave(2, 1)
     rows = op(**cast(inputs | {"text_gate": torch.zeros(4, device=DEVICE)}, dtype))

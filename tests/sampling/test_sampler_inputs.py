@@ -111,12 +111,15 @@ def test_no_captions_no_pictures(solver):
         (ValueError, "solver must be one of", {"solver": "nonsense"}),
         (ValueError, "rtol must be finite", {"rtol": math.nan}),
         (ValueError, "schedule must be one of", {"schedule": "nonsense"}),
-        (ValueError, "size must be positive", {"size": 0}),
+        (ValueError, "sides of size must lie in", {"size": 0}),
+        (ValueError, "1 or 0 generators, got 1", {"generator": [torch.Generator()]}),
+        (ValueError, "latents must have the shapes", {"latents": noise(B=1)}),
+        (ValueError, "image must have the shapes", {"image": noise(B=1)}),
         (ValueError, "cap_mask must be bool", {"texts": (feats, mask.long(), *negative)}),
         (TypeError, "cap_feats must be floating", {"texts": (feats.long(), mask, *negative)}),
     ):
         with pytest.raises(error, match=match):
-            draw(**{"texts": texts, "generator": [], "solver": solver} | changed)
+            draw(**{"texts": texts, "latents": [], "solver": solver} | changed)
 
 
 # Captions
@@ -266,8 +269,8 @@ def test_errors():
     for size in ((4.0, 6.0), 4.0, "46", [(4, 6), 4], [(4, "6"), (4, 6)], None, True):
         refuse("size must be a whole number, a tuple of them, or a list", size=size)
     refuse("positive multiples of the patch", size=(5, 6), latents=noise(5, 6))
-    for size in (-1, (0, 6), [(4, -6), (4, 6)]):
-        refuse("size must be positive, got", size=size)
+    for size in (-1, (0, 6), [(4, -6), (4, 6)], 2**70):
+        refuse("sides of size must lie in", size=size)
     refuse("x must be", size=(3, 4, 6), latents=noise(3, 4, 6))
     refuse(r"latents must have the shapes .*got \[\(4, 6, 4\)", latents=noise(6, 4))
     refuse("latents must have the shapes", latents=noise(B=1))
