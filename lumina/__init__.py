@@ -61,6 +61,8 @@ __all__ = [
 
 
 def __getattr__(name: str):
+    if name == "__version__":
+        return import_module("lumina_kernels").__version__
     if name not in _MODULES:
         raise AttributeError(f"module 'lumina' has no attribute {name!r}")
     module = import_module(f"lumina.{_MODULES[name]}")

@@ -15,7 +15,7 @@ def check_output(path: Path) -> None:
     """Refuse a path that `replace` could not write, before the work that makes its content.
 
     Raises:
-        ValueError: it is neither a file, a free name, a character device nor a FIFO.
+        ValueError: it is neither a file, a new name, a character device nor a FIFO.
         OSError: its folder is not one, or nothing can be written there.
     """
     if _is_stream(path):
@@ -36,7 +36,7 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
     the way are made.
 
     Args:
-        path: a file, a free name, a character device or a FIFO.
+        path: a file, a new name, a character device or a FIFO.
         write: called with the name of an empty file that it may open, or replace, as it likes.
 
     Raises:
@@ -66,7 +66,7 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _is_stream(path: Path) -> bool:
-    """Whether it is there and takes bytes in its place; False for a file and a free name."""
+    """Whether it is there and takes bytes in its place; False for a file and a new name."""
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
@@ -75,5 +75,5 @@ def _is_stream(path: Path) -> bool:
         return True
     if not stat.S_ISREG(mode):
         kind = "folder" if stat.S_ISDIR(mode) else "socket" if stat.S_ISSOCK(mode) else "disk"
-        raise ValueError(f"{path} must be a file or a free name, it is a {kind}")
+        raise ValueError(f"{path} is a {kind}, it must be a file or a new name")
     return False

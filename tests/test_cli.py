@@ -71,9 +71,10 @@ def test_image_to_image_keeps_the_image(checkpoint, tmp_path):
     picture = torch.zeros(32, 32, 3, dtype=torch.uint8)
     picture[8:24, 4:12] = torch.tensor([255, 128, 0], dtype=torch.uint8)
     Image.fromarray(picture.numpy()).save(tmp_path / "in.png")
-    options = ["fish", "--image", str(tmp_path / "in.png"), "--strength"]
-    near = draw(checkpoint, tmp_path / "out.png", *options, "0.001")
-    far = draw(checkpoint, tmp_path / "out.png", *options, "0.9")
+    options = ["fish", "--image", str(tmp_path / "in.png")]
+    near = draw(checkpoint, tmp_path / "out.png", *options, "--strength", "0.001")
+    far = draw(checkpoint, tmp_path / "out.png", *options, "--strength", "0.8")
+    assert (draw(checkpoint, tmp_path / "out.png", *options) == far).all()
     assert np.abs(near - picture.numpy()).mean() < 2
     assert np.abs(far - picture.numpy()).mean() > 20
 
@@ -158,7 +159,7 @@ def test_train_and_continue(tmp_path, capsys, monkeypatch):
         (["sample", "x", "--device", "tpu"], "'tpu' cannot be used here: "),
         (["sample", "x", "--out", "x.xyz"], "x.xyz must end in .png or another suffix"),
         (["sample", "x", "--out", "x"], "x must end in .png or another suffix"),
-        (["sample", "x", "--out", "/"], "/ must be a file or a free name, it is a folder"),
+        (["sample", "x", "--out", "/"], "/ is a folder, it must be a file or a new name"),
         (["sample", "x", "--image", "none.png"], "none.png does not exist"),
         (["sample", "x\ny", "--what\never"], "unrecognized arguments: --what ever"),
         (["demo", "--out", "x.xyz"], "x.xyz must end in .png or another suffix"),

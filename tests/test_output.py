@@ -37,7 +37,7 @@ def test_a_file_is_replaced_and_a_free_name_taken(tmp_path):
 def test_links_are_followed(tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "there" / "file")
-    for content in (b"to a free name", b"to a file"):
+    for content in (b"to a new name", b"to a file"):
         check_output(tmp_path / "link")
         replace(tmp_path / "link", write(content))
         assert (tmp_path / "link").is_symlink()
@@ -85,7 +85,7 @@ def test_what_else_is_there_is_refused(tmp_path):
             for refuse in (check_output, lambda path: replace(path, write(b"x"))):
                 with pytest.raises(ValueError) as error:
                     refuse(path)
-                assert str(error.value) == f"{path} must be a file or a free name, it is a {kind}"
+                assert str(error.value) == f"{path} is a {kind}, it must be a file or a new name"
     (tmp_path / "file").touch()
     for path in (tmp_path / "file" / "x", tmp_path / "file" / "deeper" / "x"):
         with pytest.raises(NotADirectoryError):

@@ -122,7 +122,8 @@ def load_caption_encoder(
     path = Path(path)
     tensors, metadata = ({}, {}) if path.is_dir() else read_safetensors(path)
     if "caption_encoder" not in metadata:
-        raise ValueError(f"{path} holds no caption encoder")
+        why = f", it is a folder{weights_in(path)}" if path.is_dir() else ": `save` was given none"
+        raise ValueError(f"{path} holds no caption encoder{why}")
     sizes = parse_json(path, metadata["caption_encoder"])
     numbers = [n for n in sizes.values() if type(n) is int and 1 <= n <= LARGEST]
     if sizes.keys() != {"dim", "width", "heads"} or len(numbers) < 3 or numbers[0] % numbers[2]:
@@ -196,7 +197,7 @@ def _open(path: Path, ema: bool | None) -> Stored:
         if (folder / "config.json").exists():
             return open_diffusers(folder, path)
     raise ValueError(
-        f"{path} is no checkpoint: it has neither config.json (diffusers), nor "
+        f"{path} is not a checkpoint: it has neither config.json (diffusers), nor "
         "transformer/config.json (a pipeline of diffusers), nor model_args.pth (original release)"
         f"{weights_in(path)}"
     )

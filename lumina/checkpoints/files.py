@@ -132,7 +132,8 @@ def weights_in(folder: Path) -> str:
         return ""
     names = sorted(f.name for f in folder.iterdir() if f.suffix in WEIGHTS)
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return f"; {folder} has {', '.join(names[:4])}{more}" if names else ""
+    where = "the current folder" if folder == Path() else folder
+    return f"; {where} has {', '.join(names[:4])}{more}" if names else ""
 
 
 def check_released(where: Path | str, config: NextDiTConfig, **fixed: object) -> None:
@@ -177,7 +178,7 @@ def replace_folder(
 ) -> None:
     """Replace the weights, then the config, in a folder that holds no other checkpoint."""
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} must be a folder or a free name, and is a file")
+        raise ValueError(f"{folder} is a file, it must be a folder or a new name")
     folder.mkdir(parents=True, exist_ok=True)
     for file in sorted(folder.iterdir()):
         if file.suffix in {".json", *WEIGHTS} and file.name not in (weights, config):

@@ -48,7 +48,9 @@ def build_parser(name: str) -> argparse.ArgumentParser:
     )
     sub.add_argument("--image", type=Path, help="start from this picture (image-to-image)")
     sub.add_argument(
-        "--strength", type=float, help="share of the time axis run from --image, in (0, 1]"
+        "--strength",
+        type=float,
+        help="share of the time axis run from --image, in (0, 1], 0.8 unless given",
     )
     _add_model(sub)
     _add_sampling(sub)

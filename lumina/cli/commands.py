@@ -70,14 +70,14 @@ def sample(args) -> None:
     check_picture(args.out, count * width, height)
     if args.image is not None:
         extra["image"] = read_picture(args.image, args.size).expand(count, -1, -1, -1)
-    if args.strength is not None:
-        extra["strength"] = args.strength
+    if args.strength is not None or args.image is not None:
+        extra["strength"] = 0.8 if args.strength is None else args.strength
     captions = _captions(args)
     model, encoder = _load(args)
     seeds = [(args.seed + i) % 2**64 for i in range(count)]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     if count * width * height * args.steps >= LONG:
-        _announce(f"drawing {count} pictures of {width}x{height} in {args.steps} steps")
+        _announce(f"drawing {_pictures(count)} of {width}x{height} in {args.steps} steps")
     total = None if args.solver == "dopri5" or args.image is not None else args.steps
     start = time.perf_counter()
     with progress(total, "steps") as bar:
@@ -87,7 +87,11 @@ def sample(args) -> None:
         )  # fmt: skip
     seconds = time.perf_counter() - start
     save_picture(result.latents, args.out, text="\n".join(args.prompts))
-    print(f"{args.out}: {count} pictures, {seconds:.1f} s, NFE {result.nfe}")
+    print(f"{args.out}: {_pictures(count)}, {seconds:.1f} s, NFE {result.nfe}")
+
+
+def _pictures(count: int) -> str:
+    return "1 picture" if count == 1 else f"{count} pictures"
 
 
 def _captions(args) -> list[str]:
@@ -105,7 +109,7 @@ def _captions(args) -> list[str]:
 
 def _nearest(names: Names, prompt: str) -> str:
     near = " or ".join(map(repr, names.nearest(prompt)))
-    return f"; did you mean {near}?" if near else "; `python -m lumina prompts` lists what it does"
+    return f"; did you mean {near}?" if near else "; `python -m lumina prompts` lists what it knows"
 
 
 def _announce(text: str) -> None:

@@ -53,7 +53,7 @@ def opened(path: Path) -> Iterator[Image.Image]:
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path} does not exist")
     if not os.path.isfile(path):  # opening a FIFO waits, and some devices never end
-        raise ValueError(f"{path} must be a picture file, it is no file")
+        raise ValueError(f"{path} is not a file")
     try:
         with Image.open(path) as picture:
             yield picture

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lumina.models.next_dit.config import NextDiTConfig
 from lumina.models.next_dit.model import Caption, NextDiT
 from lumina.models.parts.rope import RopeScaling
 from lumina.sampling.context_drop import ContextDrop
@@ -101,8 +102,11 @@ def sample(
     """
     network = _network(model)
     config, dtype = network.config, network.dtype
+    for name, feats in (("cap_feats", cap_feats), ("neg_feats", neg_feats)):
+        if not isinstance(feats, Tensor) and (feats is not None or name == "cap_feats"):
+            raise TypeError(f"{name} must be a tensor of features, got {type(feats).__name__}")
     B = len(cap_feats)
-    sizes, common = _sizes(size, B, len(config.axes))
+    sizes, common = _sizes(size, B, config)
     ragged = common is None
     # Offloaded parameters have no device; the hooks that load them move the inputs as well.
     device = network.device if network.device.type != "meta" else cap_feats.device
@@ -232,9 +236,9 @@ def _check(guidance: Guidance, channels: int, strength: float, image) -> None:
         raise ValueError(f"strength {strength} needs an image to start from")
 
 
-def _sizes(size, B: int, axes: int) -> tuple[list[Size], Size | None]:
+def _sizes(size, B: int, config: NextDiTConfig) -> tuple[list[Size], Size | None]:
     """The size of each picture, and that of all unless they came as a list."""
-    common = (size,) * axes if _is_whole(size) else size
+    common = (size,) * len(config.axes) if _is_whole(size) else size
     try:
         if not len(common) or not all(map(_is_whole, common)):
             common, sizes = None, [tuple(map(index, s)) for s in size]
@@ -247,8 +251,12 @@ def _sizes(size, B: int, axes: int) -> tuple[list[Size], Size | None]:
         ) from None
     if len(sizes) != B:
         raise ValueError(f"size must be one size or {B}, one for each caption, got {len(sizes)}")
-    if not all(0 < n < 2**31 for s in (common or (), *sizes) for n in s):
-        raise ValueError(f"sides of size must lie in [1, 2**31), got {size}")
+    for sides in {*sizes, *([common] if common else [])}:
+        if not all(0 < n < 2**31 for n in sides) or any(n % config.patch_size for n in sides[-2:]):
+            raise ValueError(
+                f"sides of size must be positive multiples of the patch, {config.patch_size}, "
+                f"got {size}"
+            )
     return sizes, common
 
 

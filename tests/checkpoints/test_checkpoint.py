@@ -184,7 +184,7 @@ def test_nothing_there(tmp_path):
         checkpoint.load(tmp_path / "nothing")
     with pytest.raises(FileNotFoundError, match="nothing does not exist"):
         checkpoint.load_caption_encoder(tmp_path / "nothing")
-    with pytest.raises(ValueError, match="is no checkpoint: it has neither"):
+    with pytest.raises(ValueError, match="is not a checkpoint: it has neither"):
         checkpoint.load(tmp_path)
     with pytest.raises(ValueError, match="holds no caption encoder"):
         checkpoint.load_caption_encoder(tmp_path)

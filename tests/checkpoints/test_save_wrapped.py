@@ -232,10 +232,10 @@ def test_refused(kind, format, tmp_path):
 
 def test_a_folder_is_no_file(tmp_path):
     (tmp_path / "folder").mkdir()
-    with pytest.raises(ValueError, match="folder must be a file or a free name, it is a folder"):
+    with pytest.raises(ValueError, match="folder is a folder, it must be a file or a new name"):
         checkpoint.save(network(), tmp_path / "folder")
     (tmp_path / "file").write_text("kept")
-    with pytest.raises(ValueError, match="file must be a folder or a free name, and is a file"):
+    with pytest.raises(ValueError, match="file is a file, it must be a folder or a new name"):
         checkpoint.save(network(), tmp_path / "file", format="diffusers")
     assert (tmp_path / "file").read_text() == "kept"
     assert sorted(f.name for f in tmp_path.iterdir()) == ["file", "folder"]

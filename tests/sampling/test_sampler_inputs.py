@@ -111,7 +111,7 @@ def test_no_captions_no_pictures(solver):
         (ValueError, "solver must be one of", {"solver": "nonsense"}),
         (ValueError, "rtol must be finite", {"rtol": math.nan}),
         (ValueError, "schedule must be one of", {"schedule": "nonsense"}),
-        (ValueError, "sides of size must lie in", {"size": 0}),
+        (ValueError, "sides of size must be positive", {"size": 5}),
         (ValueError, "1 or 0 generators, got 1", {"generator": [torch.Generator()]}),
         (ValueError, "latents must have the shapes", {"latents": noise(B=1)}),
         (ValueError, "image must have the shapes", {"image": noise(B=1)}),
@@ -250,6 +250,7 @@ def test_errors():
             draw(texts=texts, **changed)
 
     refuse("guidance needs neg_feats", texts=(feats, mask))
+    refuse("cap_feats must be a tensor of features, got str", TypeError, texts=("apple",))
     refuse("cap_feats must be floating, got torch.int64", TypeError, texts=(
         feats.long(), mask, negative, negative_mask))  # fmt: skip
     refuse("neg_feats must be floating, got torch.int64", TypeError, texts=(
@@ -268,9 +269,8 @@ def test_errors():
     refuse("one size or 2, one for each caption, got 3", size=[SIZE] * 3)
     for size in ((4.0, 6.0), 4.0, "46", [(4, 6), 4], [(4, "6"), (4, 6)], None, True):
         refuse("size must be a whole number, a tuple of them, or a list", size=size)
-    refuse("positive multiples of the patch", size=(5, 6), latents=noise(5, 6))
-    for size in (-1, (0, 6), [(4, -6), (4, 6)], 2**70):
-        refuse("sides of size must lie in", size=size)
+    for size in (-1, (5, 6), (0, 6), [(4, -6), (4, 6)], 2**70):
+        refuse("sides of size must be positive multiples of the patch, 2, got", size=size)
     refuse("x must be", size=(3, 4, 6), latents=noise(3, 4, 6))
     refuse(r"latents must have the shapes .*got \[\(4, 6, 4\)", latents=noise(6, 4))
     refuse("latents must have the shapes", latents=noise(B=1))
