@@ -190,9 +190,8 @@ void add_rows(const Gradients& a, KeyBlock& block, RowTile& tile, bool is_text, 
   scores<Unit>(tile.s, block.k, tile.q, units, padded);
   scores<Unit>(tile.dp, block.v, tile.dout, units, padded);
   if (biased) add_bias(a, tile.s, 1, kRows, b, g, first, rows, block.index, block.count);
-  const SplitScale split = (is_text ? a.text : a.image).split;
-  key_gradients<Unit>(tile.s, tile.dp, rows, padded, biased ? kUnscaled : split, split.inner,
-                      tile.terms);
+  const SplitScale own = (is_text ? a.text : a.image).split, split = biased ? kUnscaled : own;
+  key_gradients<Unit>(tile.s, tile.dp, rows, padded, split, own.inner, tile.terms);
   add_product<Unit>(block.dv, ones, tile.s, tile.dout_pairs, padded / Unit::kPer, channels);
   add_product<Unit>(block.dk, ones, tile.dp, tile.q_pairs, padded / Unit::kPer, channels);
 }
@@ -232,8 +231,7 @@ void key_blocks(const Gradients& a, bool is_text, int64_t b, int64_t g, const in
     for (KeyBlock& block : blocks)
       add_rows<Unit>(a, block, tile, is_text, b, g, first, rows, padded);
   }
-  // The other part of the scale is in the sums already, which might else be infinite where queries
-  // are large and the scale is small.
+  // The sums have the other part of it already, or they might be infinite.
   const float after = keys.scale / keys.split.inner;
   for (const KeyBlock& block : blocks) {
     const auto row = [&](Row grads) {
