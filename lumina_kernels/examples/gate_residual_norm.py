@@ -8,4 +8,5 @@ def examples(n: Sizes) -> dict[str, dict]:
     return {
         "": {**rows, "gate": gate, "scale": scale, "shift": shift},
         "affine rms": {**rows, "gate": n.rows(), **affine, "kind": "rms"},
+        "no gate": {**rows, "weight": n.normal(n.D), "kind": "rms"},
     }

@@ -101,6 +101,7 @@ def test_misaligned_tensors(op, backend, D):
 def test_every_term_is_optional(op, kind, backend):
     names = {"sandwich_norm": (), "sandwich_norm_chain": ("next_weight", "next_scale")}
     names = names.get(op, ("weight", "bias", "scale", "shift"))
+    names = ("gate", *names) if op == "gate_residual_norm" else names
     for left_out in (*((name,) for name in names), names):
         none = dict.fromkeys(left_out)
         assert_op_accurate(op, kind, (2, 3, 48), False, backend, torch.float32, **none)
