@@ -8,4 +8,8 @@ def examples(n: Sizes) -> dict[str, dict]:
     return {
         "": {**rows, "gate": gate, "next_weight": n.normal(n.D), "next_scale": scale},
         "no factors": {**rows, "gate": n.rows(), **last},
-    }
+        "no tanh": {
+            **rows, "gate": gate, "next_weight": None, "next_scale": n.rows(), "tanh": False,
+        },
+        "bare": {**rows, "weight": None, "gate": None, **last},
+    }  # fmt: skip
