@@ -7,6 +7,6 @@ def examples(n: Sizes) -> dict[str, dict]:
     return {
         "": {**rows, "gate": gate},
         "per token": {**rows, "gate": n.rows()},
-        "no tanh": {**rows, "gate": n.modulations(2)[1], "tanh": False},
+        "keepdim no tanh": {**rows, "gate": n.modulations(2, 1)[1], "tanh": False},
         "bare": {**rows, "weight": None, "gate": None},
     }

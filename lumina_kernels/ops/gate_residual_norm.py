@@ -5,9 +5,9 @@ from torch import Tensor
 
 from lumina_kernels.axes import Modulation, Rows, Statistics, Vector
 from lumina_kernels.backend import BEST_FIRST, resolve
-from lumina_kernels.checks import check_axes, check_float, check_optional
+from lumina_kernels.checks import check_axes, check_float
 from lumina_kernels.kernel_op import kernel_op, like
-from lumina_kernels.ops.norm_modulate import check_modulation, norm_modulate_ref, per_token
+from lumina_kernels.ops.norm_modulate import check_norm, modulations, norm_modulate_ref, per_token
 
 
 def gate_residual_norm(
@@ -26,10 +26,10 @@ def gate_residual_norm(
     Args:
         y: output of the attention or feed-forward layer, (B, L, D).
         residual: input of that layer, (B, L, D).
-        gate: adaLN gate, used as it is, one row per sample, (B, D), or per token, (B, L, D), or
-            None.
+        gate: adaLN gate, used as it is, one row per sample, (B, D) or (B, 1, D), or per token,
+            (B, L, D), or None.
         weight, bias: affine parameters of the norm, (D,).
-        scale, shift: modulation of the norm, (B, D) or (B, L, D); strided views are fine.
+        scale, shift: modulation of the norm, shaped as a gate; strided views are fine.
         eps: added to the mean square.
         kind: "rms" or "layer".
         backend: None takes the best one available; see `lumina_kernels.backend`.
@@ -42,10 +42,9 @@ def gate_residual_norm(
         ValueError, TypeError: a shape, device, dtype or kind is not as above.
     """
     check_axes("y", y, "B, L, D")
-    B, L, D = y.shape
-    check_float("residual", residual, y.device, (B, L, D))
-    check_optional("gate", gate, y.device, (B, D), (B, L, D))
-    check_modulation(y, kind, weight=weight, bias=bias, scale=scale, shift=shift)
+    check_float("residual", residual, y.device, y.shape)
+    check_norm(y, kind, weight=weight, bias=bias)
+    gate, scale, shift = modulations(y, gate=gate, scale=scale, shift=shift)
     tensors = (y, residual, gate, weight, bias, scale, shift)
     backend = resolve(backend, BEST_FIRST, *tensors)
     if backend == "torch":

@@ -7,7 +7,7 @@ from lumina_kernels.axes import Modulation, Rows, RowStatistic, Vector
 from lumina_kernels.backend import BEST_FIRST, resolve
 from lumina_kernels.checks import check_axes, check_float, check_optional
 from lumina_kernels.kernel_op import kernel_op, like
-from lumina_kernels.ops.norm_modulate import norm_modulate_ref, per_token
+from lumina_kernels.ops.norm_modulate import modulations, norm_modulate_ref, per_token
 
 
 def sandwich_norm(
@@ -22,8 +22,8 @@ def sandwich_norm(
         y: output of the attention or feed-forward layer, (B, L, D).
         residual: input of that layer, (B, L, D).
         weight: RMSNorm scale, (D,), or None.
-        gate: adaLN gate before the tanh, one row per sample, (B, D), or per token, (B, L, D), or
-            None. Strided views, as from `chunk`, are fine.
+        gate: adaLN gate before the tanh, one row per sample, (B, D) or (B, 1, D), or per token,
+            (B, L, D), or None. Strided views, as from `chunk`, are fine.
         eps: added to the mean square.
         tanh: False takes the gate as it is, without the tanh.
         backend: None takes the best one available; see `lumina_kernels.backend`.
@@ -35,7 +35,8 @@ def sandwich_norm(
     Raises:
         ValueError, TypeError: a shape, device or dtype is not as above.
     """
-    check_sandwich(y, residual, weight, gate)
+    check_sandwich(y, residual, weight)
+    (gate,) = modulations(y, gate=gate)
     backend = resolve(backend, BEST_FIRST, y, residual, weight, gate)
     if backend == "torch":
         return sandwich_norm_ref(y, residual, weight, gate, eps, tanh)
@@ -52,13 +53,11 @@ def sandwich_norm_ref(y, residual, weight, gate, eps=1e-5, tanh=True):
     return (residual.to(acc) + normed).to(residual.dtype)
 
 
-def check_sandwich(y: Tensor, residual: Tensor, weight: Tensor | None, gate: Tensor | None) -> None:
-    """The arguments of a sandwich norm over rows shaped as y, (B, L, D)."""
+def check_sandwich(y: Tensor, residual: Tensor, weight: Tensor | None) -> None:
+    """The arguments of a sandwich norm over rows shaped as y, (B, L, D), without the gate."""
     check_axes("y", y, "B, L, D")
-    B, L, D = y.shape
-    check_float("residual", residual, y.device, (B, L, D))
-    check_optional("weight", weight, y.device, (D,))
-    check_optional("gate", gate, y.device, (B, D), (B, L, D))
+    check_float("residual", residual, y.device, y.shape)
+    check_optional("weight", weight, y.device, y.shape[-1:])
 
 
 @kernel_op("out rstd", over="B L")

@@ -7,7 +7,7 @@ from lumina_kernels.axes import Modulation, Rows, RowStatistic, Vector
 from lumina_kernels.backend import BEST_FIRST, resolve
 from lumina_kernels.checks import check_optional
 from lumina_kernels.kernel_op import kernel_op, like
-from lumina_kernels.ops.norm_modulate import norm_modulate_ref
+from lumina_kernels.ops.norm_modulate import modulations, norm_modulate_ref
 from lumina_kernels.ops.sandwich_norm import check_sandwich, sandwich_norm_ref
 
 
@@ -27,9 +27,10 @@ def sandwich_norm_chain(
         y: output of the attention or feed-forward layer, (B, L, D).
         residual: input of that layer, (B, L, D).
         weight: scale of the post-norm, (D,), or None.
-        gate: adaLN gate before the tanh, (B, D) or (B, L, D), or None; strided views are fine.
+        gate: adaLN gate before the tanh, one row per sample, (B, D) or (B, 1, D), or per token,
+            (B, L, D), or None; strided views are fine.
         next_weight: scale of the next pre-norm, (D,), or None.
-        next_scale: adaLN scale of the next sub-layer, (B, D) or (B, L, D), or None.
+        next_scale: adaLN scale of the next sub-layer, shaped as a gate, or None.
         eps: added to both mean squares.
         tanh: False takes the gate as it is, without the tanh.
         backend: None takes the best one available; see `lumina_kernels.backend`.
@@ -41,10 +42,9 @@ def sandwich_norm_chain(
     Raises:
         ValueError, TypeError: a shape, device or dtype is not as above.
     """
-    check_sandwich(y, residual, weight, gate)
-    B, L, D = y.shape
-    check_optional("next_weight", next_weight, y.device, (D,))
-    check_optional("next_scale", next_scale, y.device, (B, D), (B, L, D))
+    check_sandwich(y, residual, weight)
+    check_optional("next_weight", next_weight, y.device, y.shape[-1:])
+    gate, next_scale = modulations(y, gate=gate, next_scale=next_scale)
     tensors = (y, residual, weight, gate, next_weight, next_scale)
     backend = resolve(backend, BEST_FIRST, *tensors)
     if backend == "torch":

@@ -65,6 +65,6 @@ def test_errors():
     raises(ValueError, "gate must have shape", op, good, gate=randn(48))
     raises(ValueError, "weight must have shape", op, good, weight=randn(1, 48))
     raises(ValueError, "bias must have shape", op, good, bias=randn(47))
-    raises(ValueError, "scale must have shape", op, good, scale=randn(2, 1, 48))
+    raises(ValueError, "scale must have shape", op, good, scale=randn(2, 1, 1))
     raises(TypeError, "shift must be float16", op, good, shift=torch.ones(2, 48).int())
     raises(ValueError, "kind must be one of rms, layer, got None", op, good, kind=None)

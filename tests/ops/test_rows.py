@@ -123,6 +123,24 @@ def test_a_gate_without_tanh_or_without_weight(op, per_token, backend):
         assert_op_accurate(op, None, shape, per_token, backend, torch.float32, **changed)
 
 
+@pytest.mark.parametrize("backend", ("torch", *BACKENDS))
+@pytest.mark.parametrize("L", (1, 5))
+@pytest.mark.parametrize("op", MODULES)
+def test_rows_of_samples_with_a_dimension_of_one_token(op, L, backend):
+    """The same bits as without it, and gradients with it; one token has either reading."""
+    inputs = cast(MODULES[op].make_inputs(2, L, 48))
+    rows = {name: x[:, None] for name, x in inputs.items() if x.shape == (2, 48)}
+    fn = partial(getattr(lumina_kernels, op), backend=backend)
+    plain, found = run(fn, inputs), run(fn, inputs | rows)
+    for name in rows:
+        assert found[f"d{name}"].shape == (2, 1, 48)
+        found[f"d{name}"] = found[f"d{name}"][:, 0]
+    if L == 1:
+        torch.testing.assert_close(found, plain)
+    else:
+        assert_equal_results(found, plain)
+
+
 @pytest.mark.parametrize("op", list(MODULES)[1:])
 def test_the_residual_decides_the_dtype(op):
     inputs = cast(MODULES[op].make_inputs())
