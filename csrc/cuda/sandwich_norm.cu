@@ -13,15 +13,15 @@ std::tuple<Tensor, Tensor> gate_grads(const Tensor& partial, int64_t which,
   Tensor dweight = empty_as(weight, partial), dgate = empty_as(per_sample, partial);
   if (!weight && !per_sample) return {dweight, dgate};
   const OptionalTensor weights = packed(weight);
-  const auto gradient = [](const OptionalTensor& parameter, const Tensor& gradient) {
+  const auto output = [](const OptionalTensor& parameter, const Tensor& gradient) {
     return values_of(parameter ? OptionalTensor(gradient) : OptionalTensor());
   };
   const GateGradsParams p{{pointer_to<const float>(partial) + which * D, B, partial.size(1),
                            static_cast<int>(partial.size(2)), static_cast<int>(D)},
                           values_of(weights),
                           rows_of(per_sample),
-                          gradient(weight, dweight),
-                          gradient(per_sample, dgate),
+                          output(weight, dweight),
+                          output(per_sample, dgate),
                           tanh};
   LUMINA_LAUNCH(partial, sums_config(D), sandwich_norm_gate_kernel, p);
   return {dweight, dgate};
