@@ -7,7 +7,8 @@ namespace {
 
 struct GateResidualNormFwd {
   Chunks chunks;
-  Rows y, residual, gate, new_residual, normed;
+  Rows y, residual, new_residual, normed;
+  Rows gate;  // null where missing
   StatisticsRows statistics;
   Modulation modulation;
   bool gate_per_token;
@@ -16,7 +17,8 @@ struct GateResidualNormFwd {
 
 struct GateResidualNormBwd {
   Chunks chunks;
-  Rows dnew_residual, dnormed, y, residual, gate, dy, dresidual, dgate;
+  Rows dnew_residual, dnormed, y, residual, dy, dresidual;
+  Rows gate, dgate;  // null where missing
   StatisticsRows statistics;
   Modulation modulation;
   ModulationGrads grads;
@@ -35,8 +37,11 @@ constexpr int64_t kGateSum = ModulationGrads::kSums;
 namespace lumina_kernels::cpu::LUMINA_LEVEL {
 namespace {
 
-inline void read(Row row, int64_t D, float* values) {
-  for_vectors(D, [&](int64_t i, int64_t count) { store(values + i, load(row, i, count)); });
+// The gate, 1 where it is missing.
+inline void read(Row gate, int64_t D, float* values) {
+  for_vectors(D, [&](int64_t i, int64_t count) {
+    store(values + i, gate ? load(gate, i, count) : broadcast(1.f));
+  });
 }
 
 // new_residual = residual + gate * y,
@@ -71,6 +76,7 @@ void gate_residual_norm_bwd(const GateResidualNormBwd& op, Chunk chunk, float* s
   const int64_t D = op.chunks.D, b = chunk.b, width = op.chunks.width;
   float *gate = scratch, *factor = gate + width, *offset = factor + width, *values = offset + width;
   ModulationRow row(op.modulation, op.grads, op.partials, chunk, factor);
+  const bool has_gate = bool(op.gate);
   float* gate_sum = op.partials(b, chunk.index, kGateSum);
   clear(gate_sum, D);
   for (int64_t l = chunk.first; l < chunk.end; ++l) {
@@ -93,6 +99,7 @@ void gate_residual_norm_bwd(const GateResidualNormBwd& op, Chunk chunk, float* s
       const Vec d = load(dnew_residual, i, count) + norm(dn, load(values + i));
       store(dresidual, i, d, count);
       store(dy, i, load(gate + i) * d, count);
+      if (!has_gate) return;
       const Vec product = d * load(y, i, count);
       if (dgate) {
         store(dgate, i, product, count);
@@ -119,18 +126,18 @@ namespace lumina_kernels::cpu {
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor> gate_residual_norm_fwd(
-    const Tensor& y, const Tensor& residual, const Tensor& gate, const OptionalTensor& weight,
-    const OptionalTensor& bias, const OptionalTensor& scale, const OptionalTensor& shift,
-    double eps, const std::string& kind) {
+    const Tensor& y, const Tensor& residual, const OptionalTensor& gate,
+    const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& scale,
+    const OptionalTensor& shift, double eps, const std::string& kind) {
   Tensor new_residual = empty_as(residual), normed = empty_as(residual);
   Tensor statistics = empty(y, {1 + (kind == "layer"), y.size(0), y.size(1)}, ScalarType::Float);
   if (y.numel() == 0) return {new_residual, normed, statistics};
   const GateResidualNormFwd op{.chunks = Chunks(y),
                                .y = rows_of(y),
                                .residual = rows_of(residual),
-                               .gate = rows_of(gate),
                                .new_residual = rows_of(new_residual),
                                .normed = rows_of(normed),
+                               .gate = rows_of(gate),
                                .statistics = StatisticsRows(statistics),
                                .modulation = Modulation(weight, bias, scale, shift),
                                .gate_per_token = is_per_token(gate),
@@ -143,29 +150,29 @@ std::tuple<Tensor, Tensor, Tensor> gate_residual_norm_fwd(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate_residual_norm_bwd(
     const Tensor& dnew_residual, const Tensor& dnormed, const Tensor& y, const Tensor& residual,
-    const Tensor& gate, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& gate, const OptionalTensor& weight, const OptionalTensor& bias,
     const OptionalTensor& scale, const OptionalTensor& shift, const Tensor& statistics) {
   Tensor dy = empty_as(y), dresidual = empty_as(residual);
   if (y.numel() == 0) {
     return {dy,
             dresidual,
-            zeros_as(gate),
+            zeros_as(gate, y),
             zeros_as(weight, y),
             zeros_as(bias, y),
             zeros_as(scale, y),
             zeros_as(shift, y)};
   }
-  Tensor dgate = empty_as(gate);
+  Tensor dgate = empty_as(gate, y);
   const Chunks chunks(y);
   const GateResidualNormBwd op{.chunks = chunks,
                                .dnew_residual = rows_of(dnew_residual),
                                .dnormed = rows_of(dnormed),
                                .y = rows_of(y),
                                .residual = rows_of(residual),
-                               .gate = rows_of(gate),
                                .dy = rows_of(dy),
                                .dresidual = rows_of(dresidual),
-                               .dgate = rows_of(dgate),
+                               .gate = rows_of(gate),
+                               .dgate = gate ? rows_of(dgate) : Rows{},
                                .statistics = StatisticsRows(statistics),
                                .modulation = Modulation(weight, bias, scale, shift),
                                .grads = ModulationGrads(weight, bias, scale, shift, y),
@@ -176,7 +183,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate_residual
   });
   parallel_columns(chunks.D, op.partials.work(), [&](int64_t begin, int64_t end) {
     LUMINA_CALL(finish, op.modulation, op.grads, op.partials, begin, end);
-    if (!op.gate_per_token) LUMINA_CALL(finish_gate, op, begin, end);
+    if (op.gate && !op.gate_per_token) LUMINA_CALL(finish_gate, op, begin, end);
   });
   const auto& [dweight, dbias, dscale, dshift] = op.grads.tensors;
   return {dy, dresidual, dgate, dweight, dbias, dscale, dshift};

@@ -53,7 +53,7 @@ void sandwich_norm_fwd(const SandwichNormFwd& op, Chunk chunk, float* scratch) {
 void sandwich_norm_bwd(const SandwichNormBwd& op, Chunk chunk, float* scratch) {
   const int64_t D = op.chunks.D, b = chunk.b;
   float *opening = scratch, *factor = scratch + op.chunks.width;
-  GateRow row(op.gate, op.partials(b, chunk.index, 0), opening, factor, D);
+  GateRow row(op.gate, op.grads, op.partials(b, chunk.index, 0), opening, factor, D);
   for (int64_t l = chunk.first; l < chunk.end; ++l) {
     if (chunk.changes_at(l, op.gate.per_token)) read(op.gate, b, l, D, opening, factor);
     if (op.gate.per_token) row.dgate = op.grads.gate(b, l);
@@ -78,7 +78,8 @@ namespace lumina_kernels::cpu {
 namespace {
 
 std::tuple<Tensor, Tensor> sandwich_norm_fwd(const Tensor& y, const Tensor& residual,
-                                             const Tensor& weight, const Tensor& gate, double eps) {
+                                             const OptionalTensor& weight,
+                                             const OptionalTensor& gate, double eps, bool tanh) {
   Tensor out = empty_as(residual);
   Tensor rstd = empty(y, {y.size(0), y.size(1)}, ScalarType::Float);
   if (y.numel() == 0) return {out, rstd};
@@ -87,7 +88,7 @@ std::tuple<Tensor, Tensor> sandwich_norm_fwd(const Tensor& y, const Tensor& resi
                            .residual = rows_of(residual),
                            .out = rows_of(out),
                            .rstd = floats_of(rstd),
-                           .gate = Gate(weight, gate),
+                           .gate = Gate(weight, gate, tanh),
                            .eps = static_cast<float>(eps)};
   parallel_chunks(op.chunks, 2, [&](Chunk chunk, float* scratch) {
     LUMINA_CALL(sandwich_norm_fwd, op, chunk, scratch);
@@ -96,18 +97,19 @@ std::tuple<Tensor, Tensor> sandwich_norm_fwd(const Tensor& y, const Tensor& resi
 }
 
 std::tuple<Tensor, Tensor, Tensor> sandwich_norm_bwd(const Tensor& dout, const Tensor& y,
-                                                     const Tensor& weight, const Tensor& gate,
+                                                     const OptionalTensor& weight,
+                                                     const OptionalTensor& gate, bool tanh,
                                                      const Tensor& rstd) {
   Tensor dy = empty_as(y);
-  if (y.numel() == 0) return {dy, zeros_as(weight), zeros_as(gate)};
+  if (y.numel() == 0) return {dy, zeros_as(weight, y), zeros_as(gate, y)};
   const Chunks chunks(y);
   const SandwichNormBwd op{.chunks = chunks,
                            .dout = rows_of(dout),
                            .y = rows_of(y),
                            .dy = rows_of(dy),
                            .rstd = rows_of(rstd),
-                           .gate = Gate(weight, gate),
-                           .grads = GateGrads(weight, gate),
+                           .gate = Gate(weight, gate, tanh),
+                           .grads = GateGrads(weight, gate, y),
                            .partials = Partials(y, chunks, 1)};
   parallel_chunks(chunks, 2, [&](Chunk chunk, float* scratch) {
     LUMINA_CALL(sandwich_norm_bwd, op, chunk, scratch);

@@ -72,7 +72,7 @@ void sandwich_norm_chain_bwd(const SandwichNormChainBwd& op, Chunk chunk, float*
   float *opening = scratch, *factor = opening + width, *next_factor = factor + width;
   float *next_offset = next_factor + width, *values = next_offset + width;
   ModulationRow next(op.next, op.next_grads, op.partials, chunk, next_factor);
-  GateRow row(op.gate, op.partials(b, chunk.index, kGateSum), opening, factor, D);
+  GateRow row(op.gate, op.gate_grads, op.partials(b, chunk.index, kGateSum), opening, factor, D);
   for (int64_t l = chunk.first; l < chunk.end; ++l) {
     if (chunk.changes_at(l, op.gate.per_token)) read(op.gate, b, l, D, opening, factor);
     if (chunk.changes_at(l, op.next.per_token)) read(op.next, b, l, D, next_factor, next_offset);
@@ -112,8 +112,9 @@ namespace lumina_kernels::cpu {
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> sandwich_norm_chain_fwd(
-    const Tensor& y, const Tensor& residual, const Tensor& weight, const Tensor& gate,
-    const OptionalTensor& next_weight, const OptionalTensor& next_scale, double eps) {
+    const Tensor& y, const Tensor& residual, const OptionalTensor& weight,
+    const OptionalTensor& gate, const OptionalTensor& next_weight, const OptionalTensor& next_scale,
+    double eps, bool tanh) {
   Tensor new_residual = empty_as(residual), normed = empty_as(residual);
   Tensor rstd = empty(y, {y.size(0), y.size(1)}, ScalarType::Float), next_rstd = empty_as(rstd);
   if (y.numel() == 0) return {new_residual, normed, rstd, next_rstd};
@@ -124,7 +125,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sandwich_norm_chain_fwd(
                                 .normed = rows_of(normed),
                                 .rstd = floats_of(rstd),
                                 .next_rstd = floats_of(next_rstd),
-                                .gate = Gate(weight, gate),
+                                .gate = Gate(weight, gate, tanh),
                                 .next = Modulation(next_weight, {}, next_scale, {}),
                                 .eps = static_cast<float>(eps)};
   parallel_chunks(op.chunks, 5, [&](Chunk chunk, float* scratch) {
@@ -135,14 +136,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sandwich_norm_chain_fwd(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sandwich_norm_chain_bwd(
     const Tensor& dnew_residual, const Tensor& dnormed, const Tensor& y, const Tensor& residual,
-    const Tensor& weight, const Tensor& gate, const OptionalTensor& next_weight,
-    const OptionalTensor& next_scale, const Tensor& rstd, const Tensor& next_rstd) {
+    const OptionalTensor& weight, const OptionalTensor& gate, const OptionalTensor& next_weight,
+    const OptionalTensor& next_scale, bool tanh, const Tensor& rstd, const Tensor& next_rstd) {
   Tensor dy = empty_as(y), dresidual = empty_as(residual);
   if (y.numel() == 0) {
     return {dy,
             dresidual,
-            zeros_as(weight),
-            zeros_as(gate),
+            zeros_as(weight, y),
+            zeros_as(gate, y),
             zeros_as(next_weight, y),
             zeros_as(next_scale, y)};
   }
@@ -156,8 +157,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sandwich_norm_chain_b
                                 .dresidual = rows_of(dresidual),
                                 .rstd = rows_of(rstd),
                                 .next_rstd = rows_of(next_rstd),
-                                .gate = Gate(weight, gate),
-                                .gate_grads = GateGrads(weight, gate),
+                                .gate = Gate(weight, gate, tanh),
+                                .gate_grads = GateGrads(weight, gate, y),
                                 .next = Modulation(next_weight, {}, next_scale, {}),
                                 .next_grads = ModulationGrads(next_weight, {}, next_scale, {}, y),
                                 .partials = Partials(y, chunks, kGateSum + 1)};

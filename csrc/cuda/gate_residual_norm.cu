@@ -6,15 +6,16 @@ namespace lumina_kernels::cuda {
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor> gate_residual_norm_fwd(
-    const Tensor& y, const Tensor& residual, const Tensor& gate, const OptionalTensor& weight,
-    const OptionalTensor& bias, const OptionalTensor& scale, const OptionalTensor& shift,
-    double eps, std::string kind) {
+    const Tensor& y, const Tensor& residual, const OptionalTensor& gate,
+    const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& scale,
+    const OptionalTensor& shift, double eps, std::string kind) {
   const int64_t B = y.size(0), L = y.size(1), D = y.size(2);
   const bool layer = kind == "layer";
   Tensor new_residual = empty_as(residual), normed = empty_as(residual);
   Tensor statistics = empty(y, {1 + layer, B, L}, ScalarType::Float);
   if (new_residual.numel() == 0) return {new_residual, normed, statistics};
-  const Tensor ys = packed(y), residuals = packed(residual), gates = packed(gate);
+  const Tensor ys = packed(y), residuals = packed(residual);
+  const OptionalTensor gates = packed(gate);
   const PackedModulation modulation(weight, bias, scale, shift);
   const GateResidualNormFwdParams p{.y = rows_of(ys),
                                     .residual = rows_of(residuals),
@@ -34,14 +35,14 @@ std::tuple<Tensor, Tensor, Tensor> gate_residual_norm_fwd(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate_residual_norm_bwd(
     const Tensor& dnew_residual, const Tensor& dnormed, const Tensor& y, const Tensor& residual,
-    const Tensor& gate, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& gate, const OptionalTensor& weight, const OptionalTensor& bias,
     const OptionalTensor& scale, const OptionalTensor& shift, const Tensor& statistics) {
   const int64_t B = y.size(0), L = y.size(1), D = y.size(2);
   Tensor dy = empty_as(y), dresidual = empty_as(residual);
   if (dy.numel() == 0) {
     return {dy,
             dresidual,
-            zeros_as(gate),
+            zeros_as(gate, y),
             zeros_as(weight, y),
             zeros_as(bias, y),
             zeros_as(scale, y),
@@ -51,7 +52,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate_residual
   const Tensor partial = empty(y, {B, chunks, 3, D}, ScalarType::Float);
   const OptionalTensor dgate = gradient_per_token(gate), dscale = gradient_per_token(scale);
   const Tensor dnew_residuals = packed(dnew_residual), dnormeds = packed(dnormed), ys = packed(y);
-  const Tensor residuals = packed(residual), gates = packed(gate);
+  const Tensor residuals = packed(residual);
+  const OptionalTensor gates = packed(gate);
   const PackedModulation modulation(weight, bias, scale, shift);
   const GateResidualNormBwdParams p{
       .dnew_residual = rows_of(dnew_residuals),
@@ -71,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate_residual
   LUMINA_LAUNCH_ROWS(y, B * chunks, D, gate_residual_norm_bwd_kernel, p);
   const auto [dweight, dbias, dscale_sum, dshift] =
       modulation_grads(partial, weight, bias, scale, shift, dnormed);
-  const Tensor dgates = dgate ? *dgate : sample_sums(partial, 1, gate);
+  const Tensor dgates = !gate ? nothing(y) : dgate ? *dgate : sample_sums(partial, 1, *gate);
   return {dy, dresidual, dgates, dweight, dbias, dscale ? *dscale : dscale_sum, dshift};
 }
 

@@ -7,7 +7,8 @@ namespace lumina_kernels::cuda {
 
 // statistics: rstd (B, L), followed, for a LayerNorm, by the mean (B, L).
 struct GateResidualNormFwdParams {
-  RowsView y, residual, gate;
+  RowsView y, residual;
+  RowsView gate;  // may be missing
   ModulationView modulation;
   Values new_residual, normed;
   Global<float> statistics;
@@ -18,7 +19,8 @@ struct GateResidualNormFwdParams {
 };
 
 struct GateResidualNormBwdParams {
-  RowsView dnew_residual, dnormed, y, residual, gate;
+  RowsView dnew_residual, dnormed, y, residual;
+  RowsView gate;  // may be missing
   ModulationView modulation;
   Global<const float> statistics;
   Values dy, dresidual;
@@ -28,7 +30,7 @@ struct GateResidualNormBwdParams {
   bool layer;
 };
 
-// y becomes residual + gate * y.
+// y becomes residual + gate * y; without a gate, residual + y.
 template <int kPieces>
 __device__ __forceinline__ void gate_residual(const RowsView& residual, const RowsView& gate,
                                               int64_t b, int64_t l, int base, int D,
@@ -69,12 +71,13 @@ __global__ void __launch_bounds__(row_threads(kPieces))
   if (p.layer) p.statistics[p.B * p.L + row] = mean;
 }
 
-// d, the gradient of new_residual, becomes that of y. d * y, the gradient of the gate, is added to
-// gate_sum, or written to dgate if the gate has a row per token.
+// d, the gradient of new_residual, becomes that of y; without a gate they are the same. d * y, the
+// gradient of the gate, is added to gate_sum, or written to dgate if the gate has a row per token.
 template <int kPieces>
 __device__ __forceinline__ void gate_bwd(const GateResidualNormBwdParams& p, int64_t b, int64_t l,
                                          int64_t row, int base, Float8 (&d)[kPieces],
                                          Float8 (&gate_sum)[kPieces]) {
+  if (!is_there(p.gate)) return;
   const int D = p.chunks.D;
   for_pieces<kPieces>([&](int j) {
     const int column = column_of(base, j);
@@ -85,7 +88,7 @@ __device__ __forceinline__ void gate_bwd(const GateResidualNormBwdParams& p, int
     } else {
       gate_sum[j] += dg;
     }
-    with_parameter(p.gate, b, l, column, D, [&](const Float8& g) { d[j] *= g; });
+    d[j] *= load8(p.gate.values, p.gate.row(b, l) + column, D - column);
   });
 }
 

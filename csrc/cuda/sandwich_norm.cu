@@ -4,18 +4,25 @@
 
 namespace lumina_kernels::cuda {
 
-std::tuple<Tensor, Tensor> gate_grads(const Tensor& partial, int64_t which, const Tensor& weight,
-                                      const Tensor& gate) {
+std::tuple<Tensor, Tensor> gate_grads(const Tensor& partial, int64_t which,
+                                      const OptionalTensor& weight, const OptionalTensor& gate,
+                                      bool tanh) {
   const int64_t B = partial.size(0), D = partial.size(3);
-  Tensor dweight = empty_as(weight), dgate = gate.dim() == 2 ? empty_as(gate) : nothing(gate);
-  const OptionalTensor gates = gate.dim() == 2 ? OptionalTensor(packed(gate)) : OptionalTensor();
-  const Tensor weights = packed(weight);
+  OptionalTensor per_sample;
+  if (!is_per_token(gate)) per_sample = packed(gate);
+  Tensor dweight = empty_as(weight, partial), dgate = empty_as(per_sample, partial);
+  if (!weight && !per_sample) return {dweight, dgate};
+  const OptionalTensor weights = packed(weight);
+  const auto output = [](const OptionalTensor& parameter, const Tensor& gradient) {
+    return values_of(parameter ? OptionalTensor(gradient) : OptionalTensor());
+  };
   const GateGradsParams p{{pointer_to<const float>(partial) + which * D, B, partial.size(1),
                            static_cast<int>(partial.size(2)), static_cast<int>(D)},
                           values_of(weights),
-                          rows_of(gates),
-                          values_of(dweight),
-                          values_of(dgate)};
+                          rows_of(per_sample),
+                          output(weight, dweight),
+                          output(per_sample, dgate),
+                          tanh};
   LUMINA_LAUNCH(partial, sums_config(D), sandwich_norm_gate_kernel, p);
   return {dweight, dgate};
 }
@@ -23,16 +30,18 @@ std::tuple<Tensor, Tensor> gate_grads(const Tensor& partial, int64_t which, cons
 namespace {
 
 std::tuple<Tensor, Tensor> sandwich_norm_fwd(const Tensor& y, const Tensor& residual,
-                                             const Tensor& weight, const Tensor& gate, double eps) {
+                                             const OptionalTensor& weight,
+                                             const OptionalTensor& gate, double eps, bool tanh) {
   const int64_t B = y.size(0), L = y.size(1), D = y.size(2);
   Tensor out = empty_as(residual), rstd = empty(y, {B, L}, ScalarType::Float);
   if (out.numel() == 0) return {out, rstd};
   const Tensor ys = packed(y), residuals = packed(residual);
-  const Tensor weights = packed(weight), gates = packed(gate);
+  const OptionalTensor weights = packed(weight), gates = packed(gate);
   const SandwichNormFwdParams p{.y = rows_of(ys),
                                 .sandwich = {.residual = rows_of(residuals),
                                              .weight = rows_of(weights),
-                                             .gate = rows_of(gates)},
+                                             .gate = rows_of(gates),
+                                             .tanh = tanh},
                                 .out = values_of(out),
                                 .rstd = pointer_to<float>(rstd),
                                 .B = B,
@@ -44,26 +53,28 @@ std::tuple<Tensor, Tensor> sandwich_norm_fwd(const Tensor& y, const Tensor& resi
 }
 
 std::tuple<Tensor, Tensor, Tensor> sandwich_norm_bwd(const Tensor& dout, const Tensor& y,
-                                                     const Tensor& weight, const Tensor& gate,
+                                                     const OptionalTensor& weight,
+                                                     const OptionalTensor& gate, bool tanh,
                                                      const Tensor& rstd) {
   const int64_t B = y.size(0), L = y.size(1), D = y.size(2);
   Tensor dy = empty_as(y);
-  if (dy.numel() == 0) return {dy, zeros_as(weight), zeros_as(gate)};
+  if (dy.numel() == 0) return {dy, zeros_as(weight, y), zeros_as(gate, y)};
   const int64_t chunk = row_chunk(B * L, D), chunks = ceil_div(L, chunk);
   const Tensor partial = empty(y, {B, chunks, 1, D}, ScalarType::Float);
   const OptionalTensor per_token = gradient_per_token(gate);
-  const Tensor douts = packed(dout), ys = packed(y), weights = packed(weight), gates = packed(gate);
+  const Tensor douts = packed(dout), ys = packed(y);
+  const OptionalTensor weights = packed(weight), gates = packed(gate);
   const SandwichNormBwdParams p{
       .dout = rows_of(douts),
       .y = rows_of(ys),
-      .sandwich = {.weight = rows_of(weights), .gate = rows_of(gates)},
+      .sandwich = {.weight = rows_of(weights), .gate = rows_of(gates), .tanh = tanh},
       .rstd = pointer_to<const float>(rstd),
       .dy = values_of(dy),
       .dgate = values_of(per_token),
       .partial = pointer_to<float>(partial),
       .chunks = {.B = B, .L = L, .rows = chunk, .D = static_cast<int>(D)}};
   LUMINA_LAUNCH_ROWS(y, B * chunks, D, sandwich_norm_bwd_kernel, p);
-  const auto [dweight, per_sample] = gate_grads(partial, 0, weight, gate);
+  const auto [dweight, per_sample] = gate_grads(partial, 0, weight, gate, tanh);
   return {dy, dweight, per_token ? *per_token : per_sample};
 }
 

@@ -24,12 +24,14 @@ struct SandwichNormBwdParams {
   RowChunks chunks;
 };
 
-// For the second stage; gate and dgate are (B, D), or null if gate has a row per token.
+// For the second stage. A missing parameter and its gradient are null; gate and dgate are (B, D),
+// or null too if gate has a row per token.
 struct GateGradsParams {
   PartialSums partials;
   Values weight;
   RowsView gate;
   Values dweight, dgate;
+  bool tanh;
 };
 
 // out = residual + tanh(gate) * y * rstd * weight,  rstd = 1 / sqrt(mean(y²) + eps)
@@ -88,20 +90,27 @@ __global__ void __launch_bounds__(row_threads(kPieces))
 }
 
 // From the sums S of dout * n over a sample's rows: dgate = (1 - tanh(gate)²) * weight * S and
-// dweight = sum_b tanh(gate) * S; without a gate, S has that factor already and dweight = sum_b S.
+// dweight = sum_b tanh(gate) * S; without `tanh` dgate = weight * S and dweight = sum_b gate * S.
+// Without a gate S has that factor already, or there is none, and dweight = sum_b S.
 __global__ void __launch_bounds__(kSumColumns* kSumSlices)
     sandwich_norm_gate_kernel(const GateGradsParams p) {
   const int D = p.partials.D;
   const int column = static_cast<int>(blockIdx.x) * kSumColumns + static_cast<int>(threadIdx.x);
   const auto finish = [&](int64_t b, float (&S)[1]) {
     if (!is_there(p.gate)) return;
-    const float g = tanhf(load1(p.gate.values, p.gate.row(b, 0) + column));
-    store1(p.dgate, b * D + column, (1.0f - g * g) * load1(p.weight, column) * S[0]);
+    float g = load1(p.gate.values, p.gate.row(b, 0) + column), slope = 1.0f;
+    if (p.tanh) {
+      g = tanhf(g);
+      slope = 1.0f - g * g;
+    }
+    if (is_there(p.weight)) slope *= load1(p.weight, column);
+    store1(p.dgate, b * D + column, slope * S[0]);
     S[0] *= g;
   };
   float dweight[1];
   sum_partials(p.partials, column, finish, dweight);
-  if (threadIdx.y == 0 && column < D) store1(p.dweight, column, dweight[0]);
+  if (threadIdx.y != 0 || column >= D || !is_there(p.dweight)) return;
+  store1(p.dweight, column, dweight[0]);
 }
 
 }  // namespace lumina_kernels::cuda

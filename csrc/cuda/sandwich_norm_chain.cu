@@ -6,20 +6,22 @@ namespace lumina_kernels::cuda {
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> sandwich_norm_chain_fwd(
-    const Tensor& y, const Tensor& residual, const Tensor& weight, const Tensor& gate,
-    const OptionalTensor& next_weight, const OptionalTensor& next_scale, double eps) {
+    const Tensor& y, const Tensor& residual, const OptionalTensor& weight,
+    const OptionalTensor& gate, const OptionalTensor& next_weight, const OptionalTensor& next_scale,
+    double eps, bool tanh) {
   const int64_t B = y.size(0), L = y.size(1), D = y.size(2);
   Tensor new_residual = empty_as(residual), normed = empty_as(residual);
   Tensor rstd = empty(y, {B, L}, ScalarType::Float), next_rstd = empty_as(rstd);
   if (new_residual.numel() == 0) return {new_residual, normed, rstd, next_rstd};
   const Tensor ys = packed(y), residuals = packed(residual);
-  const Tensor weights = packed(weight), gates = packed(gate);
+  const OptionalTensor weights = packed(weight), gates = packed(gate);
   const OptionalTensor next_weights = packed(next_weight), next_scales = packed(next_scale);
   const SandwichNormChainFwdParams p{
       .y = rows_of(ys),
       .sandwich = {.residual = rows_of(residuals),
                    .weight = rows_of(weights),
-                   .gate = rows_of(gates)},
+                   .gate = rows_of(gates),
+                   .tanh = tanh},
       .next = {.weight = rows_of(next_weights), .scale = rows_of(next_scales)},
       .new_residual = values_of(new_residual),
       .normed = values_of(normed),
@@ -35,15 +37,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sandwich_norm_chain_fwd(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sandwich_norm_chain_bwd(
     const Tensor& dnew_residual, const Tensor& dnormed, const Tensor& y, const Tensor& residual,
-    const Tensor& weight, const Tensor& gate, const OptionalTensor& next_weight,
-    const OptionalTensor& next_scale, const Tensor& rstd, const Tensor& next_rstd) {
+    const OptionalTensor& weight, const OptionalTensor& gate, const OptionalTensor& next_weight,
+    const OptionalTensor& next_scale, bool tanh, const Tensor& rstd, const Tensor& next_rstd) {
   const int64_t B = y.size(0), L = y.size(1), D = y.size(2);
   Tensor dy = empty_as(y), dresidual = empty_as(residual);
   if (dy.numel() == 0) {
     return {dy,
             dresidual,
-            zeros_as(weight),
-            zeros_as(gate),
+            zeros_as(weight, y),
+            zeros_as(gate, y),
             zeros_as(next_weight, y),
             zeros_as(next_scale, y)};
   }
@@ -51,7 +53,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sandwich_norm_chain_b
   const Tensor partial = empty(y, {B, chunks, 2, D}, ScalarType::Float);
   const OptionalTensor dgate = gradient_per_token(gate), dscale = gradient_per_token(next_scale);
   const Tensor dnew_residuals = packed(dnew_residual), dnormeds = packed(dnormed), ys = packed(y);
-  const Tensor residuals = packed(residual), weights = packed(weight), gates = packed(gate);
+  const Tensor residuals = packed(residual);
+  const OptionalTensor weights = packed(weight), gates = packed(gate);
   const OptionalTensor next_weights = packed(next_weight), next_scales = packed(next_scale);
   const SandwichNormChainBwdParams p{
       .dnew_residual = rows_of(dnew_residuals),
@@ -59,7 +62,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sandwich_norm_chain_b
       .y = rows_of(ys),
       .sandwich = {.residual = rows_of(residuals),
                    .weight = rows_of(weights),
-                   .gate = rows_of(gates)},
+                   .gate = rows_of(gates),
+                   .tanh = tanh},
       .next = {.weight = rows_of(next_weights), .scale = rows_of(next_scales)},
       .rstd = pointer_to<const float>(rstd),
       .next_rstd = pointer_to<const float>(next_rstd),
@@ -70,7 +74,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sandwich_norm_chain_b
       .partial = pointer_to<float>(partial),
       .chunks = {.B = B, .L = L, .rows = chunk, .D = static_cast<int>(D)}};
   LUMINA_LAUNCH_ROWS(y, B * chunks, D, sandwich_norm_chain_bwd_kernel, p);
-  const auto [dweight, dgate_sum] = gate_grads(partial, 1, weight, gate);
+  const auto [dweight, dgate_sum] = gate_grads(partial, 1, weight, gate, tanh);
   const auto next = modulation_grads(partial, next_weight, {}, next_scale, {}, dnormed);
   return {dy, dresidual, dweight, dgate ? *dgate : dgate_sum, next[0], dscale ? *dscale : next[2]};
 }

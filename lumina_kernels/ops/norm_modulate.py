@@ -25,8 +25,8 @@ def norm_modulate(
     Args:
         x: rows to normalise, (B, L, D).
         weight, bias: affine parameters of the norm, (D,).
-        scale, shift: modulation, one row per sample, (B, D), or per token, (B, L, D). Strided
-            views, as from `chunk`, are fine.
+        scale, shift: modulation, one row per sample, (B, D) or (B, 1, D), or per token,
+            (B, L, D). Strided views, as from `chunk`, are fine.
         eps: added to the mean square.
         kind: "rms" or "layer".
         backend: None takes the best one available; see `lumina_kernels.backend`.
@@ -38,7 +38,8 @@ def norm_modulate(
         ValueError, TypeError: a shape, device, dtype or kind is not as above.
     """
     check_axes("x", x, "B, L, D")
-    check_modulation(x, kind, weight=weight, bias=bias, scale=scale, shift=shift)
+    check_norm(x, kind, weight=weight, bias=bias)
+    scale, shift = modulations(x, scale=scale, shift=shift)
     backend = resolve(backend, BEST_FIRST, x, weight, bias, scale, shift)
     if backend == "torch":
         return norm_modulate_ref(x, weight, bias, scale, shift, eps, kind)
@@ -68,15 +69,29 @@ def per_token(vector: Tensor) -> Tensor:
     return vector.unsqueeze(1) if vector.ndim == 2 else vector
 
 
-def check_modulation(x: Tensor, kind: str, *, weight, bias, scale, shift) -> None:
-    """The arguments of a modulated norm over rows shaped as x, (B, L, D)."""
+def modulations(x: Tensor, **tensors: Tensor | None) -> list[Tensor | None]:
+    """Scales, shifts or gates of the rows of x, (B, L, D), as the kernels take them: None, (B, D)
+    or (B, L, D). One row per sample may also come as (B, 1, D).
+
+    Raises:
+        ValueError, TypeError: one has another shape, device or dtype.
+    """
+    B, L, D = x.shape
+    for name, tensor in tensors.items():
+        check_optional(name, tensor, x.device, (B, D), (B, L, D), (B, 1, D))
+    return [
+        m.squeeze(1) if m is not None and m.ndim == 3 and m.shape[1] != L else m
+        for m in tensors.values()
+    ]
+
+
+def check_norm(x: Tensor, kind: str, *, weight: Tensor | None, bias: Tensor | None) -> None:
+    """The arguments of a norm over rows shaped as x, (B, L, D)."""
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    B, L, D = x.shape
+    D = x.shape[-1]
     check_optional("weight", weight, x.device, (D,))
     check_optional("bias", bias, x.device, (D,))
-    check_optional("scale", scale, x.device, (B, D), (B, L, D))
-    check_optional("shift", shift, x.device, (B, D), (B, L, D))
 
 
 @kernel_op("out statistics", over="B L")

@@ -5,26 +5,27 @@ from torch import Tensor
 
 from lumina_kernels.axes import Modulation, Rows, RowStatistic, Vector
 from lumina_kernels.backend import BEST_FIRST, resolve
-from lumina_kernels.checks import check_axes, check_float
+from lumina_kernels.checks import check_axes, check_float, check_optional
 from lumina_kernels.kernel_op import kernel_op, like
-from lumina_kernels.ops.norm_modulate import norm_modulate_ref, per_token
+from lumina_kernels.ops.norm_modulate import modulations, norm_modulate_ref, per_token
 
 
 def sandwich_norm(
-    y: Tensor, residual: Tensor, weight: Tensor, gate: Tensor, eps: float = 1e-5, *,
-    backend: str | None = None,
+    y: Tensor, residual: Tensor, weight: Tensor | None, gate: Tensor | None, eps: float = 1e-5,
+    tanh: bool = True, *, backend: str | None = None,
 ) -> Tensor:  # fmt: skip
-    """Return residual + tanh(gate) * rms_norm(y) * weight.
+    """Return residual + tanh(gate) * rms_norm(y) * weight; None leaves its factor out.
 
     rms_norm(y) = y * rsqrt(mean(y²) + eps). The block tail of Lumina-Next (arXiv 2406.18583).
 
     Args:
         y: output of the attention or feed-forward layer, (B, L, D).
         residual: input of that layer, (B, L, D).
-        weight: RMSNorm scale, (D,).
-        gate: adaLN gate before the tanh, one row per sample, (B, D), or per token, (B, L, D).
-            Strided views, as from `chunk`, are fine.
+        weight: RMSNorm scale, (D,), or None.
+        gate: adaLN gate before the tanh, one row per sample, (B, D) or (B, 1, D), or per token,
+            (B, L, D), or None. Strided views, as from `chunk`, are fine.
         eps: added to the mean square.
+        tanh: False takes the gate as it is, without the tanh.
         backend: None takes the best one available; see `lumina_kernels.backend`.
 
     Returns:
@@ -34,37 +35,38 @@ def sandwich_norm(
     Raises:
         ValueError, TypeError: a shape, device or dtype is not as above.
     """
-    check_sandwich(y, residual, weight, gate)
+    check_sandwich(y, residual, weight)
+    (gate,) = modulations(y, gate=gate)
     backend = resolve(backend, BEST_FIRST, y, residual, weight, gate)
     if backend == "torch":
-        return sandwich_norm_ref(y, residual, weight, gate, eps)
-    return sandwich_norm_fwd(y, residual, weight, gate, eps, backend)[0]
+        return sandwich_norm_ref(y, residual, weight, gate, eps, tanh)
+    return sandwich_norm_fwd(y, residual, weight, gate, eps, tanh, backend)[0]
 
 
-def sandwich_norm_ref(y, residual, weight, gate, eps=1e-5):
+def sandwich_norm_ref(y, residual, weight, gate, eps=1e-5, tanh=True):
     """The definition."""
     acc = torch.promote_types(torch.promote_types(y.dtype, residual.dtype), torch.float32)
     normed = norm_modulate_ref(y.to(acc), weight, eps=eps)
-    out = residual.to(acc) + torch.tanh(per_token(gate).to(acc)) * normed
-    return out.to(residual.dtype)
+    if gate is not None:
+        gate = per_token(gate).to(acc)
+        normed = (torch.tanh(gate) if tanh else gate) * normed
+    return (residual.to(acc) + normed).to(residual.dtype)
 
 
-def check_sandwich(y: Tensor, residual: Tensor, weight: Tensor, gate: Tensor) -> None:
-    """The arguments of a sandwich norm over rows shaped as y, (B, L, D)."""
+def check_sandwich(y: Tensor, residual: Tensor, weight: Tensor | None) -> None:
+    """The arguments of a sandwich norm over rows shaped as y, (B, L, D), without the gate."""
     check_axes("y", y, "B, L, D")
-    B, L, D = y.shape
-    check_float("residual", residual, y.device, (B, L, D))
-    check_float("weight", weight, y.device, (D,))
-    check_float("gate", gate, y.device, (B, D), (B, L, D))
+    check_float("residual", residual, y.device, y.shape)
+    check_optional("weight", weight, y.device, y.shape[-1:])
 
 
 @kernel_op("out rstd", over="B L")
 def sandwich_norm_fwd(
-    y: Rows, residual: Rows, weight: Vector, gate: Modulation, eps: float
+    y: Rows, residual: Rows, weight: Vector | None, gate: Modulation | None, eps: float, tanh: bool
 ) -> tuple[Rows, RowStatistic]:
     return residual.new_empty(y.shape), y.new_empty(y.shape[:2], dtype=torch.float32)
 
 
 @sandwich_norm_fwd.backward("dy dweight dgate", residual="dout")
-def sandwich_norm_bwd(dout, y, weight, gate, rstd):
+def sandwich_norm_bwd(dout, y, weight, gate, tanh, rstd):
     return like(y, weight, gate)

@@ -7,13 +7,14 @@ from lumina_kernels.axes import Modulation, Rows, RowStatistic, Vector
 from lumina_kernels.backend import BEST_FIRST, resolve
 from lumina_kernels.checks import check_optional
 from lumina_kernels.kernel_op import kernel_op, like
-from lumina_kernels.ops.norm_modulate import norm_modulate_ref
+from lumina_kernels.ops.norm_modulate import modulations, norm_modulate_ref
 from lumina_kernels.ops.sandwich_norm import check_sandwich, sandwich_norm_ref
 
 
 def sandwich_norm_chain(
-    y: Tensor, residual: Tensor, weight: Tensor, gate: Tensor, next_weight: Tensor | None,
-    next_scale: Tensor | None, eps: float = 1e-5, *, backend: str | None = None,
+    y: Tensor, residual: Tensor, weight: Tensor | None, gate: Tensor | None,
+    next_weight: Tensor | None, next_scale: Tensor | None, eps: float = 1e-5, tanh: bool = True,
+    *, backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return new_residual = residual + tanh(gate) * rms_norm(y) * weight, and the next sub-layer's
     input normed = rms_norm(new_residual) * next_weight * (1 + next_scale); None omits its factor.
@@ -25,11 +26,13 @@ def sandwich_norm_chain(
     Args:
         y: output of the attention or feed-forward layer, (B, L, D).
         residual: input of that layer, (B, L, D).
-        weight: scale of the post-norm, (D,).
-        gate: adaLN gate before the tanh, (B, D) or (B, L, D); strided views are fine.
+        weight: scale of the post-norm, (D,), or None.
+        gate: adaLN gate before the tanh, one row per sample, (B, D) or (B, 1, D), or per token,
+            (B, L, D), or None; strided views are fine.
         next_weight: scale of the next pre-norm, (D,), or None.
-        next_scale: adaLN scale of the next sub-layer, (B, D) or (B, L, D), or None.
+        next_scale: adaLN scale of the next sub-layer, shaped as a gate, or None.
         eps: added to both mean squares.
+        tanh: False takes the gate as it is, without the tanh.
         backend: None takes the best one available; see `lumina_kernels.backend`.
 
     Returns:
@@ -39,29 +42,30 @@ def sandwich_norm_chain(
     Raises:
         ValueError, TypeError: a shape, device or dtype is not as above.
     """
-    check_sandwich(y, residual, weight, gate)
-    B, L, D = y.shape
-    check_optional("next_weight", next_weight, y.device, (D,))
-    check_optional("next_scale", next_scale, y.device, (B, D), (B, L, D))
+    check_sandwich(y, residual, weight)
+    check_optional("next_weight", next_weight, y.device, y.shape[-1:])
+    gate, next_scale = modulations(y, gate=gate, next_scale=next_scale)
     tensors = (y, residual, weight, gate, next_weight, next_scale)
     backend = resolve(backend, BEST_FIRST, *tensors)
     if backend == "torch":
-        return sandwich_norm_chain_ref(*tensors, eps)
-    return sandwich_norm_chain_fwd(*tensors, eps, backend)[:2]
+        return sandwich_norm_chain_ref(*tensors, eps, tanh)
+    return sandwich_norm_chain_fwd(*tensors, eps, tanh, backend)[:2]
 
 
-def sandwich_norm_chain_ref(y, residual, weight, gate, next_weight, next_scale, eps=1e-5):
+def sandwich_norm_chain_ref(
+    y, residual, weight, gate, next_weight, next_scale, eps=1e-5, tanh=True
+):
     """The definition."""
     acc = torch.promote_types(torch.promote_types(y.dtype, residual.dtype), torch.float32)
-    new_residual = sandwich_norm_ref(y.to(acc), residual.to(acc), weight, gate, eps)
+    new_residual = sandwich_norm_ref(y.to(acc), residual.to(acc), weight, gate, eps, tanh)
     normed = norm_modulate_ref(new_residual, next_weight, scale=next_scale, eps=eps)
     return new_residual.to(residual.dtype), normed.to(residual.dtype)
 
 
 @kernel_op("new_residual normed rstd next_rstd", over="B L")
 def sandwich_norm_chain_fwd(
-    y: Rows, residual: Rows, weight: Vector, gate: Modulation, next_weight: Vector | None,
-    next_scale: Modulation | None, eps: float,
+    y: Rows, residual: Rows, weight: Vector | None, gate: Modulation | None,
+    next_weight: Vector | None, next_scale: Modulation | None, eps: float, tanh: bool,
 ) -> tuple[Rows, Rows, RowStatistic, RowStatistic]:  # fmt: skip
     rstd, next_rstd = (y.new_empty(y.shape[:2], dtype=torch.float32) for _ in range(2))
     return *like(residual, residual), rstd, next_rstd
@@ -69,6 +73,7 @@ def sandwich_norm_chain_fwd(
 
 @sandwich_norm_chain_fwd.backward("dy dresidual dweight dgate dnext_weight dnext_scale")
 def sandwich_norm_chain_bwd(
-    dnew_residual, dnormed, y, residual, weight, gate, next_weight, next_scale, rstd, next_rstd
-):
+    dnew_residual, dnormed, y, residual, weight, gate, next_weight, next_scale, tanh, rstd,
+    next_rstd,
+):  # fmt: skip
     return like(y, residual, weight, gate, next_weight, next_scale)

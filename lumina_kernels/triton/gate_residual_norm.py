@@ -43,7 +43,9 @@ def gate_residual_norm_fwd_kernel(
     b, rows = program_rows(L, ROWS)
     y = load_rows(y, b, rows, L, D, DS)
     residual = load_rows(residual, b, rows, L, D, DS)
-    new_residual = add(residual, multiply(load_rows(gate, b, rows, L, D, DS), y))
+    if gate is not None:
+        y = multiply(load_rows(gate, b, rows, L, D, DS), y)
+    new_residual = add(residual, y)
     store_rows(new_residual_ptr, new_residual, b, rows, L, D, DS)
     n = normalise(new_residual, eps, rstd_ptr, mean_ptr, b, rows, L, D, DS)
     normed = modulate(n, weight_ptr, bias_ptr, scale, shift, b, rows, L, D, DS)
@@ -58,15 +60,18 @@ def gate_residual_norm_bwd_kernel(
 ):  # fmt: skip
     """dresidual = dnew_residual + the gradient of the norm's input, dy = gate * dresidual.
     `new_residual` is recomputed, because the stored value is rounded. partial: over `chunk` rows
-    the sums of `modulate_bwd` and that of dresidual * y, which is dgate."""
+    the sums of `modulate_bwd` and, if there is a gate, that of dresidual * y, which is dgate."""
     b, first = program_chunk(L, chunk)
     dn_sum, d_sum, gate_sum = zero_row(DS), zero_row(DS), zero_row(DS)
     for row in range(first, tl.minimum(first + chunk, L)):
         rows = row + tl.zeros((1, 1), tl.int64)
         y_row = load_rows(y, b, rows, L, D, DS)
         residual_row = load_rows(residual, b, rows, L, D, DS)
-        gate_row = load_rows(gate, b, rows, L, D, DS)
-        new_residual = add(residual_row, multiply(gate_row, y_row))
+        if gate is None:
+            new_residual = add(residual_row, y_row)
+        else:
+            gate_row = load_rows(gate, b, rows, L, D, DS)
+            new_residual = add(residual_row, multiply(gate_row, y_row))
         n, rstd = normalise_from_statistics(new_residual, rstd_ptr, mean_ptr, b, rows, L, D, DS)
         d = load_rows(dnormed, b, rows, L, D, DS)
         d, dn_sum, d_sum = modulate_bwd(
@@ -75,12 +80,18 @@ def gate_residual_norm_bwd_kernel(
         d = norm_bwd(d, n, rstd, D, mean_ptr is not None)
         d = add(d, load_rows(dnew_residual, b, rows, L, D, DS))
         store_rows(dresidual_ptr, d, b, rows, L, D, DS)
-        store_rows(dy_ptr, multiply(gate_row, d), b, rows, L, D, DS)
-        if dgate_ptr is None:
-            gate_sum = add(gate_sum, multiply(d, y_row))
+        if gate is None:
+            store_rows(dy_ptr, d, b, rows, L, D, DS)
         else:
-            store_rows(dgate_ptr, multiply(d, y_row), b, rows, L, D, DS)
-    store_sums(partial_ptr, 3, (dn_sum, d_sum, gate_sum), D, DS)
+            store_rows(dy_ptr, multiply(gate_row, d), b, rows, L, D, DS)
+            if dgate_ptr is None:
+                gate_sum = add(gate_sum, multiply(d, y_row))
+            else:
+                store_rows(dgate_ptr, multiply(d, y_row), b, rows, L, D, DS)
+    if gate is None:
+        store_sums(partial_ptr, 2, (dn_sum, d_sum), D, DS)
+    else:
+        store_sums(partial_ptr, 3, (dn_sum, d_sum, gate_sum), D, DS)
 
 
 def gate_residual_norm_fwd(
@@ -111,16 +122,16 @@ def gate_residual_norm_bwd(
         return dy, dresidual, *zeros_of(gate, weight, bias, scale, shift)
     chunk = rows_per_program(B * L)
     chunks = blocks(L, chunk)
-    partial = y.new_empty(B, chunks, 3, D, dtype=torch.float32)
+    partial = y.new_empty(B, chunks, 2 if gate is None else 3, D, dtype=torch.float32)
     scale_per_token = scale is not None and scale.ndim == 3
     dscale = scale.new_empty(B, L, D) if scale_per_token else None
-    dgate = gate.new_empty(B, L, D) if gate.ndim == 3 else None
+    dgate = gate.new_empty(B, L, D) if gate is not None and gate.ndim == 3 else None
     gate_residual_norm_bwd_kernel[(B * chunks,)](
         rows_of(dnew_residual), rows_of(dnormed), rows_of(y), rows_of(residual), rows_of(gate),
         contiguous(weight), contiguous(bias), rows_of(scale), *rstd_and_mean(statistics),
         dy, dresidual, dgate, dscale, partial, L, chunk, **backward_options(D),
     )  # fmt: skip
-    if dgate is None:
+    if gate is not None and dgate is None:
         dgate = partial[:, :, 2].sum(1).to(gate.dtype)
     dweight, dbias, dscale_sum, dshift = modulation_grads(
         partial, weight, bias, scale, shift, dnormed

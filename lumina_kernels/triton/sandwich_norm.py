@@ -16,6 +16,7 @@ from lumina_kernels.triton._norm import (
     rstd_of,
     store_sums,
     sum_partials,
+    zeros_of,
 )
 from lumina_kernels.triton._tiles import (
     add,
@@ -65,56 +66,79 @@ def one_minus_square(tile):
 
 
 @triton.jit
-def sandwich(n, residual, weight_ptr, gate, b, rows, L, D: tl.constexpr, DS: tl.constexpr):
-    """residual + tanh(gate) * n * weight, n the normalised row"""
-    weight = load_vector(weight_ptr, D, DS)
-    gate = load_rows(gate, b, rows, L, D, DS)
-    residual = load_rows(residual, b, rows, L, D, DS)
-    out = ()
-    for j in tl.static_range(len(n)):
-        out = out + (residual[j] + tanh(gate[j]) * (n[j] * weight[j]),)
-    return out
+def load_opening(gate, b, rows, L, TANH: tl.constexpr, D: tl.constexpr, DS: tl.constexpr):
+    """The factor that a gate stands for: tanh(gate), or the gate as it is."""
+    opening = load_rows(gate, b, rows, L, D, DS)
+    if TANH:
+        opening = tanh_tile(opening)
+    return opening
+
+
+@triton.jit
+def sandwich(
+    n, residual, weight_ptr, gate, b, rows, L, TANH: tl.constexpr, D: tl.constexpr, DS: tl.constexpr
+):
+    """residual + tanh(gate) * n * weight, n the normalised row, without the factors that are None;
+    without TANH the gate as it is."""
+    if weight_ptr is not None:
+        n = multiply(n, load_vector(weight_ptr, D, DS))
+    if gate is not None:
+        n = multiply(load_opening(gate, b, rows, L, TANH, D, DS), n)
+    return add(load_rows(residual, b, rows, L, D, DS), n)
 
 
 @triton.jit
 def sandwich_bwd(
     d, gate_sum, n, rstd, weight_ptr, gate, dgate_ptr, b, rows, L,
-    D: tl.constexpr, DS: tl.constexpr,
+    TANH: tl.constexpr, D: tl.constexpr, DS: tl.constexpr,
 ):  # fmt: skip
     """Gradient of y from that of the output, d, and the sums over rows of f * d * n, n = y * rstd.
 
     Where `gate` has a row per token, f is tanh(gate), and the gradient of `gate`,
-    (1 - tanh²) * d * n * weight, is stored. Otherwise f is 1: the second stage multiplies by tanh.
+    (1 - tanh²) * d * n * weight, is stored; without TANH f is the gate, and its gradient d * n *
+    weight. Otherwise f is 1: the second stage multiplies by f.
     """
-    weight = load_vector(weight_ptr, D, DS)
-    t = tanh_tile(load_rows(gate, b, rows, L, D, DS))
+    if weight_ptr is not None:
+        weight = load_vector(weight_ptr, D, DS)
+    if gate is not None:
+        t = load_opening(gate, b, rows, L, TANH, D, DS)
     if dgate_ptr is None:
         gate_sum = add(gate_sum, multiply(d, n))
     else:
         gate_sum = add(gate_sum, multiply(multiply(t, d), n))
-        dgate = multiply(multiply(multiply(one_minus_square(t), d), n), weight)
+        dgate = d
+        if TANH:
+            dgate = multiply(one_minus_square(t), d)
+        dgate = multiply(dgate, n)
+        if weight_ptr is not None:
+            dgate = multiply(dgate, weight)
         store_rows(dgate_ptr, dgate, b, rows, L, D, DS)
-    return norm_bwd(multiply(multiply(d, t), weight), n, rstd, D, False), gate_sum
+    if gate is not None:
+        d = multiply(d, t)
+    if weight_ptr is not None:
+        d = multiply(d, weight)
+    return norm_bwd(d, n, rstd, D, False), gate_sum
 
 
 @triton.jit
 def sandwich_norm_fwd_kernel(
     y, residual, weight_ptr, gate,  # rows: (pointer, stride of b, of l)
-    out_ptr, rstd_ptr, L, eps, D: tl.constexpr, DS: tl.constexpr, ROWS: tl.constexpr,
+    out_ptr, rstd_ptr, L, eps,
+    TANH: tl.constexpr, D: tl.constexpr, DS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """out = residual + tanh(gate) * y * rstd * weight,  rstd = 1 / sqrt(mean(y²) + eps)"""
     b, rows = program_rows(L, ROWS)
     y = load_rows(y, b, rows, L, D, DS)
     rstd = rstd_of(y, eps, D)
     store_row_values(rstd_ptr, rstd, b, rows, L)
-    out = sandwich(scale_by(y, rstd), residual, weight_ptr, gate, b, rows, L, D, DS)
+    out = sandwich(scale_by(y, rstd), residual, weight_ptr, gate, b, rows, L, TANH, D, DS)
     store_rows(out_ptr, out, b, rows, L, D, DS)
 
 
 @triton.jit
 def sandwich_norm_bwd_kernel(
     dout, y, weight_ptr, gate, rstd_ptr, dy_ptr, dgate_ptr, partial_ptr,
-    L, chunk, D: tl.constexpr, DS: tl.constexpr,
+    L, chunk, TANH: tl.constexpr, D: tl.constexpr, DS: tl.constexpr,
 ):  # fmt: skip
     """With n = y * rstd, d = dout * tanh(gate) * weight: dy = rstd * (d - n * mean(d * n));
     partial: `sandwich_bwd`'s sums over `chunk` rows."""
@@ -126,8 +150,9 @@ def sandwich_norm_bwd_kernel(
         y_row = load_rows(y, b, rows, L, D, DS)
         rstd = load_row_values(rstd_ptr, b, rows, L)
         dy, gate_sum = sandwich_bwd(
-            d, gate_sum, scale_by(y_row, rstd), rstd, weight_ptr, gate, dgate_ptr, b, rows, L, D, DS
-        )
+            d, gate_sum, scale_by(y_row, rstd), rstd, weight_ptr, gate, dgate_ptr, b, rows, L,
+            TANH, D, DS,
+        )  # fmt: skip
         store_rows(dy_ptr, dy, b, rows, L, D, DS)
     store_sums(partial_ptr, 1, (gate_sum,), D, DS)
 
@@ -135,10 +160,11 @@ def sandwich_norm_bwd_kernel(
 @triton.jit
 def sandwich_norm_gate_kernel(
     partial_ptr, weight_ptr, gate, dweight_ptr, dgate_ptr, B, chunks, sums,
-    D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    TANH: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """From the sums S of dout * n over a sample's rows: dgate = (1 - tanh(gate)²) * weight * S,
-    dweight = sum_b tanh(gate) * S. Without gate S has that factor already: dweight = sum_b S."""
+    dweight = sum_b tanh(gate) * S; without TANH dgate = weight * S, dweight = sum_b gate * S.
+    Without gate S has that factor already, or there is none: dweight = sum_b S."""
     columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = columns < D
     dweight = tl.zeros((BLOCK_D,), tl.float32)
@@ -149,30 +175,39 @@ def sandwich_norm_gate_kernel(
         S = sum_partials(first, chunks, sums * D, columns, D, BLOCK, BLOCK_D)
         if gate is not None:
             gate_ptr, stride_b = gate
-            g = tanh(tl.load(gate_ptr + b * stride_b + columns, mask=mask).to(tl.float32))
-            w = tl.load(weight_ptr + columns, mask=mask).to(tl.float32)
-            dgate = ((1 - g * g) * w * S).to(dgate_ptr.dtype.element_ty)
+            g = tl.load(gate_ptr + b * stride_b + columns, mask=mask).to(tl.float32)
+            slope = 1.0
+            if TANH:
+                g = tanh(g)
+                slope = 1 - g * g
+            if weight_ptr is not None:
+                slope *= tl.load(weight_ptr + columns, mask=mask).to(tl.float32)
+            dgate = (slope * S).to(dgate_ptr.dtype.element_ty)
             tl.store(dgate_ptr + b * D + columns, dgate, mask=mask)
             S = g * S
         dweight += S
-    tl.store(dweight_ptr + columns, dweight.to(dweight_ptr.dtype.element_ty), mask=mask)
+    if dweight_ptr is not None:
+        tl.store(dweight_ptr + columns, dweight.to(dweight_ptr.dtype.element_ty), mask=mask)
 
 
-def gate_grads(partial: Tensor, weight: Tensor, gate: Tensor) -> tuple[Tensor, Tensor | None]:
-    """dweight, and dgate (None where `gate` has a row per token), from the partial sums S
-    (B, chunks, D), a view of (B, chunks, sums, D)."""
+def gate_grads(
+    partial: Tensor, weight: Tensor | None, gate: Tensor | None, tanh: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """dweight and dgate, None where there is no such parameter or where `gate` has a row per token,
+    from the partial sums S (B, chunks, D), a view of (B, chunks, sums, D)."""
     B, chunks, D = partial.shape
-    gate = gate if gate.ndim == 2 else None
-    dweight, dgate = weight.new_empty(D), None if gate is None else gate.new_empty(B, D)
-    sandwich_norm_gate_kernel[(blocks(D, BLOCK_D),)](
-        partial, contiguous(weight), rows_of(gate), dweight, dgate, B, chunks,
-        partial.stride(1) // D, D=D, BLOCK=BLOCK_SUMS, BLOCK_D=BLOCK_D, num_warps=4,
-        enable_fp_fusion=True,
-    )  # fmt: skip
+    gate = gate if gate is not None and gate.ndim == 2 else None
+    dweight, dgate = (None if p is None else p.new_empty(p.shape) for p in (weight, gate))
+    if weight is not None or gate is not None:
+        sandwich_norm_gate_kernel[(blocks(D, BLOCK_D),)](
+            partial, contiguous(weight), rows_of(gate), dweight, dgate, B, chunks,
+            partial.stride(1) // D, TANH=tanh, D=D, BLOCK=BLOCK_SUMS, BLOCK_D=BLOCK_D,
+            num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
     return dweight, dgate
 
 
-def sandwich_norm_fwd(y, residual, weight, gate, eps) -> tuple[Tensor, Tensor]:
+def sandwich_norm_fwd(y, residual, weight, gate, eps, tanh) -> tuple[Tensor, Tensor]:
     """out (B, L, D) and rstd (B, L)."""
     B, L, D = y.shape
     out = residual.new_empty(B, L, D)
@@ -182,24 +217,24 @@ def sandwich_norm_fwd(y, residual, weight, gate, eps) -> tuple[Tensor, Tensor]:
     options = forward_options(D)
     sandwich_norm_fwd_kernel[(B * blocks(L, options["ROWS"]),)](
         rows_of(y), rows_of(residual), contiguous(weight), rows_of(gate), out, rstd, L, eps,
-        **options,
+        TANH=tanh, **options,
     )  # fmt: skip
     return out, rstd
 
 
-def sandwich_norm_bwd(dout, y, weight, gate, rstd) -> tuple[Tensor, Tensor, Tensor]:
-    """dy (B, L, D), dweight (D,) and dgate, shaped as gate."""
+def sandwich_norm_bwd(dout, y, weight, gate, tanh, rstd) -> tuple[Tensor | None, ...]:
+    """dy (B, L, D), dweight (D,) and dgate, shaped as gate; None for None."""
     B, L, D = y.shape
     dy = y.new_empty(B, L, D)
     if dy.numel() == 0:
-        return dy, torch.zeros_like(weight), gate.new_zeros(gate.shape)
+        return dy, *zeros_of(weight, gate)
     chunk = rows_per_program(B * L)
     chunks = blocks(L, chunk)
     partial = dy.new_empty(B, chunks, D, dtype=torch.float32)
-    dgate = gate.new_empty(B, L, D) if gate.ndim == 3 else None
+    dgate = gate.new_empty(B, L, D) if gate is not None and gate.ndim == 3 else None
     sandwich_norm_bwd_kernel[(B * chunks,)](
         rows_of(dout), rows_of(y), contiguous(weight), rows_of(gate), rstd, dy, dgate, partial,
-        L, chunk, **backward_options(D),
+        L, chunk, TANH=tanh, **backward_options(D),
     )  # fmt: skip
-    dweight, dgate_sum = gate_grads(partial, weight, gate)
+    dweight, dgate_sum = gate_grads(partial, weight, gate, tanh)
     return dy, dweight, dgate_sum if dgate is None else dgate

@@ -35,14 +35,14 @@ from lumina_kernels.triton.sandwich_norm import gate_grads, sandwich, sandwich_b
 def sandwich_norm_chain_fwd_kernel(
     y, residual, weight_ptr, gate, next_weight_ptr, next_scale,  # (pointer, stride of b, of l)
     new_residual_ptr, normed_ptr, rstd_ptr, next_rstd_ptr, L, eps,
-    D: tl.constexpr, DS: tl.constexpr, ROWS: tl.constexpr,
+    TANH: tl.constexpr, D: tl.constexpr, DS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """new_residual = residual + tanh(gate) * y * rstd * weight,
     normed = new_residual * next_rstd * next_weight * (1 + next_scale)"""
     b, rows = program_rows(L, ROWS)
     y = load_rows(y, b, rows, L, D, DS)
     n = normalise(y, eps, rstd_ptr, None, b, rows, L, D, DS)
-    new_residual = sandwich(n, residual, weight_ptr, gate, b, rows, L, D, DS)
+    new_residual = sandwich(n, residual, weight_ptr, gate, b, rows, L, TANH, D, DS)
     store_rows(new_residual_ptr, new_residual, b, rows, L, D, DS)
     n = normalise(new_residual, eps, next_rstd_ptr, None, b, rows, L, D, DS)
     normed = modulate(n, next_weight_ptr, None, next_scale, None, b, rows, L, D, DS)
@@ -53,7 +53,7 @@ def sandwich_norm_chain_fwd_kernel(
 def sandwich_norm_chain_bwd_kernel(
     dnew_residual, dnormed, y, residual, weight_ptr, gate, next_weight_ptr, next_scale,
     rstd_ptr, next_rstd_ptr, dy_ptr, dresidual_ptr, dgate_ptr, dscale_ptr, partial_ptr,
-    L, chunk, D: tl.constexpr, DS: tl.constexpr,
+    L, chunk, TANH: tl.constexpr, D: tl.constexpr, DS: tl.constexpr,
 ):  # fmt: skip
     """dresidual = dnew_residual + the gradient of the next norm's input; dy from it as in
     sandwich_norm. `new_residual` is recomputed, because the stored value is rounded. partial:
@@ -64,7 +64,7 @@ def sandwich_norm_chain_bwd_kernel(
         rows = row + tl.zeros((1, 1), tl.int64)
         y_row = load_rows(y, b, rows, L, D, DS)
         n, rstd = normalise_from_statistics(y_row, rstd_ptr, None, b, rows, L, D, DS)
-        new_residual = sandwich(n, residual, weight_ptr, gate, b, rows, L, D, DS)
+        new_residual = sandwich(n, residual, weight_ptr, gate, b, rows, L, TANH, D, DS)
         next_n, next_rstd = normalise_from_statistics(
             new_residual, next_rstd_ptr, None, b, rows, L, D, DS
         )
@@ -77,14 +77,14 @@ def sandwich_norm_chain_bwd_kernel(
         d = add(d, load_rows(dnew_residual, b, rows, L, D, DS))
         store_rows(dresidual_ptr, d, b, rows, L, D, DS)
         d, gate_sum = sandwich_bwd(
-            d, gate_sum, n, rstd, weight_ptr, gate, dgate_ptr, b, rows, L, D, DS
+            d, gate_sum, n, rstd, weight_ptr, gate, dgate_ptr, b, rows, L, TANH, D, DS
         )
         store_rows(dy_ptr, d, b, rows, L, D, DS)
     store_sums(partial_ptr, 2, (next_sum, gate_sum), D, DS)
 
 
 def sandwich_norm_chain_fwd(
-    y, residual, weight, gate, next_weight, next_scale, eps
+    y, residual, weight, gate, next_weight, next_scale, eps, tanh
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """new_residual and normed (B, L, D), rstd and next_rstd (B, L)."""
     B, L, D = y.shape
@@ -95,14 +95,16 @@ def sandwich_norm_chain_fwd(
     options = forward_options(D)
     sandwich_norm_chain_fwd_kernel[(B * blocks(L, options["ROWS"]),)](
         rows_of(y), rows_of(residual), contiguous(weight), rows_of(gate), contiguous(next_weight),
-        rows_of(next_scale), new_residual, normed, rstd, next_rstd, L, eps, **options,
+        rows_of(next_scale), new_residual, normed, rstd, next_rstd, L, eps,
+        TANH=tanh, **options,
     )  # fmt: skip
     return new_residual, normed, rstd, next_rstd
 
 
 def sandwich_norm_chain_bwd(
-    dnew_residual, dnormed, y, residual, weight, gate, next_weight, next_scale, rstd, next_rstd
-) -> tuple[Tensor | None, ...]:
+    dnew_residual, dnormed, y, residual, weight, gate, next_weight, next_scale, tanh, rstd,
+    next_rstd,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The gradients of y, residual, weight, gate, next_weight and next_scale; None for None."""
     B, L, D = y.shape
     dy, dresidual = y.new_empty(B, L, D), residual.new_empty(B, L, D)
@@ -113,15 +115,15 @@ def sandwich_norm_chain_bwd(
     partial = y.new_empty(B, chunks, 2, D, dtype=torch.float32)
     scale_per_token = next_scale is not None and next_scale.ndim == 3
     dscale = next_scale.new_empty(B, L, D) if scale_per_token else None
-    dgate = gate.new_empty(B, L, D) if gate.ndim == 3 else None
+    dgate = gate.new_empty(B, L, D) if gate is not None and gate.ndim == 3 else None
     weight, next_weight = contiguous(weight), contiguous(next_weight)
     sandwich_norm_chain_bwd_kernel[(B * chunks,)](
         rows_of(dnew_residual), rows_of(dnormed), rows_of(y), rows_of(residual),
         weight, rows_of(gate),
         next_weight, rows_of(next_scale), rstd, next_rstd, dy, dresidual, dgate, dscale, partial,
-        L, chunk, **backward_options(D),
+        L, chunk, TANH=tanh, **backward_options(D),
     )  # fmt: skip
-    dweight, dgate_sum = gate_grads(partial.select(2, 1), weight, gate)
+    dweight, dgate_sum = gate_grads(partial.select(2, 1), weight, gate, tanh)
     dnext_weight, _, dscale_sum, _ = modulation_grads(
         partial, next_weight, None, next_scale, None, dnormed
     )

@@ -78,7 +78,8 @@ def test_errors():
     raises(TypeError, "weight must be a tensor, got float", op, good, weight=1.0)
     raises(ValueError, r"weight .* shape \(48,\), got \(47,\)", op, good, weight=randn(47))
     raises(ValueError, "bias must have shape", op, good, bias=randn(1, 48))
-    raises(ValueError, r"scale .* \(2, 48\) or \(2, 5, 48\)", op, good, scale=randn(2, 1, 48))
+    rule = r"scale .* \(2, 48\) or \(2, 5, 48\) or \(2, 1, 48\), got \(1, 1, 48\)"
+    raises(ValueError, rule, op, good, scale=randn(1, 1, 48))
     raises(ValueError, "shift must have shape", op, good, shift=randn(1, 48))
     raises(ValueError, "shift must be on .*, got meta", op, good, shift=randn(2, 48).to("meta"))
     raises(ValueError, "kind must be one of rms, layer, got 'batch'", op, good, kind="batch")

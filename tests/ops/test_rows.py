@@ -99,8 +99,8 @@ def test_misaligned_tensors(op, backend, D):
 @pytest.mark.parametrize("backend", BACKENDS)
 @every_op
 def test_every_term_is_optional(op, kind, backend):
-    names = {"sandwich_norm": (), "sandwich_norm_chain": ("next_weight", "next_scale")}
-    names = names.get(op, ("weight", "bias", "scale", "shift"))
+    tensors = MODULES[op].make_inputs()
+    names = tuple(name for name in tensors if name not in ("x", "y", "residual"))
     for left_out in (*((name,) for name in names), names):
         none = dict.fromkeys(left_out)
         assert_op_accurate(op, kind, (2, 3, 48), False, backend, torch.float32, **none)
@@ -112,6 +112,33 @@ def test_every_term_is_optional(op, kind, backend):
 def test_one_modulation_per_token_and_one_per_sample(op, name, backend):
     per_token = {name: randn(2, 5, 48)}
     assert_op_accurate(op, "layer", (2, 5, 48), False, backend, torch.float32, **per_token)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("per_token", (False, True))
+@pytest.mark.parametrize("op", list(MODULES)[2:])
+def test_a_gate_without_tanh_or_without_weight(op, per_token, backend):
+    for changed in ({"tanh": False}, {"weight": None}, {"tanh": False, "weight": None}):
+        shape = (2, 5, 48)
+        assert_op_accurate(op, None, shape, per_token, backend, torch.float32, **changed)
+
+
+@pytest.mark.parametrize("backend", ("torch", *BACKENDS))
+@pytest.mark.parametrize("L", (1, 5))
+@pytest.mark.parametrize("op", MODULES)
+def test_rows_of_samples_with_a_dimension_of_one_token(op, L, backend):
+    """The same bits as without it, and gradients with it; one token has either reading."""
+    inputs = cast(MODULES[op].make_inputs(2, L, 48))
+    rows = {name: x[:, None] for name, x in inputs.items() if x.shape == (2, 48)}
+    fn = partial(getattr(lumina_kernels, op), backend=backend)
+    plain, found = run(fn, inputs), run(fn, inputs | rows)
+    for name in rows:
+        assert found[f"d{name}"].shape == (2, 1, 48)
+        found[f"d{name}"] = found[f"d{name}"][:, 0]
+    if L == 1:
+        torch.testing.assert_close(found, plain)
+    else:
+        assert_equal_results(found, plain)
 
 
 @pytest.mark.parametrize("op", list(MODULES)[1:])

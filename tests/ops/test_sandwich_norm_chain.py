@@ -1,4 +1,5 @@
 import pytest
+import test_sandwich_norm
 import torch
 from common import (
     assert_same_in_float64,
@@ -24,29 +25,30 @@ def make_inputs(B=2, L=5, D=48, per_token=False):
     }
 
 
-def eager(y, residual, weight, gate, next_weight, next_scale, eps=1e-5):
+def eager(y, residual, weight, gate, next_weight, next_scale, eps=1e-5, tanh=True):
     """Two sub-layers of a model, with its roundings."""
-    gate = gate[:, None] if gate.ndim == 2 else gate
-    new = residual + torch.tanh(gate) * F.rms_norm(y, weight.shape, weight, eps)
-    normed = F.rms_norm(new, weight.shape, next_weight, eps)
+    new = test_sandwich_norm.eager(y, residual, weight, gate, eps, tanh)
+    normed = F.rms_norm(new, new.shape[-1:], next_weight, eps)
     if next_scale is not None:
         normed = normed * (1 + (next_scale[:, None] if next_scale.ndim == 2 else next_scale))
     return new, normed
 
 
-def test_gradcheck():
+@pytest.mark.parametrize("tanh", (True, False))
+def test_gradcheck(tanh):
     leaves = [tensor.requires_grad_() for tensor in make_inputs(B=1, L=2, D=3).values()]
-    assert torch.autograd.gradcheck(lambda *args: sandwich_norm_chain(*args, 1e-3), leaves)
+    assert torch.autograd.gradcheck(lambda *args: sandwich_norm_chain(*args, 1e-3, tanh), leaves)
 
 
+@pytest.mark.parametrize("tanh", (True, False))
 @pytest.mark.parametrize("per_token", (False, True))
-def test_matches_torch(per_token):
-    inputs = make_inputs(per_token=per_token) | {"eps": 1e-3}
+def test_matches_torch(per_token, tanh):
+    inputs = make_inputs(per_token=per_token) | {"eps": 1e-3, "tanh": tanh}
     assert_same_in_float64(sandwich_norm_chain, eager, inputs)
 
 
-@pytest.mark.parametrize("left_out", ("next_weight", "next_scale"))
-def test_next_factors_are_optional(left_out):
+@pytest.mark.parametrize("left_out", ("weight", "gate", "next_weight", "next_scale"))
+def test_factors_are_optional(left_out):
     assert_same_in_float64(sandwich_norm_chain, eager, make_inputs() | {left_out: None})
 
 

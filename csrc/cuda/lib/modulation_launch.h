@@ -42,9 +42,11 @@ std::array<Tensor, 4> modulation_grads(const Tensor& partial, const OptionalTens
 // The sums over chunks of partial sum number `which` + 1, in the shape (B, D) of `like`.
 Tensor sample_sums(const Tensor& partial, int64_t which, const Tensor& like);
 
-// dweight and dgate of a sandwich norm (dgate is `nothing` if the gate has a row per token) from
-// the partial sums (B, chunks, sums, D), whose sum number `which` is S (sandwich_norm.cuh).
-std::tuple<Tensor, Tensor> gate_grads(const Tensor& partial, int64_t which, const Tensor& weight,
-                                      const Tensor& gate);
+// dweight and dgate of a sandwich norm (`nothing` if the parameter is missing, or if the gate has a
+// row per token) from the partial sums (B, chunks, sums, D), whose sum number `which` is S
+// (sandwich_norm.cuh).
+std::tuple<Tensor, Tensor> gate_grads(const Tensor& partial, int64_t which,
+                                      const OptionalTensor& weight, const OptionalTensor& gate,
+                                      bool tanh);
 
 }  // namespace lumina_kernels::cuda

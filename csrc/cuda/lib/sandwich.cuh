@@ -5,8 +5,10 @@
 
 namespace lumina_kernels::cuda {
 
+// weight and gate may be missing; without `tanh` the gate is used as it is.
 struct Sandwich {
   RowsView residual, weight, gate;
+  bool tanh;
 };
 
 // n becomes residual + tanh(gate) * n * weight in the span at `base` of row l of sample b.
@@ -17,6 +19,10 @@ __device__ __forceinline__ void sandwich(const Sandwich& s, int64_t b, int64_t l
     const int column = column_of(base, j);
     with_parameter(s.weight, b, l, column, D, [&](const Float8& weight) { n[j] *= weight; });
     with_parameter(s.gate, b, l, column, D, [&](const Float8& gate) {
+      if (!s.tanh) {
+        n[j] *= gate;
+        return;
+      }
 #pragma unroll  // a column at a time: with 8 results of tanh at once ptxas spills on sm_100
       for (int k = 0; k < 8; ++k) n[j][k] *= tanhf(gate[k]);
     });
@@ -27,8 +33,8 @@ __device__ __forceinline__ void sandwich(const Sandwich& s, int64_t b, int64_t l
 // d, the gradient of the output, becomes that of n; the sum over rows gets f * d * n.
 //
 // If `gate` has a row per token, f is tanh(gate), and the gradient of the gate,
-// (1 - tanh²) * d * n * weight, is written to `dgate`, row `token`. Otherwise f is 1, and the
-// second stage applies the gate.
+// (1 - tanh²) * d * n * weight, is written to `dgate`, row `token`; without `tanh` f is the gate
+// and its gradient d * n * weight. Otherwise f is 1, and the second stage applies the gate.
 template <int kPieces>
 __device__ __forceinline__ void sandwich_bwd(const Sandwich& s, const Values& dgate, int64_t b,
                                              int64_t l, int64_t token, int base, int D,
@@ -37,16 +43,21 @@ __device__ __forceinline__ void sandwich_bwd(const Sandwich& s, const Values& dg
   for_pieces<kPieces>([&](int j) {
     const int column = column_of(base, j);
     Float8 g;
-    with_parameter(s.gate, b, l, column, D, [&](const Float8& gate) { g = tanh(gate); });
+    with_parameter(s.gate, b, l, column, D, [&](const Float8& gate) {
+      g = gate;
+      if (s.tanh) g = tanh(gate);
+    });
     if (is_there(dgate)) {
-      Float8 dg = (1.0f - g * g) * d[j] * n[j];
+      Float8 dg = d[j];
+      if (s.tanh) dg = (1.0f - g * g) * dg;
+      dg *= n[j];
       gate_sum[j] += g * d[j] * n[j];
       with_parameter(s.weight, b, l, column, D, [&](const Float8& weight) { dg *= weight; });
       store8(dgate, token * D + column, D - column, dg);
     } else {
       gate_sum[j] += d[j] * n[j];
     }
-    d[j] *= g;
+    if (is_there(s.gate)) d[j] *= g;
     with_parameter(s.weight, b, l, column, D, [&](const Float8& weight) { d[j] *= weight; });
   });
 }
