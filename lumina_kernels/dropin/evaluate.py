@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from lumina_kernels.dropin.graph import aten, is_cast, packet, val
+from lumina_kernels.dropin.norms import norm_of
 
 VIEWS = {
     aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten, aten.unsqueeze,
@@ -44,6 +45,8 @@ def cone(root: Node, leaves: Iterable[Node] = ()) -> tuple[list[Node], set[Node]
 
 def _is_inside(node: Node) -> bool:
     op = packet(node)
+    if norm_of(node) is not None:
+        return False
     if op is aten.cat:  # of tokens: their parts are turned, or all of them
         dim = node.args[1] if len(node.args) > 1 else 0
         return dim % val(node).ndim == val(node).ndim - 1

@@ -108,7 +108,12 @@ def _heads(root: Node, heads_second: bool, x: Node) -> Views | None:
 
 def _readings(tables: list[Node]) -> Iterator[tuple]:
     """Pairs of (node, views) that may be cos and sin."""
-    pairs = [((a, ()), (b, ())) for a in tables for b in tables if a is not b]
+    pairs = [
+        ((a, ()), (b, ()))
+        for a in tables
+        for b in tables
+        if a is not b and val(a).shape == val(b).shape
+    ]
     for t in tables:
         if val(t).is_complex():
             real = (aten.view_as_real.default,)
