@@ -9,6 +9,7 @@ from lumina_kernels.dropin import activations, attention, gates, norms, rotation
 from lumina_kernels.dropin.evaluate import ARITHMETIC, VIEWS
 from lumina_kernels.dropin.graph import aten, is_cast, is_tensor, mutates, packet, unwidened, val
 from lumina_kernels.dropin.report import Site
+from lumina_kernels.dropin.writes import without_writes
 
 
 def fuse(gm: GraphModule, backend: str | None = None) -> list[Site]:
@@ -16,6 +17,7 @@ def fuse(gm: GraphModule, backend: str | None = None) -> list[Site]:
 
     Returns what was found: what became of it, or why it was left."""
     graph = gm.graph
+    without_writes(graph)
     _clean(graph)
     rewriting = _Rewriting(graph)
     for step in (_rotations, _attentions, _gates, _norms, _activations):

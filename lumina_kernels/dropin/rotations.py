@@ -1,5 +1,6 @@
 """Rotary embeddings of queries and keys, however written, as `rope_table`."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -118,19 +119,17 @@ def _readings(tables: list[Node]) -> Iterator[tuple]:
         if val(t).is_complex():
             real = (aten.view_as_real.default,)
             pairs.append(tuple((t, (real, (aten.select.int, -1, i))) for i in range(2)))
-        elif val(t).shape[-2:] == (2, 2):  # ((cos, -sin), (sin, cos))
-            first = (aten.select.int, -1, 0)
-            pairs.append(tuple((t, (first, (aten.select.int, -1, i))) for i in range(2)))
+        elif val(t).shape[-2:] == (2, 2):
+            pairs.append(((t, ((_diagonal,),)), (t, ((_off_diagonal,),))))
         elif val(t).shape[-1] == 2:
             pairs.append(tuple((t, ((aten.select.int, -1, i),)) for i in range(2)))
     for (cos, first), (sin, second) in pairs:
-        width = _apply(first, val(cos)).shape[-1]
-        for some in (
-            (),
-            ((aten.slice.Tensor, -1, 0, width, 2),),
-            ((aten.slice.Tensor, -1, 0, width // 2),),
-        ):
-            yield (cos, (*first, *some)), (sin, (*second, *some))
+        half = _apply(first, val(cos)).shape[-1] // 2
+        evens, odds = (((aten.slice.Tensor, -1, i, 2 * half, 2),) for i in range(2))
+        low, high = (((aten.slice.Tensor, -1, i * half, (i + 1) * half),) for i in range(2))
+        for some in (((),), (evens, odds), (low, high)):
+            for a, b in itertools.product(some, some):
+                yield (cos, (*first, *a)), (sin, (*second, *b))
 
 
 def _layouts(table: Tensor, heads: torch.Size) -> Iterator[Views]:
@@ -186,6 +185,16 @@ def emit(graph: Graph, roots: list[tuple[Node, bool, Rotation]]) -> list[Node]:
         out = call(graph, item, pair, i)
         outs.append(call(graph, aten.transpose.int, out, 1, 2) if heads_second else out)
     return outs
+
+
+def _diagonal(matrices: Tensor) -> Tensor:
+    """(.., 2, 2) as cos of each channel."""
+    return matrices.diagonal(0, -2, -1).flatten(-2)
+
+
+def _off_diagonal(matrices: Tensor) -> Tensor:
+    """(.., 2, 2) as sin of each channel, if ((cos, -sin), (sin, cos))."""
+    return torch.stack((-matrices[..., 0, 1], matrices[..., 1, 0]), -1).flatten(-2)
 
 
 def item(pair, i: int):
