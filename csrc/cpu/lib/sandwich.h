@@ -98,18 +98,20 @@ LUMINA_INLINE Vec sandwich_bwd(const GateRow& row, int64_t i, int64_t count, Vec
 inline void finish(const Gate& g, const GateGrads& grads, const Partials& partials, int64_t sum,
                    int64_t begin, int64_t end) {
   if (!grads.needs_sum()) return;
+  const bool per_sample = grads.gate && !grads.per_token;
   for_vectors(end - begin, [&](int64_t column, int64_t count) {
     const int64_t i = begin + column;
     Vec dweight{};
     for (int64_t b = 0; b < partials.B; ++b) {
-      Vec S = total(partials, b, sum, i);
-      if (grads.gate && !grads.per_token) {
+      const Vec S = total(partials, b, sum, i);
+      if (per_sample) {
         const Opening t = opening_of(g.gate(b), g.tanh, i, count);
         const Vec slope = g.weight ? t.slope * load(g.weight(0), i, count) : t.slope;
         store(grads.gate(b), i, slope * S, count);
-        S *= t.value;
+        dweight += S * t.value;
+      } else {
+        dweight += S;
       }
-      dweight += S;
     }
     if (grads.weight) store(grads.weight(0), i, dweight, count);
   });
