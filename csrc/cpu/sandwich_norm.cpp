@@ -53,7 +53,7 @@ void sandwich_norm_fwd(const SandwichNormFwd& op, Chunk chunk, float* scratch) {
 void sandwich_norm_bwd(const SandwichNormBwd& op, Chunk chunk, float* scratch) {
   const int64_t D = op.chunks.D, b = chunk.b;
   float *opening = scratch, *factor = scratch + op.chunks.width;
-  GateRow row(op.gate, op.grads, op.partials(b, chunk.index, 0), opening, factor, D);
+  GateRow row(op.gate, op.partials(b, chunk.index, 0), opening, factor, D);
   for (int64_t l = chunk.first; l < chunk.end; ++l) {
     if (chunk.changes_at(l, op.gate.per_token)) read(op.gate, b, l, D, opening, factor);
     if (op.gate.per_token) row.dgate = op.grads.gate(b, l);

@@ -72,7 +72,7 @@ void sandwich_norm_chain_bwd(const SandwichNormChainBwd& op, Chunk chunk, float*
   float *opening = scratch, *factor = opening + width, *next_factor = factor + width;
   float *next_offset = next_factor + width, *values = next_offset + width;
   ModulationRow next(op.next, op.next_grads, op.partials, chunk, next_factor);
-  GateRow row(op.gate, op.gate_grads, op.partials(b, chunk.index, kGateSum), opening, factor, D);
+  GateRow row(op.gate, op.partials(b, chunk.index, kGateSum), opening, factor, D);
   for (int64_t l = chunk.first; l < chunk.end; ++l) {
     if (chunk.changes_at(l, op.gate.per_token)) read(op.gate, b, l, D, opening, factor);
     if (chunk.changes_at(l, op.next.per_token)) read(op.next, b, l, D, next_factor, next_offset);

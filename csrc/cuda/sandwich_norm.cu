@@ -40,15 +40,14 @@ std::tuple<Tensor, Tensor> sandwich_norm_fwd(const Tensor& y, const Tensor& resi
   const SandwichNormFwdParams p{.y = rows_of(ys),
                                 .sandwich = {.residual = rows_of(residuals),
                                              .weight = rows_of(weights),
-                                             .gate = rows_of(gates),
-                                             .tanh = tanh},
+                                             .gate = rows_of(gates)},
                                 .out = values_of(out),
                                 .rstd = pointer_to<float>(rstd),
                                 .B = B,
                                 .L = L,
                                 .D = static_cast<int>(D),
                                 .eps = static_cast<float>(eps)};
-  LUMINA_LAUNCH_ROWS(y, B * L, D, sandwich_norm_fwd_kernel, p);
+  LUMINA_LAUNCH_SANDWICH(y, B * L, D, sandwich_norm_fwd_kernel, tanh && gate, p);
   return {out, rstd};
 }
 
@@ -67,13 +66,13 @@ std::tuple<Tensor, Tensor, Tensor> sandwich_norm_bwd(const Tensor& dout, const T
   const SandwichNormBwdParams p{
       .dout = rows_of(douts),
       .y = rows_of(ys),
-      .sandwich = {.weight = rows_of(weights), .gate = rows_of(gates), .tanh = tanh},
+      .sandwich = {.weight = rows_of(weights), .gate = rows_of(gates)},
       .rstd = pointer_to<const float>(rstd),
       .dy = values_of(dy),
       .dgate = values_of(per_token),
       .partial = pointer_to<float>(partial),
       .chunks = {.B = B, .L = L, .rows = chunk, .D = static_cast<int>(D)}};
-  LUMINA_LAUNCH_ROWS(y, B * chunks, D, sandwich_norm_bwd_kernel, p);
+  LUMINA_LAUNCH_SANDWICH(y, B * chunks, D, sandwich_norm_bwd_kernel, tanh && gate, p);
   const auto [dweight, per_sample] = gate_grads(partial, 0, weight, gate, tanh);
   return {dy, dweight, per_token ? *per_token : per_sample};
 }

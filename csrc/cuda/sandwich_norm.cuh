@@ -35,7 +35,7 @@ struct GateGradsParams {
 };
 
 // out = residual + tanh(gate) * y * rstd * weight,  rstd = 1 / sqrt(mean(y²) + eps)
-template <int kPieces, bool kWide>
+template <int kPieces, bool kWide, bool kTanh>
 __global__ void __launch_bounds__(row_threads(kPieces))
     sandwich_norm_fwd_kernel(const SandwichNormFwdParams p) {
   const int64_t row = row_number();
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(row_threads(kPieces))
   for (int base = 0; base < spans.end; base += spans.size) {
     if (kWide) load(base, y);
     for_pieces<kPieces>([&](int j) { y[j] *= rstd; });
-    sandwich(p.sandwich, b, l, base, p.D, y);
+    sandwich<kTanh>(p.sandwich, b, l, base, p.D, y);
     store_span(p.out, row * p.D, base, p.D, y);
   }
   if (threadIdx.x == 0) p.rstd[row] = rstd;
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(row_threads(kPieces))
 
 // With n = y * rstd and d = dout * tanh(gate) * weight: dy = rstd * (d - n * mean(d * n));
 // partial: sums over a chunk's rows, see sandwich_bwd.
-template <int kPieces, bool kWide>
+template <int kPieces, bool kWide, bool kTanh>
 __global__ void __launch_bounds__(row_threads(kPieces))
     sandwich_norm_bwd_kernel(const SandwichNormBwdParams p) {
   const int64_t number = row_number();
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(row_threads(kPieces))
       load_span(p.dout.values, p.dout.row(b, l), base, D, d);
       load_span(p.y.values, p.y.row(b, l), base, D, n);
       for_pieces<kPieces>([&](int j) { n[j] *= rstd; });
-      sandwich_bwd(p.sandwich, p.dgate, b, l, row, base, D, n, d, gate_sum);
+      sandwich_bwd<kTanh>(p.sandwich, p.dgate, b, l, row, base, D, n, d, gate_sum);
     };
     const NormBwdMeans means = norm_bwd_means<kWide>(gradient, flush, D, false, sum, d, n);
     for (int base = 0; base < spans.end; base += spans.size) {

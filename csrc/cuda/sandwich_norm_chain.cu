@@ -20,8 +20,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sandwich_norm_chain_fwd(
       .y = rows_of(ys),
       .sandwich = {.residual = rows_of(residuals),
                    .weight = rows_of(weights),
-                   .gate = rows_of(gates),
-                   .tanh = tanh},
+                   .gate = rows_of(gates)},
       .next = {.weight = rows_of(next_weights), .scale = rows_of(next_scales)},
       .new_residual = values_of(new_residual),
       .normed = values_of(normed),
@@ -31,7 +30,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sandwich_norm_chain_fwd(
       .L = L,
       .D = static_cast<int>(D),
       .eps = static_cast<float>(eps)};
-  LUMINA_LAUNCH_ROWS(y, B * L, D, sandwich_norm_chain_fwd_kernel, p);
+  LUMINA_LAUNCH_SANDWICH(y, B * L, D, sandwich_norm_chain_fwd_kernel, tanh && gate, p);
   return {new_residual, normed, rstd, next_rstd};
 }
 
@@ -62,8 +61,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sandwich_norm_chain_b
       .y = rows_of(ys),
       .sandwich = {.residual = rows_of(residuals),
                    .weight = rows_of(weights),
-                   .gate = rows_of(gates),
-                   .tanh = tanh},
+                   .gate = rows_of(gates)},
       .next = {.weight = rows_of(next_weights), .scale = rows_of(next_scales)},
       .rstd = pointer_to<const float>(rstd),
       .next_rstd = pointer_to<const float>(next_rstd),
@@ -73,7 +71,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sandwich_norm_chain_b
       .dscale = values_of(dscale),
       .partial = pointer_to<float>(partial),
       .chunks = {.B = B, .L = L, .rows = chunk, .D = static_cast<int>(D)}};
-  LUMINA_LAUNCH_ROWS(y, B * chunks, D, sandwich_norm_chain_bwd_kernel, p);
+  LUMINA_LAUNCH_SANDWICH(y, B * chunks, D, sandwich_norm_chain_bwd_kernel, tanh && gate, p);
   const auto [dweight, dgate_sum] = gate_grads(partial, 1, weight, gate, tanh);
   const auto next = modulation_grads(partial, next_weight, {}, next_scale, {}, dnormed);
   return {dy, dresidual, dweight, dgate ? *dgate : dgate_sum, next[0], dscale ? *dscale : next[2]};

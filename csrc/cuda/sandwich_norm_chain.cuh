@@ -29,7 +29,7 @@ struct SandwichNormChainBwdParams {
 
 // new_residual = residual + tanh(gate) * y * rstd * weight,
 // normed = new_residual * next_rstd * next_weight * (1 + next_scale)
-template <int kPieces, bool kWide>
+template <int kPieces, bool kWide, bool kTanh>
 __global__ void __launch_bounds__(row_threads(kPieces))
     sandwich_norm_chain_fwd_kernel(const SandwichNormChainFwdParams p) {
   const int64_t row = row_number();
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(row_threads(kPieces))
   const auto make_new_residual = [&](int base, Float8(&y)[kPieces]) {
     if (kWide) load_y(base, y);  // otherwise it is still there
     for_pieces<kPieces>([&](int j) { y[j] *= rstd; });
-    sandwich(p.sandwich, b, l, base, p.D, y);
+    sandwich<kTanh>(p.sandwich, b, l, base, p.D, y);
     store_span(p.new_residual, row * p.D, base, p.D, y);
   };
   const float next_rstd = norm_statistics<kWide>(make_new_residual, p.D, p.eps, false, sum, x).y;
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(row_threads(kPieces))
 
 // dresidual is dnew_residual plus the gradient of the next norm's input, and dy follows from it as
 // in sandwich_norm. The rows of new_residual are recomputed: what the forward wrote was rounded.
-template <int kPieces, bool kWide>
+template <int kPieces, bool kWide, bool kTanh>
 __global__ void __launch_bounds__(row_threads(kPieces))
     sandwich_norm_chain_bwd_kernel(const SandwichNormChainBwdParams p) {
   const int64_t number = row_number();
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(row_threads(kPieces))
     };
     const auto next_gradient = [&](int base) {
       load_n(base);
-      sandwich(p.sandwich, b, l, base, D, n);
+      sandwich<kTanh>(p.sandwich, b, l, base, D, n);
       for_pieces<kPieces>([&](int j) { n[j] *= next_rstd; });
       load_span(p.dnormed.values, p.dnormed.row(b, l), base, D, d);
       modulate_bwd(p.next, p.dscale, b, l, row, base, D, n, d, next_sum, unused);
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(row_threads(kPieces))
       for_pieces<kPieces>([&](int j) { d[j] += n[j]; });
       store_span(p.dresidual, row * D, base, D, d);
       load_n(base);
-      sandwich_bwd(p.sandwich, p.dgate, b, l, row, base, D, n, d, gate_sum);
+      sandwich_bwd<kTanh>(p.sandwich, p.dgate, b, l, row, base, D, n, d, gate_sum);
     };
     const NormBwdMeans means = norm_bwd_means<kWide>(gradient, flush_gate, D, false, sum, d, n);
     for (int base = 0; base < spans.end; base += spans.size) {

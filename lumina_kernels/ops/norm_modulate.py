@@ -69,7 +69,7 @@ def per_token(vector: Tensor) -> Tensor:
     return vector.unsqueeze(1) if vector.ndim == 2 else vector
 
 
-def modulations(x: Tensor, **tensors: Tensor | None) -> list[Tensor | None]:
+def modulations(x: Tensor, **tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Scales, shifts or gates of the rows of x, (B, L, D), as the kernels take them: None, (B, D)
     or (B, L, D). One row per sample may also come as (B, 1, D).
 
@@ -79,10 +79,9 @@ def modulations(x: Tensor, **tensors: Tensor | None) -> list[Tensor | None]:
     B, L, D = x.shape
     for name, tensor in tensors.items():
         check_optional(name, tensor, x.device, (B, D), (B, L, D), (B, 1, D))
-    return [
-        m.squeeze(1) if m is not None and m.ndim == 3 and m.shape[1] != L else m
-        for m in tensors.values()
-    ]
+        if tensor is not None and tensor.ndim == 3 and tensor.shape[1] != L:
+            tensors[name] = tensor.squeeze(1)
+    return tuple(tensors.values())
 
 
 def check_norm(x: Tensor, kind: str, *, weight: Tensor | None, bias: Tensor | None) -> None:

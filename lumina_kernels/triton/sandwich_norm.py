@@ -66,25 +66,27 @@ def one_minus_square(tile):
 
 
 @triton.jit
-def load_opening(gate, b, rows, L, TANH: tl.constexpr, D: tl.constexpr, DS: tl.constexpr):
-    """The factor that a gate stands for: tanh(gate), or the gate as it is."""
-    opening = load_rows(gate, b, rows, L, D, DS)
-    if TANH:
-        opening = tanh_tile(opening)
-    return opening
-
-
-@triton.jit
 def sandwich(
     n, residual, weight_ptr, gate, b, rows, L, TANH: tl.constexpr, D: tl.constexpr, DS: tl.constexpr
 ):
     """residual + tanh(gate) * n * weight, n the normalised row, without the factors that are None;
     without TANH the gate as it is."""
     if weight_ptr is not None:
-        n = multiply(n, load_vector(weight_ptr, D, DS))
+        weight = load_vector(weight_ptr, D, DS)
     if gate is not None:
-        n = multiply(load_opening(gate, b, rows, L, TANH, D, DS), n)
-    return add(load_rows(residual, b, rows, L, D, DS), n)
+        gates = load_rows(gate, b, rows, L, D, DS)
+    residual = load_rows(residual, b, rows, L, D, DS)
+    out = ()
+    for j in tl.static_range(len(n)):  # a block at a time: on sm_80 that saves registers
+        branch = n[j]
+        if gate is not None:
+            t = tanh(gates[j]) if TANH else gates[j]
+        if weight_ptr is not None:
+            branch = branch * weight[j]
+        if gate is not None:
+            branch = t * branch
+        out = out + (residual[j] + branch,)
+    return out
 
 
 @triton.jit
@@ -101,7 +103,9 @@ def sandwich_bwd(
     if weight_ptr is not None:
         weight = load_vector(weight_ptr, D, DS)
     if gate is not None:
-        t = load_opening(gate, b, rows, L, TANH, D, DS)
+        t = load_rows(gate, b, rows, L, D, DS)
+        if TANH:
+            t = tanh_tile(t)
     if dgate_ptr is None:
         gate_sum = add(gate_sum, multiply(d, n))
     else:

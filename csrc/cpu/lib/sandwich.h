@@ -33,46 +33,35 @@ struct GateGrads {
 namespace lumina_kernels::cpu::LUMINA_LEVEL {
 namespace {
 
-// What a gate multiplies by, and the derivative of that.
-struct Opening {
-  Vec value, slope;
-};
-
-LUMINA_INLINE Opening opening_of(Row gate, bool by_tanh, int64_t i, int64_t count) {
-  const Vec one = broadcast(1.f);
-  if (!gate) return {one, one};
-  const Vec g = load(gate, i, count);
-  if (!by_tanh) return {g, one};
-  const Vec t = tanh(g);
-  return {t, 1.f - t * t};
-}
-
 // opening = tanh(gate) and factor = opening * weight of row (b, l).
 inline void read(const Gate& g, int64_t b, int64_t l, int64_t D, float* opening, float* factor) {
   const Row weight = g.weight(b, l), gate = g.gate(b, l);
-  const bool by_tanh = g.tanh;
-  for_vectors(D, [&](int64_t i, int64_t count) {
-    const Vec t = opening_of(gate, by_tanh, i, count).value;
-    store(opening + i, t);
-    store(factor + i, weight ? t * load(weight, i, count) : t);
-  });
+  const auto fill = [&](const auto& opening_at) {
+    for_vectors(D, [&](int64_t i, int64_t count) {
+      const Vec t = opening_at(i, count);
+      store(opening + i, t);
+      store(factor + i, weight ? t * load(weight, i, count) : t);
+    });
+  };
+  if (!gate) {
+    fill([](int64_t, int64_t) { return broadcast(1.f); });
+  } else if (g.tanh) {
+    fill([&](int64_t i, int64_t count) { return tanh(load(gate, i, count)); });
+  } else {
+    fill([&](int64_t i, int64_t count) { return load(gate, i, count); });
+  }
 }
 
 // What sandwich_bwd needs of one row.
 struct GateRow {
-  float* sum;  // null where none is needed
+  float* sum;
   const float *opening, *factor;
   Row weight, dgate;  // dgate is null where a sample has one row
   bool tanh;
 
-  GateRow(const Gate& gate, const GateGrads& grads, float* sum_, const float* opening_,
-          const float* factor_, int64_t D)
-      : sum(grads.needs_sum() ? sum_ : nullptr),
-        opening(opening_),
-        factor(factor_),
-        weight(gate.weight(0)),
-        tanh(gate.tanh) {
-    if (sum) clear(sum, D);
+  GateRow(const Gate& gate, float* sum_, const float* opening_, const float* factor_, int64_t D)
+      : sum(sum_), opening(opening_), factor(factor_), weight(gate.weight(0)), tanh(gate.tanh) {
+    clear(sum, D);
   }
 };
 
@@ -88,7 +77,7 @@ LUMINA_INLINE Vec sandwich_bwd(const GateRow& row, int64_t i, int64_t count, Vec
     store(row.dgate, i, dgate, count);
     dn *= t;
   }
-  if (row.sum) add(row.sum + i, dn);
+  add(row.sum + i, dn);
   return d * load(row.factor + i);
 }
 
@@ -98,18 +87,21 @@ LUMINA_INLINE Vec sandwich_bwd(const GateRow& row, int64_t i, int64_t count, Vec
 inline void finish(const Gate& g, const GateGrads& grads, const Partials& partials, int64_t sum,
                    int64_t begin, int64_t end) {
   if (!grads.needs_sum()) return;
+  const bool per_sample = grads.gate && !grads.per_token;
   for_vectors(end - begin, [&](int64_t column, int64_t count) {
     const int64_t i = begin + column;
     Vec dweight{};
     for (int64_t b = 0; b < partials.B; ++b) {
-      Vec S = total(partials, b, sum, i);
-      if (grads.gate && !grads.per_token) {
-        const Opening t = opening_of(g.gate(b), g.tanh, i, count);
-        const Vec slope = g.weight ? t.slope * load(g.weight(0), i, count) : t.slope;
+      const Vec S = total(partials, b, sum, i);
+      if (per_sample) {
+        Vec t = load(g.gate(b), i, count), slope = broadcast(1.f);
+        if (g.tanh) t = tanh(t), slope = 1.f - t * t;
+        if (g.weight) slope *= load(g.weight(0), i, count);
         store(grads.gate(b), i, slope * S, count);
-        S *= t.value;
+        dweight += S * t;
+      } else {
+        dweight += S;
       }
-      dweight += S;
     }
     if (grads.weight) store(grads.weight(0), i, dweight, count);
   });

@@ -26,14 +26,16 @@
 #define LUMINA_LAUNCH(like, config, kernel, ...) \
   ::lumina_kernels::cuda::launch(#kernel, like, config, kernel, __VA_ARGS__)
 
-// The same for `count` rows, or chunks of rows, of D values (rows.cuh): a kernel<kPieces, kWide>.
-#define LUMINA_LAUNCH_ROWS(like, count, D, kernel, p)                           \
-  if (row_is_wide(D)) {                                                         \
-    LUMINA_LAUNCH(like, row_config(count, D), (kernel<1, true>), p);            \
-  } else if (row_pieces(D) == 1) {                                              \
-    LUMINA_LAUNCH(like, row_config(count, D), (kernel<1, false>), p);           \
-  } else {                                                                      \
-    LUMINA_LAUNCH(like, row_config(count, D), (kernel<kManyPieces, false>), p); \
+// The same for `count` rows, or chunks of rows, of D values (rows.cuh): a kernel<kPieces, kWide>,
+// with more template arguments after p.
+#define LUMINA_LAUNCH_ROWS(like, count, D, kernel, p, ...)                                       \
+  if (row_is_wide(D)) {                                                                          \
+    LUMINA_LAUNCH(like, row_config(count, D), (kernel<1, true __VA_OPT__(, ) __VA_ARGS__>), p);  \
+  } else if (row_pieces(D) == 1) {                                                               \
+    LUMINA_LAUNCH(like, row_config(count, D), (kernel<1, false __VA_OPT__(, ) __VA_ARGS__>), p); \
+  } else {                                                                                       \
+    LUMINA_LAUNCH(like, row_config(count, D),                                                    \
+                  (kernel<kManyPieces, false __VA_OPT__(, ) __VA_ARGS__>), p);                   \
   }
 
 namespace lumina_kernels::cuda {

@@ -42,6 +42,15 @@ std::array<Tensor, 4> modulation_grads(const Tensor& partial, const OptionalTens
 // The sums over chunks of partial sum number `which` + 1, in the shape (B, D) of `like`.
 Tensor sample_sums(const Tensor& partial, int64_t which, const Tensor& like);
 
+// A kernel<kPieces, kWide, kTanh> of a sandwich norm (sandwich.cuh), for whether its gate has a
+// tanh.
+#define LUMINA_LAUNCH_SANDWICH(like, count, D, kernel, has_tanh, p) \
+  if (has_tanh) {                                                   \
+    LUMINA_LAUNCH_ROWS(like, count, D, kernel, p, true);            \
+  } else {                                                          \
+    LUMINA_LAUNCH_ROWS(like, count, D, kernel, p, false);           \
+  }
+
 // dweight and dgate of a sandwich norm (`nothing` if the parameter is missing, or if the gate has a
 // row per token) from the partial sums (B, chunks, sums, D), whose sum number `which` is S
 // (sandwich_norm.cuh).

@@ -5,26 +5,22 @@
 
 namespace lumina_kernels::cuda {
 
-// weight and gate may be missing; without `tanh` the gate is used as it is.
+// The weight may be missing. With kTanh there is a gate; without, it is used as it is and may be
+// missing. (As a flag of the launch it took the backward up to 10 registers more.)
 struct Sandwich {
   RowsView residual, weight, gate;
-  bool tanh;
 };
 
 // n becomes residual + tanh(gate) * n * weight in the span at `base` of row l of sample b.
-template <int kPieces>
+template <bool kTanh, int kPieces>
 __device__ __forceinline__ void sandwich(const Sandwich& s, int64_t b, int64_t l, int base, int D,
                                          Float8 (&n)[kPieces]) {
   for_pieces<kPieces>([&](int j) {
     const int column = column_of(base, j);
     with_parameter(s.weight, b, l, column, D, [&](const Float8& weight) { n[j] *= weight; });
     with_parameter(s.gate, b, l, column, D, [&](const Float8& gate) {
-      if (!s.tanh) {
-        n[j] *= gate;
-        return;
-      }
 #pragma unroll  // a column at a time: with 8 results of tanh at once ptxas spills on sm_100
-      for (int k = 0; k < 8; ++k) n[j][k] *= tanhf(gate[k]);
+      for (int k = 0; k < 8; ++k) n[j][k] *= kTanh ? tanhf(gate[k]) : gate[k];
     });
     with_parameter(s.residual, b, l, column, D, [&](const Float8& residual) { n[j] += residual; });
   });
@@ -33,9 +29,9 @@ __device__ __forceinline__ void sandwich(const Sandwich& s, int64_t b, int64_t l
 // d, the gradient of the output, becomes that of n; the sum over rows gets f * d * n.
 //
 // If `gate` has a row per token, f is tanh(gate), and the gradient of the gate,
-// (1 - tanh²) * d * n * weight, is written to `dgate`, row `token`; without `tanh` f is the gate
+// (1 - tanh²) * d * n * weight, is written to `dgate`, row `token`; without kTanh f is the gate
 // and its gradient d * n * weight. Otherwise f is 1, and the second stage applies the gate.
-template <int kPieces>
+template <bool kTanh, int kPieces>
 __device__ __forceinline__ void sandwich_bwd(const Sandwich& s, const Values& dgate, int64_t b,
                                              int64_t l, int64_t token, int base, int D,
                                              const Float8 (&n)[kPieces], Float8 (&d)[kPieces],
@@ -43,13 +39,11 @@ __device__ __forceinline__ void sandwich_bwd(const Sandwich& s, const Values& dg
   for_pieces<kPieces>([&](int j) {
     const int column = column_of(base, j);
     Float8 g;
-    with_parameter(s.gate, b, l, column, D, [&](const Float8& gate) {
-      g = gate;
-      if (s.tanh) g = tanh(gate);
-    });
+    with_parameter(s.gate, b, l, column, D,
+                   [&](const Float8& gate) { g = kTanh ? tanh(gate) : gate; });
     if (is_there(dgate)) {
       Float8 dg = d[j];
-      if (s.tanh) dg = (1.0f - g * g) * dg;
+      if (kTanh) dg = (1.0f - g * g) * dg;
       dg *= n[j];
       gate_sum[j] += g * d[j] * n[j];
       with_parameter(s.weight, b, l, column, D, [&](const Float8& weight) { dg *= weight; });
@@ -57,7 +51,7 @@ __device__ __forceinline__ void sandwich_bwd(const Sandwich& s, const Values& dg
     } else {
       gate_sum[j] += d[j] * n[j];
     }
-    if (is_there(s.gate)) d[j] *= g;
+    if (kTanh || is_there(s.gate)) d[j] *= g;
     with_parameter(s.weight, b, l, column, D, [&](const Float8& weight) { d[j] *= weight; });
   });
 }
