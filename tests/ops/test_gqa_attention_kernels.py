@@ -153,6 +153,14 @@ def test_bias_that_all_queries_share(backend, masked, dtype):
     assert torch.equal(found, same)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", ((74,), (2, 1, 1, 74), (4, 5, 74)))
+def test_bias_with_a_stride_between_keys(backend, shape):
+    inputs, bias = make_kernel_inputs(), randn(*shape).float()[..., ::2]
+    found = results_of(backend, inputs | {"bias": bias})
+    assert_equal_results(found, results_of(backend, inputs | {"bias": bias.contiguous()}))
+
+
 @pytest.mark.parametrize("backend", ("torch", *BACKENDS))
 @pytest.mark.parametrize("shape", ((37,), (2, 4, 5, 37)))
 def test_bias_of_nan(backend, shape):
