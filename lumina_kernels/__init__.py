@@ -11,6 +11,7 @@ Every op ends with `backend=None`: a name takes that implementation or raises, N
 
 from lumina_kernels.ops.context_drop import context_drop as context_drop
 from lumina_kernels.ops.gate_residual_norm import gate_residual_norm as gate_residual_norm
+from lumina_kernels.ops.gelu import gelu as gelu
 from lumina_kernels.ops.gqa_attention import gqa_attention as gqa_attention
 from lumina_kernels.ops.guided_step import guided_step as guided_step
 from lumina_kernels.ops.norm_modulate import norm_modulate as norm_modulate

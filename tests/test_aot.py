@@ -68,7 +68,7 @@ def test_attention_is_on_tensor_cores_with_little_padding(rows):
 def test_memory_moves_16_bytes_at_a_time(rows):
     """Shares of the bytes in the code. What is left is positions, frequencies and statistics, and
     where four warps share a row of 2304 = 2048 + 256 values, the 256."""
-    elementwise = {"swiglu", "guided_step"}
+    elementwise = {"gelu", "guided_step", "swiglu"}
     norms = {"norm_modulate", "sandwich_norm", "sandwich_norm_chain", "gate_residual_norm"}
     for row in rows:
         if row["op"] == "gqa_attention" or row["kernel"] in SECOND_STAGES:

@@ -127,7 +127,7 @@ def attend(text=False, bias=False, mask=False, K=24):
     if text:
         options |= {"text_k": k, "text_v": v, "text_gate": q[0, 0, :, 0].clone()}
     if bias:
-        options["bias"] = torch.randn(1, 2, 8, 8, device=DEVICE)
+        options["bias"] = torch.randn(bias, device=DEVICE)
     q.requires_grad_()
     gqa_attention(q, k, v, **options, backend="triton").sum().backward()
 
@@ -141,7 +141,9 @@ def on_trial(monkeypatch):
     return trial._errors
 
 
-@pytest.mark.parametrize("given", ({}, {"text": True, "mask": True}, {"bias": True}))
+@pytest.mark.parametrize(
+    "given", ({}, {"text": True, "mask": True}, {"bias": (2, 8, 8)}, {"bias": 8})
+)
 def test_attention_is_tried_once_a_variant(on_trial, given, monkeypatch):
     trials = []
 

@@ -17,21 +17,21 @@ struct Keys {
   Rows k, v;
   OptionalTensor mask;
   int64_t count = 0;
-  float scale = 0;   // of the scores, for base e
-  SplitScale split;  // the same for base 2
+  float scale = 0;          // of the scores, for base e
+  SplitScale split;         // the same for base 2
+  std::vector<float> bias;  // (B, count) if there is one that all queries share, else empty
 
   // Finds the next valid keys of sample b from `from` on, at most `limit`, and moves `from` past
-  // them.
+  // them. A bias of -inf is a mask.
   int64_t next_valid(int64_t b, int64_t& from, int64_t limit, int32_t* found) const {
+    const int64_t step = mask ? mask->stride(1) : 0;
+    const bool* bits =
+        mask ? static_cast<const bool*>(mask->data_ptr()) + b * mask->stride(0) : nullptr;
+    const float* added = bias.empty() ? nullptr : bias.data() + b * count;
     int64_t n = 0;
-    if (!mask) {
-      for (; n < limit && from < count; ++n) found[n] = static_cast<int32_t>(from++);
-      return n;
-    }
-    const int64_t step = mask->stride(1);
-    const bool* bits = static_cast<const bool*>(mask->data_ptr()) + b * mask->stride(0);
     for (; n < limit && from < count; ++from)
-      if (bits[from * step]) found[n++] = static_cast<int32_t>(from);
+      if ((!bits || bits[from * step]) && (!added || added[from] != -INFINITY))
+        found[n++] = static_cast<int32_t>(from);
     return n;
   }
 };
@@ -92,6 +92,16 @@ inline float value_of(Row at) {
   }
 }
 
+// (B, keys) of a bias that is the same for all heads and queries, else nothing.
+inline std::vector<float> bias_of_keys(const Bias& bias, int64_t B, int64_t keys) {
+  std::vector<float> values;
+  if (!bias.base || bias.h != 0 || bias.l != 0) return values;
+  for (int64_t b = 0; b < B; ++b)
+    for (int64_t n = 0; n < keys; ++n)
+      values.push_back(value_of(bias.base + (b * bias.b + n * bias.n)));
+  return values;
+}
+
 // The values of a contiguous vector.
 inline std::vector<float> floats(const Tensor& vector) {
   std::vector<float> values(vector.numel());
@@ -110,6 +120,7 @@ inline Attention attention_of(const Tensor& q, const Tensor& k, const Tensor& v,
   a.image = {rows_of(k),        rows_of(v), key_mask, k.size(1), static_cast<float>(scale),
              split_scale(scale)};
   a.bias = bias_of(bias);
+  a.image.bias = bias_of_keys(a.bias, a.B, a.image.count);
   if (text_k) {
     const float plain = 1.f / std::sqrt(static_cast<float>(K));
     a.text = {rows_of(*text_k),  rows_of(*text_v), text_mask, text_k->size(1), plain,

@@ -87,22 +87,6 @@ void add_product(float* out, const float* factor, const float* a, const float* b
   }
 }
 
-// 2^x for x <= 0, and 0 for -infinity.
-LUMINA_INLINE Vec exp2_of_negative(Vec x) {
-#if LUMINA_WIDTH == 16
-  const Vec f = (Vec)_mm512_reduce_ps((__m512)x, 0x09);  // x - floor(x)
-  Vec p = broadcast(1.87757668e-3f);
-  p = p * f + 8.98934017e-3f;
-  p = p * f + 5.58263179e-2f;
-  p = p * f + 2.40153617e-1f;
-  p = p * f + 6.93153073e-1f;
-  p = p * f + 9.99999925e-1f;
-  return (Vec)_mm512_scalef_ps((__m512)p, (__m512)x);  // by 2^floor(x)
-#else
-  return exp2(x);
-#endif
-}
-
 // Stores two rows of numbers as units of two, or one after the other.
 template <class Unit>
 LUMINA_INLINE void store_units(float* out, Vec first, Vec second) {
@@ -304,19 +288,33 @@ void store_transposed(const float* out, int64_t count, int64_t K, float factor, 
   }
 }
 
+// The next function for a bias that all queries share. Vectors run over keys if their step is 1,
+// else over rows.
+inline void add_key_bias(const Attention& a, float* s, int64_t key_step, int64_t b, int64_t rows,
+                         const int32_t* keys, int64_t count) {
+  const float* bias = a.image.bias.data() + b * a.image.count;
+  alignas(64) float line[kKeys] = {};
+  for (int64_t n = 0; n < count; ++n) line[n] = bias[keys[n]];
+  const bool over_keys = key_step == 1;
+  const int64_t lines = over_keys ? rows : count, length = over_keys ? count : rows;
+  for (int64_t i = 0; i < lines; ++i)
+    for (int64_t j = 0; j < length; j += kWidth) {
+      float* at = s + i * kRows + j;
+      store(at, load(at) * a.image.scale + (over_keys ? load(line + j) : broadcast(line[i])));
+    }
+}
+
 // Scores s[key * key_step + row * row_step] become scale * s + bias. Times log2(e) a bias of the
 // largest finite number, which stands for a mask, would be infinite.
 inline void add_bias(const Attention& a, float* s, int64_t key_step, int64_t row_step, int64_t b,
                      int64_t g, int64_t first, int64_t rows, const int32_t* keys, int64_t count) {
-  const float scale = a.image.scale;
-  const bool same = a.bias.h == 0 && a.bias.l == 0;  // for all rows of a key
-  for (int64_t n = 0; n < count; ++n) {
-    const Row key = a.bias.base + (b * a.bias.b + keys[n] * a.bias.n);
-    const float shared = same ? value_of(key) : 0.f;
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t l = (first + r) / a.R, h = g * a.R + (first + r) % a.R;
+  if (!a.image.bias.empty()) return add_key_bias(a, s, key_step, b, rows, keys, count);
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t l = (first + r) / a.R, h = g * a.R + (first + r) % a.R;
+    const Row line = a.bias.base + (b * a.bias.b + h * a.bias.h + l * a.bias.l);
+    for (int64_t n = 0; n < count; ++n) {
       float& score = s[n * key_step + r * row_step];
-      score = score * scale + (same ? shared : value_of(key + (h * a.bias.h + l * a.bias.l)));
+      score = score * a.image.scale + value_of(line + keys[n] * a.bias.n);
     }
   }
 }

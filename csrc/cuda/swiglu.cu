@@ -1,25 +1,9 @@
 // CUDA launchers of swiglu.
-#include "cuda/lib/launch.h"
+#include "cuda/lib/flat_launch.h"
 #include "cuda/swiglu.cuh"
 
 namespace lumina_kernels::cuda {
 namespace {
-
-// The number of rows and their length: a single row if no tensor has gaps.
-std::tuple<int64_t, int64_t> flat_shape(std::initializer_list<Tensor> tensors) {
-  const Tensor& first = *tensors.begin();
-  const int64_t F = first.dim() == 0 ? 1 : first.size(first.dim() - 1);
-  for (const Tensor& tensor : tensors) {
-    if (!tensor.is_contiguous()) return {first.numel() / F, F};
-  }
-  return {1, first.numel()};
-}
-
-// The tensor as (rows, F), copied only if rows are not at equal distances.
-Tensor flat(const Tensor& tensor, int64_t rows, int64_t F) {
-  const int64_t shape[] = {rows, F};
-  return packed(torch::stable::reshape(tensor, {shape, 2}));
-}
 
 Tensor swiglu_fwd(const Tensor& a, const Tensor& b) {
   Tensor out = empty_as(a);
@@ -33,7 +17,7 @@ Tensor swiglu_fwd(const Tensor& a, const Tensor& b) {
                           .b_step = bs.stride(0),
                           .rows = rows,
                           .F = F};
-  LUMINA_LAUNCH(a, swiglu_config(rows, F), swiglu_fwd_kernel, p);
+  LUMINA_LAUNCH(a, flat_config(rows, F), swiglu_fwd_kernel, p);
   return out;
 }
 
@@ -53,7 +37,7 @@ std::tuple<Tensor, Tensor> swiglu_bwd(const Tensor& dout, const Tensor& a, const
                           .b_step = bs.stride(0),
                           .rows = rows,
                           .F = F};
-  LUMINA_LAUNCH(a, swiglu_config(rows, F), swiglu_bwd_kernel, p);
+  LUMINA_LAUNCH(a, flat_config(rows, F), swiglu_bwd_kernel, p);
   return {da, db};
 }
 

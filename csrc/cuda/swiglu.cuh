@@ -1,11 +1,9 @@
 // CUDA kernels of swiglu: elementwise over rows that may have gaps between them.
 #pragma once
 
-#include "cuda/lib/float8.cuh"
+#include "cuda/lib/flat.cuh"
 
 namespace lumina_kernels::cuda {
-
-constexpr int kSwigluThreads = 256;
 
 // `rows` rows of F values in each tensor; a `step` is the distance of two rows, in elements.
 struct SwigluFwdParams {
@@ -20,25 +18,10 @@ struct SwigluBwdParams {
   int64_t rows, F;
 };
 
-// A thread takes 8 columns of a row.
-inline LaunchConfig swiglu_config(int64_t rows, int64_t F) {
-  const int64_t blocks = ceil_div(rows * ceil_div(F, 8), kSwigluThreads);
-  return {dim3(static_cast<unsigned>(blocks)), dim3(kSwigluThreads)};
-}
-
-// The row and first column of this thread; row >= rows if it has nothing to do.
-__device__ __forceinline__ void swiglu_place(int64_t rows, int64_t F, int64_t& row,
-                                             int64_t& column) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kSwigluThreads + threadIdx.x;
-  const int64_t pieces = ceil_div(F, 8);
-  row = rows == 1 ? (i < pieces ? 0 : 1) : divide(i, pieces);
-  column = (i - row * pieces) * 8;
-}
-
 // out = a / (1 + exp(-a)) * b
-__global__ void __launch_bounds__(kSwigluThreads) swiglu_fwd_kernel(const SwigluFwdParams p) {
+__global__ void __launch_bounds__(kFlatThreads) swiglu_fwd_kernel(const SwigluFwdParams p) {
   int64_t row, column;
-  swiglu_place(p.rows, p.F, row, column);
+  flat_place(p.rows, p.F, row, column);
   if (row >= p.rows) return;
   const int count = static_cast<int>(min(p.F - column, int64_t{8}));
   const Float8 a = load8(p.a, row * p.a_step + column, count);
@@ -48,9 +31,9 @@ __global__ void __launch_bounds__(kSwigluThreads) swiglu_fwd_kernel(const Swiglu
 }
 
 // With s = 1 / (1 + exp(-a)): da = dout * b * s * (1 + a * (1 - s)),  db = dout * a * s
-__global__ void __launch_bounds__(kSwigluThreads) swiglu_bwd_kernel(const SwigluBwdParams p) {
+__global__ void __launch_bounds__(kFlatThreads) swiglu_bwd_kernel(const SwigluBwdParams p) {
   int64_t row, column;
-  swiglu_place(p.rows, p.F, row, column);
+  flat_place(p.rows, p.F, row, column);
   if (row >= p.rows) return;
   const int count = static_cast<int>(min(p.F - column, int64_t{8}));
   const Float8 dout = load8(p.dout, row * p.dout_step + column, count);

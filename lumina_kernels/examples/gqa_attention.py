@@ -9,4 +9,5 @@ def examples(n: Sizes) -> dict[str, dict]:
         "text": {**inputs, "key_mask": n.mask(n.L), **text},
         "plain": inputs,
         "bias": {**inputs, "bias": n.normal(n.B, 1, 1, n.L)},
+        "bias of pairs": {**inputs, "bias": n.normal(1, n.H, n.L, n.L)},
     }

@@ -45,8 +45,9 @@ def gqa_attention_fwd(
     error = q.new_empty(q.shape if with_error else 0, dtype=torch.int8)
     if out.numel() == 0:
         return out, error, stats, text_stats
+    added = _bias(bias, (B, H, L, L_kv))
     if _is_on_trial(q):
-        prove(gqa_attention_fwd, None, q, key_mask, text_k, bias)
+        prove(gqa_attention_fwd, None, q, key_mask, text_k, added)
     heads, unit = in_units(*map(heads_of, (q, k, v, text_k, text_v)))
     q, k, v, text_k, text_v = heads
     tokens = _branch(k, v, key_mask, abs(scale), bias)
@@ -56,8 +57,8 @@ def gqa_attention_fwd(
     def launch(options):
         grid = (blocks(L * H // G, options["BLOCK_M"]) * G * B,)
         gqa_attention_fwd_kernel[grid](
-            q, tokens, text, text_gate, _bias(bias, (B, H, L, L_kv)),
-            out, error if with_error else None, stats, text_stats, L, G,
+            q, tokens, text, text_gate, added, out, error if with_error else None,
+            stats, text_stats, L, G,
             R=H // G, UNIT=unit, NEGATIVE=scale < 0, **options,
         )  # fmt: skip
 
@@ -93,13 +94,14 @@ def gqa_attention_bwd(
             if grad is not None:
                 grad.zero_()
     else:
+        added = _bias(bias, (B, H, L, L_kv))
         if _is_on_trial(q):
-            prove(gqa_attention_fwd, gqa_attention_bwd, q, key_mask, text_k, bias)
+            prove(gqa_attention_fwd, gqa_attention_bwd, q, key_mask, text_k, added)
         heads, unit = in_units(*map(heads_of, (dout, q, k, v, text_k, text_v)))
         dout, q, k, v, text_k, text_v = heads
         tokens = _branch(k, v, key_mask, scale, bias)
         text = _branch(text_k, text_v, text_mask, K**-0.5)
-        heads, added = (dout, q, tokens, text), _bias(bias, (B, H, L, L_kv))
+        heads = dout, q, tokens, text
         constants = {"R": H // G, "UNIT": unit}
         options = _options("dq", K, dq.dtype, bias is not None, _has_two_layouts(tokens))
 
@@ -177,10 +179,14 @@ def _mask(mask: Tensor | None) -> tuple | None:
 
 
 def _bias(bias: Tensor | None, shape: tuple) -> tuple | None:
-    """(bias, stride of b, of h, of l, of the key)."""
+    """(bias, stride of b, of h, of l, of the key), or, if all queries share it, (bias, stride of b,
+    of the key)."""
     if bias is None:
         return None
-    return bias, *bias.expand(shape).stride()
+    stride_b, stride_h, stride_l, stride_key = bias.expand(shape).stride()
+    if stride_h == stride_l == 0:
+        return bias, stride_b, stride_key
+    return bias, stride_b, stride_h, stride_l, stride_key
 
 
 class Tiles(NamedTuple):

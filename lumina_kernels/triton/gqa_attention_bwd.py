@@ -136,8 +136,8 @@ def _weights(
     added = None
     if bias is not None:
         b, g, rows, n_rows = where
-        exist = (rows < n_rows)[:, None] & (columns < tile[2])[None, :]
-        added = bias_tile(bias, b, g, rows[:, None], columns[None, :], exist, R)
+        exist, there = (rows < n_rows)[:, None], (columns < tile[2])[None, :]
+        added = bias_tile(bias, b, g, rows[:, None], columns[None, :], exist, there, R)
     p = weights_of(dot_rows(q, k), stats[0][:, None], stats[1][:, None], scales, added)
     return p, dot_rows(dout, load_keys(v, tile[1], inside, BLOCK, K, KS)), k
 
@@ -248,8 +248,8 @@ def _dkv(
             total = tl.zeros_like(total)
         added = None
         if bias is not None:
-            both = inside[:, None] & exist[None, :]
-            added = bias_tile(bias, b, g, rows[None, :], columns[:, None], both, R)
+            there, those = inside[:, None], exist[None, :]
+            added = bias_tile(bias, b, g, rows[None, :], columns[:, None], those, there, R)
         p = weights_of(dot_rows(k_tile, q_tile), top[None, :], total[None, :], scales, added)
         if weight_ptr is not None:
             weight = tl.load(weight_ptr + stats + rows, mask=exist, other=0.0)

@@ -30,7 +30,7 @@ def gqa_attention_fwd_kernel(
     q,  # heads: (pointer, stride of b, of l, of h)
     tokens, text,  # branches, see gqa_attention_walk, with |scale|; text or None
     text_gate_ptr,  # (H,) or None
-    bias,  # (pointer, stride of b, of h, of l, of the key) or None
+    bias,  # see bias_tile, or None
     out_ptr, error_ptr,  # (B, L, H, K), the second may be None
     stats_ptr, text_stats_ptr,  # (B, G, L, R, 2)
     L, G,
@@ -110,8 +110,8 @@ def _step(
     s = dot_rows(q, load_keys(k, tile[1], inside, BLOCK, K, KS))
     if bias is not None:
         b, g, rows, n_rows = where
-        exist = (rows < n_rows)[:, None] & (columns < tile[2])[None, :]
-        s = s * scale + bias_tile(bias, b, g, rows[:, None], columns[None, :], exist, R)
+        exist, there = (rows < n_rows)[:, None], (columns < tile[2])[None, :]
+        s = s * scale + bias_tile(bias, b, g, rows[:, None], columns[None, :], exist, there, R)
     if MASKED:
         valid = valid_keys(tile, columns, inside)
         s = tl.where(valid[None, :], s, -float("inf"))

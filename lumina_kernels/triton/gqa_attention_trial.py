@@ -22,12 +22,13 @@ _errors: dict[tuple, float] = {}
 
 def prove(fwd: Callable, bwd: Callable | None, q: Tensor, key_mask, text_k, bias) -> None:
     """Try the launchers, the backward unless it is None, on a small input of the same kind as the
-    given tensors. That waits for the GPU, so call the op before a CUDA graph is recorded.
+    given arguments, of which the bias comes as for the kernels. That waits for the GPU, so call
+    the op before a CUDA graph is recorded.
 
     Raises:
         RuntimeError: a result is wrong.
     """
-    optional = tuple(x is not None for x in (key_mask, text_k, bias))
+    optional = key_mask is not None, text_k is not None, len(bias or ())
     key = (q.device, q.dtype, q.shape[-1], *optional, bwd is not None)
     if key not in _errors:
         _errors[key] = 0.0  # the trial itself comes along here
@@ -40,8 +41,8 @@ def prove(fwd: Callable, bwd: Callable | None, q: Tensor, key_mask, text_k, bias
         )
 
 
-def _trial(fwd, bwd, like: Tensor, masked: bool, with_text: bool, biased: bool) -> float:
-    """The largest relative error of the results."""
+def _trial(fwd, bwd, like: Tensor, masked: bool, with_text: bool, bias_kind: int) -> float:
+    """The largest relative error of the results. bias_kind: the length of its tuple, 0 for none."""
     (H, L, M, T), K = SIZES, like.shape[-1]
     generator = torch.Generator(like.device).manual_seed(0)
 
@@ -52,7 +53,7 @@ def _trial(fwd, bwd, like: Tensor, masked: bool, with_text: bool, biased: bool) 
     q, dout, gate = normal(1, L, H, K), normal(1, L, H, K), normal(H)
     k, v, text_k, text_v = (normal(1, count, 1, K) for count in (M, M, T, T))
     mask = torch.arange(M, device=like.device)[None] % 3 != 1 if masked else None
-    bias = normal(1, H, L, M) if biased else None
+    bias = normal(1, 1, 1, M) if bias_kind == 3 else normal(1, H, L, M) if bias_kind else None
     text = (text_k, text_v, None, gate) if with_text else (None,) * 4
     given = q, k, v, mask, K**-0.5, *text, bias
     out, *kept = fwd(*given, bwd is not None)

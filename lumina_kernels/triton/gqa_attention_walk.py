@@ -183,13 +183,19 @@ def _scan_mask(mask_ptr, first, n_keys, BLOCK: tl.constexpr, SCAN: tl.constexpr)
 
 
 @triton.jit
-def bias_tile(bias, b, g, rows, keys, mask, R: tl.constexpr):
-    """Bias of some rows and keys, given as (M, 1) and (1, N) or transposed; zeros
-    outside `mask`. bias: (pointer, stride of b, of h, of l, of the key)."""
-    ptr, stride_b, stride_h, stride_l, stride_key = bias
-    ptr += b * stride_b + g * R * stride_h
-    ptrs = ptr + (rows // R).to(tl.int64) * stride_l + (rows % R).to(tl.int64) * stride_h
-    values = tl.load(ptrs + keys.to(tl.int64) * stride_key, mask=mask, other=0.0)
+def bias_tile(bias, b, g, rows, keys, row_mask, key_mask, R: tl.constexpr):
+    """Bias of some rows and keys, given as (M, 1) and (1, N) or transposed, as are their masks,
+    outside of which it is zero. bias: (pointer, stride of b, of h, of l, of the key) or, if all
+    rows share it, (pointer, stride of b, of the key), which gives a tile of one row."""
+    ptr = bias[0] + b * bias[1]
+    if len(bias) == 3:
+        values = tl.load(ptr + keys.to(tl.int64) * bias[2], mask=key_mask, other=0.0)
+    else:
+        _, _, stride_h, stride_l, stride_key = bias
+        ptr += g * R * stride_h
+        ptrs = ptr + (rows // R).to(tl.int64) * stride_l + (rows % R).to(tl.int64) * stride_h
+        mask = row_mask & key_mask
+        values = tl.load(ptrs + keys.to(tl.int64) * stride_key, mask=mask, other=0.0)
     return values.to(tl.float32)
 
 

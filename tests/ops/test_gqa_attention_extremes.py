@@ -109,6 +109,26 @@ def test_biases_of_finfo(backend, bias_dtype, dtype):
     assert rows.isfinite().all()
 
 
+@every_implementation
+@pytest.mark.parametrize("bias_dtype", (torch.float32, torch.bfloat16, torch.float16))
+def test_biases_of_finfo_that_all_queries_share(backend, bias_dtype, dtype):
+    """The same with one bias for every key."""
+    inputs = make_inputs(B=4, L=6, L_kv=37, H=4, G=2, K=24) | {"key_mask": None}
+    finfo = torch.finfo(bias_dtype)
+    bias = randn(4, 1, 1, 37).to(bias_dtype)
+    bias[0] = bias[1, ..., 5:] = finfo.min
+    bias[2, ..., 7:9] = finfo.max
+    bias[3, ..., ::2], bias[3, ..., 1::2] = finfo.max, finfo.min
+    op = partial(_with_bias, bias=bias, backend=backend)
+    wrt = gradients_of(backend, {"v", "text_v", "text_gate"})
+    assert_accurate(op, partial(eager, bias=bias.float()), inputs, dtype, wrt)
+    rows = op(**cast(inputs | {"text_gate": torch.zeros(4, device=DEVICE)}, dtype))
+    mean = cast(inputs, dtype)["v"][0].double().mean(0).repeat_interleave(2, 0)
+    if bias_dtype != torch.float16:  # -65504 leaves differences of scores
+        torch.testing.assert_close(rows[0].double(), mean.expand(6, 4, 24), rtol=0, atol=0.01)
+    assert rows.isfinite().all()
+
+
 def _with_bias(bias, backend, **inputs):
     return gqa_attention(**inputs, bias=bias, backend=backend)
 

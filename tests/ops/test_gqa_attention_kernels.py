@@ -137,6 +137,39 @@ def test_bias(backend, shape, dtype):
     assert_attention(backend, inputs | {"bias": randn(*shape)}, dtype)
 
 
+@every_implementation
+@pytest.mark.parametrize("masked", (False, True))
+def test_bias_that_all_queries_share(backend, masked, dtype):
+    """Several blocks of rows and tiles of keys; keys of -inf, some of them a whole tile; a mask
+    beside it, or not; as it is, and expanded."""
+    inputs = make_inputs(B=2, L=40, L_kv=203, H=2, G=1, K=12, text=False)
+    inputs["key_mask"] = mask_of_ranges(203, (3, 120), (130, 203)) if masked else None
+    bias = randn(2, 1, 1, 203)
+    bias[..., 20:150] = bias[..., ::5] = bias[1, ..., 190:] = -torch.inf
+    assert_attention(backend, inputs | {"bias": bias}, dtype)
+    inputs = cast(inputs | {"bias": bias}, dtype)
+    expanded = inputs | {"bias": inputs["bias"].expand(2, 2, 40, 203)}
+    found, same = (gqa_attention(**x, backend=backend) for x in (inputs, expanded))
+    assert torch.equal(found, same)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", ((74,), (2, 1, 1, 74), (4, 5, 74)))
+def test_bias_with_a_stride_between_keys(backend, shape):
+    inputs, bias = make_kernel_inputs(), randn(*shape).float()[..., ::2]
+    found = results_of(backend, inputs | {"bias": bias})
+    assert_equal_results(found, results_of(backend, inputs | {"bias": bias.contiguous()}))
+
+
+@pytest.mark.parametrize("backend", ("torch", *BACKENDS))
+@pytest.mark.parametrize("shape", ((37,), (2, 4, 5, 37)))
+def test_bias_of_nan(backend, shape):
+    inputs = make_kernel_inputs(text=False) | {"key_mask": None}
+    bias = randn(*shape).float()
+    bias[..., 3] = torch.nan
+    assert gqa_attention(**inputs, bias=bias, backend=backend).isnan().all()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bias_of_minus_infinity(backend):
     """Rows that lose all keys, or those of the first tile; and no mask beside the bias."""

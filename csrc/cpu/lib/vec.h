@@ -201,6 +201,22 @@ LUMINA_INLINE Vec exp2(Vec x) {
   return scale_by_power(p, n);
 }
 
+// 2^x for x <= 0, and 0 for -infinity.
+LUMINA_INLINE Vec exp2_of_negative(Vec x) {
+#if LUMINA_WIDTH == 16
+  const Vec f = (Vec)_mm512_reduce_ps((__m512)x, 0x09);  // x - floor(x)
+  Vec p = broadcast(1.87757668e-3f);
+  p = p * f + 8.98934017e-3f;
+  p = p * f + 5.58263179e-2f;
+  p = p * f + 2.40153617e-1f;
+  p = p * f + 6.93153073e-1f;
+  p = p * f + 9.99999925e-1f;
+  return (Vec)_mm512_scalef_ps((__m512)p, (__m512)x);  // by 2^floor(x)
+#else
+  return exp2(x);
+#endif
+}
+
 LUMINA_INLINE Vec exp(Vec x) {
   x = max(broadcast(-104.f), min(broadcast(89.f), x));
   const Vec n = round(x * 1.44269504f);
