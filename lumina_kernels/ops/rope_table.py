@@ -28,8 +28,8 @@ def rope_table(
     Args:
         q: queries, (B, L, H, K), K even.
         k: keys, (B, L, G, K), same dtype; None where only queries are rotated.
-        cos, sin: tables of one shape, (L, W), (B, L, W) or (B, L, H, W), where W is channels or
-            channels / 2 and 1 stands for any B and H. A table for each head needs G = H.
+        cos, sin: tables, (L, W), (B, L, W) or (B, L, H, W), with one W, channels or channels / 2.
+            B and H of a table may be 1; a table for each head needs G = H.
         pairing: "interleaved" or "half".
         channels: how many channels of a head are rotated, the first ones, an even number. The
             others stay as they are. None rotates all.
@@ -64,9 +64,9 @@ def rope_table_ref(q, k, cos, sin, pairing="interleaved", channels=None):
         cos, sin = (torch.stack((z, z), dim).flatten(-2) for z in (cos, sin))
 
     def rotate(x):  # the tables are ([B or 1,] L, H or 1, C)
-        y = x[..., :C].to(acc)
-        a, b = y.unflatten(-1, pairs).unbind(dim)
-        y = (y * cos + torch.stack((-b, a), dim).flatten(-2) * sin).to(x.dtype)
+        y = x if C == x.shape[-1] else x[..., :C]
+        a, b = y.to(acc).unflatten(-1, pairs).unbind(dim)
+        y = (y.to(acc) * cos + torch.stack((-b, a), dim).flatten(-2) * sin).to(x.dtype)
         return y if C == x.shape[-1] else torch.cat((y, x[..., C:]), -1)
 
     return rotate(q), None if k is None else rotate(k)
@@ -97,9 +97,9 @@ def check_rope_table(q, k, cos, sin, pairing, channels) -> int:
                 f"{channels} or {channels // 2}, where batch and heads may be 1, got {shape}"
             )
         check_shape(name, table, q.device, table.shape)
-    if sin.shape != cos.shape:
+    if sin.shape[-1] != cos.shape[-1]:
         raise ValueError(
-            f"sin must have the shape of cos, {tuple(cos.shape)}, got {tuple(sin.shape)}"
+            f"sin must have as many entries as cos, {cos.shape[-1]}, got {sin.shape[-1]}"
         )
     if pairing not in PAIRINGS:
         raise ValueError(f"pairing must be one of {', '.join(PAIRINGS)}, got {pairing!r}")
