@@ -2,7 +2,7 @@
 
 from torch.fx import Graph, Node
 
-from lumina_kernels import swiglu
+from lumina_kernels import gelu, swiglu
 from lumina_kernels.dropin.graph import aten, bare, call, is_tensor, packet, products, val
 
 
@@ -21,3 +21,7 @@ def glu_of(node) -> tuple[Node, Node] | None:
 
 def emit(graph: Graph, node: Node, pair: tuple[Node, Node]) -> Node:
     return call(graph, swiglu, *pair)
+
+
+def emit_gelu(graph: Graph, node: Node) -> Node:
+    return call(graph, gelu, node.args[0], node.kwargs.get("approximate", "none"))

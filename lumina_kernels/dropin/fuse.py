@@ -235,11 +235,12 @@ def _norms(rewriting: _Rewriting) -> None:
 
 
 def _activations(rewriting: _Rewriting) -> None:
-    for node in list(rewriting.graph.nodes):
+    graph = rewriting.graph
+    for node in list(graph.nodes):
         if pair := activations.glu_of(node):
-            rewriting.replace(
-                "glu", [node], lambda: [activations.emit(rewriting.graph, node, pair)]
-            )
+            rewriting.replace("glu", [node], lambda: [activations.emit(graph, node, pair)])
+        elif packet(node) is aten.gelu:
+            rewriting.replace("gelu", [node], lambda: [activations.emit_gelu(graph, node)])
 
 
 def _one(node: Node | None) -> list[Node] | None:
