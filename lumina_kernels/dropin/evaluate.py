@@ -45,6 +45,8 @@ def cone(root: Node, leaves: Iterable[Node] = ()) -> tuple[list[Node], set[Node]
 
 def _is_inside(node: Node) -> bool:
     op = packet(node)
+    if is_cast(node):
+        return True
     if norm_of(node) is not None:
         return False
     if op is aten.cat:  # of tokens: their parts are turned, or all of them

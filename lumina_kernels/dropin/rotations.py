@@ -38,11 +38,11 @@ class Rotation:
 def parts(node: Node, heads_second: bool = True) -> Iterator[tuple[Node, bool]]:
     """What may be rotations on the way to an attention's query or key, (B, H, L, K) where
     `heads_second`, else (B, L, H, K): all of it, or each of what is joined along the tokens."""
-    node = bare(node)
-    if is_swap(node):
-        yield from parts(node.args[0], not heads_second)
-    elif packet(node) is aten.cat and val(node).ndim == 4:
-        for part in node.args[0]:
+    inner = bare(node)
+    if is_swap(inner):
+        yield from parts(inner.args[0], not heads_second)
+    elif packet(inner) is aten.cat and val(inner).ndim == 4:
+        for part in inner.args[0]:
             yield from parts(part, heads_second)
     else:
         yield node, heads_second
