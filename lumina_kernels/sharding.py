@@ -64,13 +64,13 @@ def _single(hint, shape) -> set[str]:
 def _dimensions(hint, shape) -> list[tuple[str, int, int]]:
     """Letter, dimension and size of each dimension of a tensor annotated with its letters.
 
-    Letters in brackets are of dimensions that may be missing, the first ones first; "..." stands
+    Letters in brackets are of dimensions that may be missing, the last ones first; "..." stands
     for any number of dimensions.
     """
     axes = "" if shape == (0,) else _axes(hint)
     letters = list(map(str, range(len(shape)))) if axes == "..." else axes.split()
     while len(letters) > len(shape):
-        letters.remove(next(z for z in letters if z.startswith("[")))
+        letters.remove([z for z in letters if z.startswith("[")][-1])
     return [(z, i, size) for i, (z, size) in enumerate(zip(letters, shape, strict=False))]
 
 

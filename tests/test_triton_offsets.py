@@ -97,6 +97,15 @@ def test_positions_with_columns_far_apart():
     assert_equal(rope3d(x, x, **far, backend="triton"), rope3d(x, x, **near, backend="triton"))
 
 
+def test_tables_of_heads_and_with_entries_far_apart():
+    x = torch.randn(1, 2, 3, K)
+    for shape, strides in (((1, 2, 3, K), (0, K, 2**30, 1)), ((2, K // 2), (1, 2**30))):
+        far = apart(shape, strides)
+        near = far.contiguous()
+        found = rope_table(x, x, far, far, backend="triton")
+        assert_equal(found, rope_table(x, x, near, near, backend="triton"))
+
+
 @pytest.mark.parametrize("op", (sandwich_norm, sandwich_norm_chain))
 def test_gates_and_scales_of_samples_far_apart(op):
     shapes = ((3, 2, K), (3, 2, K), (K,), (3, K), (K,), (3, K))

@@ -5,70 +5,93 @@
 namespace lumina_kernels::cuda {
 namespace {
 
-// Whether halves of K/2 values start at multiples of 4 values.
-bool takes_fours(const Tensor& tensor) {
+// Whether fours of rotated channels, and of those that follow, start at multiples of 4 values.
+bool takes_fours(const Tensor& tensor, int64_t channels) {
   const int64_t dim = tensor.dim(), size = static_cast<int64_t>(tensor.element_size());
-  bool aligned = reinterpret_cast<uintptr_t>(tensor.data_ptr()) % (4 * size) == 0 &&
-                 tensor.size(dim - 1) % 8 == 0;
+  bool aligned =
+      reinterpret_cast<uintptr_t>(tensor.data_ptr()) % (4 * size) == 0 && channels % 8 == 0;
   for (int64_t i = 0; i + 1 < dim; ++i) {
     aligned &= tensor.size(i) == 1 || tensor.stride(i) % 4 == 0;
   }
   return aligned;
 }
 
-HeadsView heads_of(const Tensor& x, bool half) {
+HeadsView heads_of(const Tensor& x, int64_t channels, bool half) {
   HeadsView heads = cuda::heads_of(x);
-  if (half) heads.values.vectors = takes_fours(x);
+  if (half) heads.values.vectors = takes_fours(x, channels);
   return heads;
 }
 
-// A table (L, K) or (B, L, K).
-RowsView table_of(const Tensor& table, bool half) {
+// A table (L, W), (B or 1, L, W) or (B or 1, L, H or 1, W).
+TableView table_of(const Tensor& table, int64_t channels, bool half) {
   const int64_t dim = table.dim();
-  RowsView rows{values_of(table), dim == 2 ? 0 : table.stride(0), table.stride(dim - 2), true};
-  if (half) rows.values.vectors = takes_fours(table);
-  return rows;
+  const auto step = [&](int64_t i) { return table.size(i) == 1 ? 0 : table.stride(i); };
+  const bool is_double = table.scalar_type() == ScalarType::Double;
+  return {.values = {.data = pointer_to<unsigned char>(table),
+                     .dtype = is_double ? Dtype::kFloat : dtype_of(table),
+                     .vectors = half ? takes_fours(table, channels) : takes_vectors(table)},
+          .is_double = is_double,
+          .step_b = dim > 2 ? step(0) : 0,
+          .step_l = step(dim > 2 ? 1 : 0),
+          .step_h = dim > 3 ? step(2) : 0,
+          .step = table.stride(dim - 1)};
+}
+
+bool has_heads(const Tensor& table) { return table.dim() == 4 && table.size(2) > 1; }
+
+bool is_plain(const RopeTableParams& p) {
+  const auto packed = [](const TableView& table) { return table.step == 1 && !table.is_double; };
+  return p.channels == p.K && !p.pairs && !p.per_head && packed(p.cos) && packed(p.sin);
 }
 
 std::tuple<Tensor, Tensor> rotated(const Tensor& q, const OptionalTensor& k, const Tensor& cos,
-                                   const Tensor& sin, const std::string& pairing, bool backward) {
+                                   const Tensor& sin, const std::string& pairing, int64_t channels,
+                                   bool backward) {
   Tensor q_out = empty_as(q), k_out = empty_as(k, q);
   if (q.numel() + k_out.numel() == 0) return {q_out, k_out};
   const bool half = pairing == "half";
   STD_TORCH_CHECK(half || pairing == "interleaved", "unknown pairing ", pairing);
   const int64_t tokens = q.size(0) * q.size(1), H = q.size(2), K = q.size(3);
-  const int64_t G = k ? k->size(2) : 0, pieces = rope_table_pieces(K, half);
+  const int64_t G = k ? k->size(2) : 0, pieces = rope_table_pieces(K, channels, half);
   check_tokens(tokens);
-  const Tensor qs = packed(q), ks = k ? packed(*k) : qs, cosines = packed(cos), sines = packed(sin);
+  const Tensor qs = packed(q), ks = k ? packed(*k) : qs;
   const RowLayout layout = token_layout(H + G, pieces, kRopeTableThreads);
-  const RopeTableParams p{.q = heads_of(qs, half),
-                          .k = heads_of(ks, half),
-                          .q_out = heads_of(q_out, half),
-                          .k_out = heads_of(k ? k_out : q_out, half),
-                          .cos = table_of(cosines, half),
-                          .sin = table_of(sines, half),
+  const RopeTableParams p{.q = heads_of(qs, channels, half),
+                          .k = heads_of(ks, channels, half),
+                          .q_out = heads_of(q_out, channels, half),
+                          .k_out = heads_of(k ? k_out : q_out, channels, half),
+                          .cos = table_of(cos, channels, half),
+                          .sin = table_of(sin, channels, half),
                           .layout = layout,
                           .tokens = tokens,
                           .L = q.size(1),
                           .H = static_cast<int>(H),
                           .G = static_cast<int>(G),
                           .K = static_cast<int>(K),
+                          .channels = static_cast<int>(channels),
                           .half = half,
-                          .backward = backward};
-  LUMINA_LAUNCH(q, rope_table_config(layout, tokens, pieces), rope_table_kernel, p);
+                          .backward = backward,
+                          .pairs = cos.size(cos.dim() - 1) < channels,
+                          .per_head = has_heads(cos) || has_heads(sin)};
+  const LaunchConfig config = rope_table_config(layout, tokens, pieces);
+  if (is_plain(p)) {
+    LUMINA_LAUNCH(q, config, rope_table_kernel<true>, p);
+  } else {
+    LUMINA_LAUNCH(q, config, rope_table_kernel<false>, p);
+  }
   return {q_out, k_out};
 }
 
 std::tuple<Tensor, Tensor> rope_table_fwd(const Tensor& q, const OptionalTensor& k,
                                           const Tensor& cos, const Tensor& sin,
-                                          const std::string& pairing) {
-  return rotated(q, k, cos, sin, pairing, false);
+                                          const std::string& pairing, int64_t channels) {
+  return rotated(q, k, cos, sin, pairing, channels, false);
 }
 
 std::tuple<Tensor, Tensor> rope_table_bwd(const Tensor& dq_out, const OptionalTensor& dk_out,
                                           const Tensor& cos, const Tensor& sin,
-                                          const std::string& pairing) {
-  return rotated(dq_out, dk_out, cos, sin, pairing, true);
+                                          const std::string& pairing, int64_t channels) {
+  return rotated(dq_out, dk_out, cos, sin, pairing, channels, true);
 }
 
 }  // namespace

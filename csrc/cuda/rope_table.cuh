@@ -7,24 +7,60 @@ namespace lumina_kernels::cuda {
 
 constexpr int kRopeTableThreads = 256;
 
-// A thread has 8 neighbouring channels if the two of a pair are neighbours. With `half` these are
-// K/2 apart, and a thread has 4 channels and their partners. Both are aligned to 4 values if 8
-// divides K, and `vectors` of q, k and the tables then refers to 4 values.
-struct RopeTableParams {
-  HeadsView q, k, q_out, k_out;
-  RowsView cos, sin;
-  RowLayout layout;
-  int64_t tokens, L;
-  int H, G, K;
-  bool half, backward;
+// Cosines or sines, read in place: entry i of head h of token l of sample b is element
+// b * step_b + l * step_l + h * step_h + i * step. The steps of what is shared are 0.
+struct TableView {
+  Values values;
+  bool is_double;  // values.dtype does not count then
+  int64_t step_b, step_l, step_h, step;
+
+  __device__ __forceinline__ int64_t row(const Token& token, int64_t h) const {
+    return token.b * step_b + token.l * step_l + h * step_h;
+  }
 };
 
-inline int64_t rope_table_pieces(int64_t K, bool half) {
-  return half ? ceil_div(K / 2, 4) : ceil_div(K, 8);
+// A thread has 8 neighbouring channels if the two of a pair are neighbours. With `half` these are
+// channels / 2 apart, and a thread has 4 channels and their partners, or 8 that are not rotated.
+// Fours are aligned if 8 divides `channels`, and `vectors` of q, k and the tables then refers to 4
+// values.
+struct RopeTableParams {
+  HeadsView q, k, q_out, k_out;
+  TableView cos, sin;
+  RowLayout layout;
+  int64_t tokens, L;
+  int H, G, K, channels;
+  bool half, backward;
+  bool pairs;     // the tables have an entry for each pair rather than for each channel
+  bool per_head;  // and rows for each head
+};
+
+inline int64_t rope_table_pieces(int64_t K, int64_t channels, bool half) {
+  return half ? ceil_div(channels / 2, 4) + ceil_div(K - channels, 8) : ceil_div(K, 8);
 }
 
 inline LaunchConfig rope_table_config(const RowLayout& layout, int64_t tokens, int64_t pieces) {
   return token_config(layout, tokens, pieces, 0);
+}
+
+// The channels of a thread: two times 4 neighbouring ones, of which the first `count` exist.
+struct RotatedPiece {
+  int first[2], count[2];
+
+  __device__ __forceinline__ int channel(int k) const { return first[k / 4] + k % 4; }
+};
+
+__device__ __forceinline__ RotatedPiece neighbours(int first, int end) {
+  return {{first, first + 4}, {end - first, end - first - 4}};
+}
+
+// kPlain: all channels are rotated, by tables with an entry for each, without gaps, for all heads.
+template <bool kPlain>
+__device__ __forceinline__ RotatedPiece piece_of(int number, const RopeTableParams& p) {
+  const int channels = kPlain ? p.K : p.channels, M = channels / 2;
+  if (!p.half) return neighbours(8 * number, p.K);
+  const int first = 4 * number;
+  if (kPlain || first < M) return {{first, M + first}, {M - first, M - first}};
+  return neighbours(channels + 8 * (number - (M + 3) / 4), p.K);
 }
 
 // 4 values; only the first `count` exist.
@@ -56,26 +92,58 @@ __device__ __forceinline__ void store4(const Values& x, int64_t i, int count, co
   }
 }
 
-// Piece `piece` of the K values from element i on.
-__device__ __forceinline__ Float8 load_piece(const Values& x, int64_t i, int piece, int K,
+// A piece of the values from element i on.
+__device__ __forceinline__ Float8 load_piece(const Values& x, int64_t i, const RotatedPiece& piece,
                                              bool half) {
-  if (!half) return load8(x, i + 8 * piece, K - 8 * piece);
+  if (!half) return load8(x, i + piece.first[0], piece.count[0]);
   Float8 out;
-  const int column = 4 * piece, count = K / 2 - column;
-  load4(x, i + column, count, out.columns);
-  load4(x, i + K / 2 + column, count, out.columns + 4);
+  load4(x, i + piece.first[0], piece.count[0], out.columns);
+  load4(x, i + piece.first[1], piece.count[1], out.columns + 4);
   return out;
 }
 
-__device__ __forceinline__ void store_piece(const Values& x, int64_t i, int piece, int K, bool half,
-                                            const Float8& in) {
+__device__ __forceinline__ void store_piece(const Values& x, int64_t i, const RotatedPiece& piece,
+                                            bool half, const Float8& in) {
   if (half) {
-    const int column = 4 * piece, count = K / 2 - column;
-    store4(x, i + column, count, in.columns);
-    store4(x, i + K / 2 + column, count, in.columns + 4);
+    store4(x, i + piece.first[0], piece.count[0], in.columns);
+    store4(x, i + piece.first[1], piece.count[1], in.columns + 4);
   } else {
-    store8(x, i + 8 * piece, K - 8 * piece, in);
+    store8(x, i + piece.first[0], piece.count[0], in);
   }
+}
+
+// f(i, j) for the pairs of values i and j of a piece.
+template <class F>
+__device__ __forceinline__ void for_pairs(bool half, F f) {
+  if (half) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) f(i, i + 4);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; i += 2) f(i, i + 1);
+  }
+}
+
+__device__ __forceinline__ float load_entry(const TableView& table, int64_t i) {
+  if (!table.is_double) return load1(table.values, i);
+  return static_cast<float>(load_global<double>(table.values.data + 8 * i));
+}
+
+// The entries of a piece, in a row that starts at element i; of pairs that are not rotated, zeros.
+template <bool kPlain>
+__device__ __forceinline__ Float8 load_entries(const TableView& table, int64_t i,
+                                               const RotatedPiece& piece,
+                                               const RopeTableParams& p) {
+  if (kPlain) return load_piece(table.values, i, piece, p.half);
+  Float8 out;
+  for_pairs(p.half, [&](int a, int b) {
+    const int first = piece.channel(a), second = piece.channel(b);
+    const bool there = second < p.channels;
+    const int entry = p.pairs && !p.half ? first / 2 : first;
+    out[a] = there ? load_entry(table, i + entry * table.step) : 0.0f;
+    out[b] = there && !p.pairs ? load_entry(table, i + second * table.step) : out[a];
+  });
+  return out;
 }
 
 // (a, b) -> (a cos_a - b sin_a, b cos_b + a sin_b), or, if `backward`, with sines (-sin_b, -sin_a).
@@ -89,27 +157,30 @@ __device__ __forceinline__ void rotate_values(Float8& x, int i, int j, const Flo
 
 // x -> x * cos + rot(x) * sin for q and k, or, if `backward`, the gradient of x from that of the
 // result.
+template <bool kPlain>
 __global__ void __launch_bounds__(kRopeTableThreads, 3) rope_table_kernel(const RopeTableParams p) {
   RowPlace at = row_place(p.layout);
   at.piece += static_cast<int>(blockIdx.y) * p.layout.pieces;
   const int64_t number = static_cast<int64_t>(blockIdx.x) * p.layout.slots + at.slot;
   if (number >= p.tokens || at.head == kNoHead) return;
   const Token token = token_of(number, p.L);
-  const Float8 cos = load_piece(p.cos.values, p.cos.row(token.b, token.l), at.piece, p.K, p.half);
-  const Float8 sin = load_piece(p.sin.values, p.sin.row(token.b, token.l), at.piece, p.K, p.half);
+  const RotatedPiece piece = piece_of<kPlain>(at.piece, p);
+  Float8 cos, sin;
+  const auto load_tables = [&](int head) {
+    cos = load_entries<kPlain>(p.cos, p.cos.row(token, head), piece, p);
+    sin = load_entries<kPlain>(p.sin, p.sin.row(token, head), piece, p);
+  };
+  if (kPlain || !p.per_head) load_tables(0);
   for (int row = at.head; row < p.H + p.G; row += p.layout.step) {
     const bool of_q = row < p.H;
     const int head = of_q ? row : row - p.H;
+    if (!kPlain && p.per_head) load_tables(head);
     const HeadsView from = select(of_q, p.q, p.k), to = select(of_q, p.q_out, p.k_out);
-    Float8 x = load_piece(from.values, from.at(token.b, token.l, head), at.piece, p.K, p.half);
-    if (p.half) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) rotate_values(x, i, i + 4, cos, sin, p.backward);
-    } else {
-#pragma unroll
-      for (int i = 0; i < 8; i += 2) rotate_values(x, i, i + 1, cos, sin, p.backward);
-    }
-    store_piece(to.values, to.at(token.b, token.l, head), at.piece, p.K, p.half, x);
+    Float8 x = load_piece(from.values, from.at(token.b, token.l, head), piece, p.half);
+    for_pairs(p.half, [&](int i, int j) {
+      if (kPlain || piece.channel(j) < p.channels) rotate_values(x, i, j, cos, sin, p.backward);
+    });
+    store_piece(to.values, to.at(token.b, token.l, head), piece, p.half, x);
   }
 }
 

@@ -46,22 +46,34 @@ def heads_of(x: Tensor | None) -> tuple | None:
 
 
 def table_of(table: Tensor) -> tuple:
-    """The same for rows that the heads share, (B, L, K), or (L, K) for all samples; 0 for h."""
-    if table.stride(-1) != 1:
-        table = table.contiguous()
-    return table, 0 if table.ndim == 2 else table.stride(0), table.stride(-2), 0
+    """The same for entries (B or 1, L, H or 1, W), (B or 1, L, W) or (L, W), 0 for an axis that is
+    shared; then the stride of the last axis if that is not 1. Tables are never copied."""
+    stride_b, stride_h = 0, 0
+    if table.ndim > 2 and table.shape[0] > 1:
+        stride_b = table.stride(0)
+    if table.ndim > 3 and table.shape[2] > 1:
+        stride_h = table.stride(2)
+    stride_l, stride_w = table.stride(min(1, table.ndim - 2)), table.stride(-1)
+    step = () if stride_w == 1 or table.shape[-1] == 1 else (stride_w,)
+    return table, stride_b, stride_l, stride_h, *step
+
+
+def table_heads(table: Tensor) -> int:
+    """For how many heads a table has rows."""
+    return table.shape[2] if table.ndim == 4 else 1
 
 
 def in_units(*heads: tuple | None) -> tuple[list[tuple | None], int]:
     """The heads with their strides divided by a common divisor, at most 16, and the divisor.
 
     Of a stride of 72 Triton sees only that 16 does not divide it, and would load value by value.
-    The divisor, 8, goes to the kernel as a constant that says how far loads can be wide."""
+    The divisor, 8, goes to the kernel as a constant that says how far loads can be wide. What comes
+    after the stride of h stays as it is."""
     unit = 16
     for x in heads:
         if x is not None:
             unit = math.gcd(unit, x[1], x[2], x[3])
-    return [x and (x[0], x[1] // unit, x[2] // unit, x[3] // unit) for x in heads], unit
+    return [x and (x[0], x[1] // unit, x[2] // unit, x[3] // unit, *x[4:]) for x in heads], unit
 
 
 def mask_of(mask: Tensor | None) -> tuple | None:

@@ -8,9 +8,58 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lumina_kernels.triton._arguments import heads_of, in_units, table_of
+from lumina_kernels.triton._arguments import heads_of, in_units, table_heads, table_of
 from lumina_kernels.triton._rotation import token_options
-from lumina_kernels.triton._tiles import cut, load_heads, load_vector, split_token, store_heads
+from lumina_kernels.triton._tiles import (
+    cut,
+    load_heads,
+    load_tile,
+    load_vector,
+    split_token,
+    store_heads,
+    to_float32,
+)
+
+
+@triton.jit
+def _load_table(
+    table, b, index, first, UNIT: tl.constexpr, T: tl.constexpr, N: tl.constexpr,
+    TS: tl.constexpr, HS: tl.constexpr, NS: tl.constexpr,
+):  # fmt: skip
+    """Entries `first` to `first` + N of a token's table as a tile in float32: rows for its T heads,
+    or one row for every band of HS if T is 1."""
+    ptr = table[0] + (b * table[1] + index * table[2]) * UNIT
+    if T == 1 and len(table) == 4:
+        tile = load_vector(ptr + first, N, NS)
+    else:
+        tile = ()
+        for i in tl.static_range(len(TS)):
+            h = TS[i][0] + tl.arange(0, TS[i][1])[:, None]
+            rows = ptr + h.to(tl.int64) * table[3] * UNIT
+            if len(table) == 4:
+                tile = tile + load_tile(rows, first, h < T, N, NS)
+            else:
+                for j in tl.static_range(len(NS)):
+                    n = NS[j][0] + tl.arange(0, NS[j][1])[None, :]
+                    ptrs = rows + (first + n).to(tl.int64) * table[4]
+                    tile = tile + (tl.load(ptrs, mask=(h < T) & (n < N), other=0.0),)
+        tile = to_float32(tile)
+    if T == 1:
+        row = tile
+        for _ in tl.static_range(1, len(HS)):
+            tile = tile + row
+    return tile
+
+
+@triton.jit
+def _load_halves(
+    table, b, index, UNIT: tl.constexpr, T: tl.constexpr, M: tl.constexpr, TS: tl.constexpr,
+    HS: tl.constexpr, WS: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """The entries of channels j and of channels j + M; PAIRS: these share them."""
+    first = _load_table(table, b, index, 0, UNIT, T, M, TS, HS, WS)
+    second = first if PAIRS else _load_table(table, b, index, M, UNIT, T, M, TS, HS, WS)
+    return first, second
 
 
 @triton.jit
@@ -24,102 +73,133 @@ def _rotate_pairs(a, b, cos_a, sin_a, cos_b, sin_b, BACKWARD: tl.constexpr):
 
 
 @triton.jit
+def _split_entries(entries, PAIRS: tl.constexpr):
+    """The entries of the first and of the second channels; PAIRS: these share them."""
+    if PAIRS:
+        a, b = entries, entries
+    else:
+        a, b = tl.split(tl.reshape(entries, (entries.shape[0], entries.shape[1] // 2, 2)))
+    return a, b
+
+
+@triton.jit
 def _rotate_interleaved(
-    x_ptr, stride, cos_ptr, sin_ptr, out_ptr, BACKWARD: tl.constexpr,
-    H: tl.constexpr, K: tl.constexpr, HS: tl.constexpr, KS: tl.constexpr,
+    x_ptr, stride, cos, sin, out_ptr, b, index, TABLE_UNIT: tl.constexpr, BACKWARD: tl.constexpr,
+    H: tl.constexpr, T: tl.constexpr, K: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
+    HS: tl.constexpr, TS: tl.constexpr, CS: tl.constexpr, WS: tl.constexpr,
 ):  # fmt: skip
     """Pairs (2j, 2j + 1): a block is read as it lies in memory and split in registers."""
-    x = load_heads(x_ptr, stride, H, K, HS, KS)
-    cos, sin = load_vector(cos_ptr, K, KS), load_vector(sin_ptr, K, KS)
+    x = load_heads(x_ptr, stride, H, C, HS, CS)
+    cos = _load_table(cos, b, index, 0, TABLE_UNIT, T, W, TS, HS, WS)
+    sin = _load_table(sin, b, index, 0, TABLE_UNIT, T, W, TS, HS, WS)
     out = ()
     for i in tl.static_range(len(HS)):
-        for j in tl.static_range(len(KS)):
-            a, b = tl.split(tl.reshape(x[i * len(KS) + j], (HS[i][1], KS[j][1] // 2, 2)))
-            cos_a, cos_b = tl.split(tl.reshape(cos[j], (1, KS[j][1] // 2, 2)))
-            sin_a, sin_b = tl.split(tl.reshape(sin[j], (1, KS[j][1] // 2, 2)))
-            a, b = _rotate_pairs(a, b, cos_a, sin_a, cos_b, sin_b, BACKWARD)
-            out = out + (tl.reshape(tl.join(a, b), (HS[i][1], KS[j][1])),)
-    store_heads(out_ptr, out, K, H, K, HS, KS)
+        for j in tl.static_range(len(CS)):
+            first, second = tl.split(tl.reshape(x[i * len(CS) + j], (HS[i][1], CS[j][1] // 2, 2)))
+            cos_a, cos_b = _split_entries(cos[i * len(CS) + j], W < C)
+            sin_a, sin_b = _split_entries(sin[i * len(CS) + j], W < C)
+            first, second = _rotate_pairs(first, second, cos_a, sin_a, cos_b, sin_b, BACKWARD)
+            out = out + (tl.reshape(tl.join(first, second), (HS[i][1], CS[j][1])),)
+    store_heads(out_ptr, out, K, H, C, HS, CS)
 
 
 @triton.jit
 def _rotate_halves(
-    x_ptr, stride, cos_ptr, sin_ptr, out_ptr, BACKWARD: tl.constexpr,
-    H: tl.constexpr, K: tl.constexpr, HS: tl.constexpr, KS: tl.constexpr,
+    x_ptr, stride, cos, sin, out_ptr, b, index, TABLE_UNIT: tl.constexpr, BACKWARD: tl.constexpr,
+    H: tl.constexpr, T: tl.constexpr, K: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
+    HS: tl.constexpr, TS: tl.constexpr, CS: tl.constexpr, WS: tl.constexpr,
 ):  # fmt: skip
-    """Pairs (j, j + K/2): the two halves of the heads are two tiles."""
-    M: tl.constexpr = K // 2
-    a, b = load_heads(x_ptr, stride, H, M, HS, KS), load_heads(x_ptr + M, stride, H, M, HS, KS)
-    cos_a, cos_b = load_vector(cos_ptr, M, KS), load_vector(cos_ptr + M, M, KS)
-    sin_a, sin_b = load_vector(sin_ptr, M, KS), load_vector(sin_ptr + M, M, KS)
+    """Pairs (j, j + C/2): the two halves of the heads are two tiles."""
+    M: tl.constexpr = C // 2
+    x_a, x_b = load_heads(x_ptr, stride, H, M, HS, CS), load_heads(x_ptr + M, stride, H, M, HS, CS)
+    cos_a, cos_b = _load_halves(cos, b, index, TABLE_UNIT, T, M, TS, HS, WS, W < C)
+    sin_a, sin_b = _load_halves(sin, b, index, TABLE_UNIT, T, M, TS, HS, WS, W < C)
     out_a = ()
     out_b = ()
-    for i in tl.static_range(len(HS)):
-        for j in tl.static_range(len(KS)):
-            first, second = _rotate_pairs(
-                a[i * len(KS) + j], b[i * len(KS) + j], cos_a[j], sin_a[j], cos_b[j], sin_b[j],
-                BACKWARD,
-            )  # fmt: skip
-            out_a = out_a + (first,)
-            out_b = out_b + (second,)
-    store_heads(out_ptr, out_a, K, H, M, HS, KS)
-    store_heads(out_ptr + M, out_b, K, H, M, HS, KS)
+    for n in tl.static_range(len(HS) * len(CS)):
+        first, second = _rotate_pairs(
+            x_a[n], x_b[n], cos_a[n], sin_a[n], cos_b[n], sin_b[n], BACKWARD
+        )
+        out_a = out_a + (first,)
+        out_b = out_b + (second,)
+    store_heads(out_ptr, out_a, K, H, M, HS, CS)
+    store_heads(out_ptr + M, out_b, K, H, M, HS, CS)
 
 
 @triton.jit
 def _rotate_token(
-    x, cos_ptr, sin_ptr, out_ptr, number, b, index, UNIT: tl.constexpr, BACKWARD: tl.constexpr,
-    HALF: tl.constexpr, H: tl.constexpr, K: tl.constexpr, HS: tl.constexpr, KS: tl.constexpr,
+    x, cos, sin, out_ptr, number, b, index, UNIT: tl.constexpr, TABLE_UNIT: tl.constexpr,
+    BACKWARD: tl.constexpr, HALF: tl.constexpr, H: tl.constexpr, T: tl.constexpr,
+    K: tl.constexpr, C: tl.constexpr, W: tl.constexpr, HS: tl.constexpr, TS: tl.constexpr,
+    CS: tl.constexpr, WS: tl.constexpr, RS: tl.constexpr,
 ):  # fmt: skip
     ptr, stride_b, stride_l, stride_h = x
     ptr += (b * stride_b + index * stride_l) * UNIT
     out_ptr += number * (H * K)
     if HALF:
-        _rotate_halves(ptr, stride_h * UNIT, cos_ptr, sin_ptr, out_ptr, BACKWARD, H, K, HS, KS)
+        _rotate_halves(
+            ptr, stride_h * UNIT, cos, sin, out_ptr, b, index, TABLE_UNIT, BACKWARD,
+            H, T, K, C, W, HS, TS, CS, WS,
+        )  # fmt: skip
     else:
-        _rotate_interleaved(ptr, stride_h * UNIT, cos_ptr, sin_ptr, out_ptr, BACKWARD, H, K, HS, KS)
+        _rotate_interleaved(
+            ptr, stride_h * UNIT, cos, sin, out_ptr, b, index, TABLE_UNIT, BACKWARD,
+            H, T, K, C, W, HS, TS, CS, WS,
+        )  # fmt: skip
+    if C < K:
+        rest = load_heads(ptr + C, stride_h * UNIT, H, K - C, HS, RS)
+        store_heads(out_ptr + C, rest, K, H, K - C, HS, RS)
 
 
 @triton.jit
 def rope_table_kernel(
     q, k,  # heads: (pointer, stride of b, of l, of h), k or None
-    cos, sin,  # the same, shared by the heads
+    cos, sin,  # the same, and where entries have gaps the stride of these, not in units
     q_out_ptr, k_out_ptr, L,
-    UNIT: tl.constexpr, BACKWARD: tl.constexpr, HALF: tl.constexpr,
-    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
-    HS: tl.constexpr, GS: tl.constexpr, KS: tl.constexpr,
+    UNIT: tl.constexpr, TABLE_UNIT: tl.constexpr, BACKWARD: tl.constexpr, HALF: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, T: tl.constexpr,  # T heads of the tables
+    K: tl.constexpr, C: tl.constexpr, W: tl.constexpr,  # C rotated channels, W entries
+    HS: tl.constexpr, GS: tl.constexpr, TS: tl.constexpr,
+    CS: tl.constexpr, WS: tl.constexpr, RS: tl.constexpr,  # RS cuts the K - C other channels
 ):  # fmt: skip
     """x -> x * cos + rot(x) * sin for q and k; BACKWARD: from the gradient of that, x's gradient"""
     number, b, index = split_token(tl.program_id(0), L)
-    cos_ptr, cos_b, cos_l, _ = cos
-    cos_ptr += (b * cos_b + index * cos_l) * UNIT
-    sin_ptr, sin_b, sin_l, _ = sin
-    sin_ptr += (b * sin_b + index * sin_l) * UNIT
     _rotate_token(
-        q, cos_ptr, sin_ptr, q_out_ptr, number, b, index, UNIT, BACKWARD, HALF, H, K, HS, KS
-    )
+        q, cos, sin, q_out_ptr, number, b, index, UNIT, TABLE_UNIT, BACKWARD, HALF,
+        H, T, K, C, W, HS, TS, CS, WS, RS,
+    )  # fmt: skip
     if k is not None:
         _rotate_token(
-            k, cos_ptr, sin_ptr, k_out_ptr, number, b, index, UNIT, BACKWARD, HALF, G, K, GS, KS
-        )
+            k, cos, sin, k_out_ptr, number, b, index, UNIT, TABLE_UNIT, BACKWARD, HALF,
+            G, T, K, C, W, GS, TS, CS, WS, RS,
+        )  # fmt: skip
 
 
-def rope_table_fwd(q, k, cos, sin, pairing, backward: bool = False) -> tuple[Tensor, Tensor | None]:
+def rope_table_fwd(
+    q, k, cos, sin, pairing, channels, backward: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """q (B, L, H, K) and k (B, L, G, K) or None, rotated; `backward`: the gradients of q and k."""
     B, L, H, K = q.shape
     G = 1 if k is None else k.shape[2]
     q_out, k_out = q.new_empty(q.shape), None if k is None else k.new_empty(k.shape)
     if q.numel() == 0:
         return q_out, k_out
-    (q, k, cos, sin), unit = in_units(heads_of(q), heads_of(k), table_of(cos), table_of(sin))
-    half = pairing == "half"
+    half, W, T = pairing == "half", cos.shape[-1], max(table_heads(cos), table_heads(sin))
+    cuts = entry_cuts = cut(channels // 2 if half else channels)
+    if W < channels and not half:
+        entry_cuts = tuple([(start // 2, width // 2) for start, width in cuts])
+    rest = cut(K - channels) if channels < K else None
+    values = max(H, G) * K + (T * 2 * W if T > 1 else 0)  # tables for each head are tiles too
+    (q, k), unit = in_units(heads_of(q), heads_of(k))
+    (cos, sin), table_unit = in_units(table_of(cos), table_of(sin))
     rope_table_kernel[(B * L,)](
-        q, k, cos, sin, q_out, k_out, L, UNIT=unit, BACKWARD=backward, HALF=half, H=H, G=G, K=K,
-        HS=cut(H), GS=cut(G), KS=cut(K // 2 if half else K), **token_options(max(H, G) * K, 80),
+        q, k, cos, sin, q_out, k_out, L, UNIT=unit, TABLE_UNIT=table_unit, BACKWARD=backward,
+        HALF=half, H=H, G=G, T=T, K=K, C=channels, W=W, HS=cut(H), GS=cut(G), TS=cut(T), CS=cuts,
+        WS=entry_cuts, RS=rest, **token_options(values, 80),
     )  # fmt: skip
     return q_out, k_out
 
 
-def rope_table_bwd(dq_out, dk_out, cos, sin, pairing) -> tuple[Tensor, Tensor | None]:
+def rope_table_bwd(dq_out, dk_out, cos, sin, pairing, channels) -> tuple[Tensor, Tensor | None]:
     """dq and dk, None for None."""
-    return rope_table_fwd(dq_out, dk_out, cos, sin, pairing, backward=True)
+    return rope_table_fwd(dq_out, dk_out, cos, sin, pairing, channels, backward=True)

@@ -32,26 +32,50 @@ def make_inputs(B=2, L=5, H=4, G=2, K=12, per_sample=False):
     return inputs | {"cos": randn(*table), "sin": randn(*table)}
 
 
-def with_matrices(q, k, cos, sin, pairing="interleaved"):
-    """Every token's rotation as a (K, K) matrix, the pairs found one by one."""
-    K = q.shape[-1]
-    rot = torch.zeros(K, K, dtype=q.dtype, device=q.device)
-    for j in range(K // 2):
-        a, b = (2 * j, 2 * j + 1) if pairing == "interleaved" else (j, j + K // 2)
-        rot[a, b], rot[b, a] = -1, 1
-    matrices = torch.diag_embed(cos) + sin[..., None] * rot  # ([B,] L, K, K)
-    matrices = matrices if matrices.ndim == 4 else matrices[None]
-    q, k = (torch.einsum("blij,blhj->blhi", matrices.expand(len(x), -1, -1, -1), x) for x in (q, k))
-    return q, k
+# Channels of 20 that are rotated, heads of k, shape of the tables for B = 2, L = 3, H = 3.
+FORMS = (
+    (20, 2, (3, 10)),
+    (20, 2, (1, 3, 10)),
+    (14, 2, (2, 3, 14)),
+    (14, 2, (3, 7)),
+    (16, 1, (2, 3, 1, 8)),
+    (16, 3, (2, 3, 3, 8)),
+    (20, 3, (1, 3, 3, 20)),
+    (2, 3, (1, 3, 3, 1)),
+)
 
 
-def eager(q, k, cos, sin, pairing):
+def make_form(channels, G, table):
+    inputs = {"q": randn(2, 3, 3, 20), "k": randn(2, 3, G, 20)}
+    return inputs | {"cos": randn(*table), "sin": randn(*table), "channels": channels}
+
+
+def with_matrices(q, k, cos, sin, pairing="interleaved", channels=None):
+    """The rotation of every head as a (K, K) matrix, the pairs found one by one."""
+    B, L, H, K = q.shape
+    C = K if channels is None else channels
+    cos, sin = (z if z.ndim == 4 else z.unsqueeze(-2) for z in (cos, sin))  # ([B,] L, H, W)
+    matrices = torch.eye(K, dtype=q.dtype, device=q.device).repeat(B, L, H, 1, 1)
+    for j in range(C // 2):
+        a, b = (2 * j, 2 * j + 1) if pairing == "interleaved" else (j, j + C // 2)
+        of_a, of_b = (j, j) if cos.shape[-1] < C else (a, b)
+        matrices[..., a, a], matrices[..., a, b] = cos[..., of_a], -sin[..., of_a]
+        matrices[..., b, b], matrices[..., b, a] = cos[..., of_b], sin[..., of_b]
+    return tuple(torch.einsum("blhij,blhj->blhi", matrices[:, :, : x.shape[2]], x) for x in (q, k))
+
+
+def eager(q, k, cos, sin, pairing, channels=None):
     """Rounds after every operation, as models do."""
+    C = q.shape[-1] if channels is None else channels
     pairs, dim = ((-1, 2), -1) if pairing == "interleaved" else ((2, -1), -2)
+    cos, sin = (z if z.ndim == 4 else z.unsqueeze(-2) for z in (cos, sin))
+    if cos.shape[-1] < C:
+        cos, sin = (torch.stack((z, z), dim).flatten(-2) for z in (cos, sin))
 
     def rotate(x):
+        x, rest = x[..., :C], x[..., C:]
         a, b = x.unflatten(-1, pairs).unbind(dim)
-        return x * cos.unsqueeze(-2) + torch.stack((-b, a), dim).flatten(-2) * sin.unsqueeze(-2)
+        return torch.cat((x * cos + torch.stack((-b, a), dim).flatten(-2) * sin, rest), -1)
 
     return rotate(q), rotate(k)
 
@@ -67,6 +91,12 @@ def test_gradcheck(pairing):
 def test_matches_matrices(pairing, per_sample):
     inputs = make_inputs(per_sample=per_sample) | {"pairing": pairing}
     assert_same_in_float64(rope_table, with_matrices, inputs)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("pairing", PAIRINGS)
+def test_forms_of_tables_match_matrices(pairing, form):
+    assert_same_in_float64(rope_table, with_matrices, make_form(*form) | {"pairing": pairing})
 
 
 def test_known_pairs():
@@ -95,8 +125,17 @@ def test_errors():
     raises(ValueError, r"k must have shape \(2, 5, 2, 12\)", op, good, k=randn(1, 5, 2, 12))
     raises(TypeError, "k must have the dtype of q", op, good, k=good["k"].half())
     raises(ValueError, "even head_dim", op, good, q=randn(2, 5, 4, 3), k=None)
-    raises(ValueError, r"\(5, 12\) or \(2, 5, 12\), got \(5, 6\)", op, good, cos=randn(5, 6))
-    raises(ValueError, "sin must have shape", op, good, sin=randn(6, 12))
+    rule = r"\(5, W\), \(2, 5, W\) or \(2, 5, 1, W\) with W 12 or 6, where .* got"
+    raises(ValueError, rf"cos must have shape {rule} \(5, 8\)", op, good, cos=randn(5, 8))
+    raises(ValueError, rf"cos must have shape {rule} \(\)", op, good, cos=randn())
+    raises(ValueError, rf"sin must have shape {rule} \(3, 5, 12\)", op, good, sin=randn(3, 5, 12))
+    raises(ValueError, "as many entries as cos, 12, got 6", op, good, sin=randn(5, 6))
+    heads = randn(2, 5, 4, 12)
+    raises(ValueError, "as many of k as of q, got 2 and 4", op, good, cos=heads, sin=heads)
+    raises(ValueError, r"\(2, 5, 4, W\)", op, good, k=None, cos=randn(2, 5, 3, 12))
+    raises(ValueError, "with W 8 or 4", op, good, channels=8)
+    for channels in (-2, 0, 7, 14):
+        raises(ValueError, rf"even and within 2..12, got {channels}", op, good, channels=channels)
     raises(TypeError, "sin must be float16.*complex", op, good, sin=good["sin"] + 1j)
     raises(ValueError, "pairing must be one of interleaved, half", op, good, pairing="pairs")
 
@@ -118,6 +157,65 @@ def test_errors():
 def test_accuracy(kernel, pairing, shape, per_sample, dtype):
     inputs = make_inputs(*shape, per_sample=per_sample) | {"pairing": pairing}
     assert_accurate(kernel, eager, inputs, dtype, wrt="qk")
+
+
+@pytest.mark.parametrize("kernel, dtype", IMPLEMENTATIONS, indirect=["kernel"])
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("pairing", PAIRINGS)
+def test_accuracy_of_forms(kernel, pairing, form, dtype):
+    inputs = make_form(*form) | {"pairing": pairing}
+    assert_accurate(kernel, eager, inputs, dtype, wrt="qk")
+
+
+@pytest.mark.parametrize("kernel", ("torch", *BACKENDS), indirect=True)
+@pytest.mark.parametrize("pairing", PAIRINGS)
+def test_channels_that_are_not_rotated_keep_their_bits(kernel, pairing):
+    """What is not finite too, forward and backward, and in the forward negative zeros."""
+    inputs = cast(make_form(14, 2, (3, 7)), torch.float16) | {"pairing": pairing}
+    for x in (inputs["q"], inputs["k"]):
+        x[..., 14:] = torch.tensor([-0.0, torch.inf, torch.nan, 6e-8, 65504, -torch.inf])
+    found = run(kernel, inputs, "qk")
+    for n, x in enumerate((inputs["q"], inputs["k"])):
+        out = found[f"out {n}"][..., 14:].view(torch.int16)
+        assert torch.equal(out, x[..., 14:].view(torch.int16))
+        assert found[f"out {n}"][..., :14].isfinite().all()
+    q, k = (x.detach().requires_grad_() for x in (inputs["q"], inputs["k"]))
+    torch.autograd.backward(kernel(**inputs | {"q": q, "k": k}), (inputs["q"], inputs["k"]))
+    for x in (q, k):
+        exact = {"rtol": 0, "atol": 0, "equal_nan": True}
+        torch.testing.assert_close(x.grad[..., 14:], x.detach()[..., 14:], **exact)
+
+
+@pytest.mark.parametrize("kernel", ("torch", *BACKENDS), indirect=True)
+@pytest.mark.parametrize("pairing", PAIRINGS)
+@pytest.mark.parametrize("channels, shape", ((8, (2, 2, 8)), (8, (2, 4)), (6, (2, 2, 2, 3))))
+def test_tables_of_any_strides(kernel, pairing, channels, shape):
+    """Parts of complex numbers, of matrices, transposed, the same for all tokens, in float64."""
+    table, x = (randn(*shape).float(), randn(*shape).float()), randn(2, 2, 2, 8).float()
+    matrices = torch.stack((*table, *table), -1).unflatten(-1, (2, 2))
+    for cos, sin in (
+        (torch.complex(*table).real, torch.complex(*table).imag),
+        (matrices[..., 0, 0], matrices[..., 0, 1]),
+        (table[0].mT.contiguous().mT, table[1].mT.contiguous().mT),
+        (table[0].double(), table[1].double()),
+        (table[0].half(), table[1].bfloat16()),
+        tuple(z.narrow(-2, 0, 1).expand(shape) for z in table),
+        tuple(z[..., :1].expand(shape) for z in table),
+        tuple(z.movedim(0, -1).contiguous().movedim(-1, 0) for z in table),
+    ):
+        plain = cos.float().contiguous(), sin.float().contiguous()
+        expected, _ = kernel(x, None, *plain, pairing, channels)
+        assert torch.equal(kernel(x, None, cos, sin, pairing, channels)[0], expected)
+
+
+@pytest.mark.parametrize("kernel", ("torch", *BACKENDS), indirect=True)
+@pytest.mark.parametrize("shared", ("cos", "sin"))
+def test_one_table_for_each_head_and_one_for_all(kernel, shared):
+    inputs = cast(make_form(16, 3, (2, 3, 3, 8)))
+    row = inputs[shared][0, :, 0]
+    whole = row[:, None].expand(2, 3, 3, 8).contiguous()
+    found = run(kernel, inputs | {shared: row}, "qk")
+    assert_equal_results(found, run(kernel, inputs | {shared: whole}, "qk"))
 
 
 @pytest.mark.parametrize("kernel", ("torch", *BACKENDS), indirect=True)
