@@ -28,7 +28,7 @@ void rope_table(const RopeTable& op, int64_t b, int64_t l, int64_t count) {
   for (int64_t h = 0; h < tables.T; ++h) {
     const Rotation rotation = make_rotation(tables, b, l, h, memory);
     const auto rotate = [&](const Rows& x, const Rows& out, int64_t sample, int64_t heads) {
-      TokenHeads from = heads_at(x, sample, l, heads / tables.T, op.K);
+      TokenHeads from = heads_at(x, sample, l, tables.T == 1 ? heads : 1, op.K);
       from.row = x(sample, l, h);
       rotate_by(tables, from, rotation, op.K, out(sample, l, h));
     };

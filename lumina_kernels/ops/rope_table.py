@@ -80,30 +80,37 @@ def check_rope_table(q, k, cos, sin, pairing, channels) -> int:
         channels = K
     elif channels % 2 or not 0 < channels <= K:
         raise ValueError(f"channels must be even and within 2..{K}, got {channels}")
-    G = H if k is None else k.shape[2]
-    heads = H if G == H else 1
-    batches = ((L,), (B, L), (1, L))
-    outer = (*batches, *((*z, n) for z in batches[1:] for n in (1, heads)))
+    if pairing not in PAIRINGS:
+        raise ValueError(f"pairing must be one of {', '.join(PAIRINGS)}, got {pairing!r}")
+    usual = (L, channels), (B, L, channels)
     for name, table in (("cos", cos), ("sin", sin)):
         check_floating(name, table)
-        shape = tuple(table.shape)
-        if shape[:-1] not in outer or shape[-1] not in (channels, channels // 2):
-            if shape[:3] in ((B, L, H), (1, L, H)) and len(shape) == 4 and G != H:
-                raise ValueError(
-                    f"{name} for each head needs as many of k as of q, got {G} and {H}"
-                )
-            raise ValueError(
-                f"{name} must have shape ({L}, W), ({B}, {L}, W) or ({B}, {L}, {heads}, W) with W "
-                f"{channels} or {channels // 2}, where batch and heads may be 1, got {shape}"
-            )
-        check_shape(name, table, q.device, table.shape)
+        if table.shape not in usual or table.device != q.device:
+            _check_table(name, table, q, H if k is None else k.shape[2], channels)
     if sin.shape[-1] != cos.shape[-1]:
         raise ValueError(
             f"sin must have as many entries as cos, {cos.shape[-1]}, got {sin.shape[-1]}"
         )
-    if pairing not in PAIRINGS:
-        raise ValueError(f"pairing must be one of {', '.join(PAIRINGS)}, got {pairing!r}")
     return channels
+
+
+def _check_table(name, table, q, G, channels) -> None:
+    """`table` is on q's device, of any shape that the public function names."""
+    B, L, H, _ = q.shape
+    axes, heads = tuple(table.shape[:-1]), H if G == H else 1
+    check_shape(name, table, q.device, table.shape)  # the device
+    if (
+        axes[:2] in ((L,), (B, L), (1, L))
+        and (len(axes) < 3 or axes[2:] in ((1,), (heads,)))
+        and table.shape[-1] in (channels, channels // 2)
+    ):
+        return
+    if G != H and axes in ((B, L, H), (1, L, H)):
+        raise ValueError(f"{name} for each head needs as many of k as of q, got {G} and {H}")
+    raise ValueError(
+        f"{name} must have shape ({L}, W), ({B}, {L}, W) or ({B}, {L}, {heads}, W) with W "
+        f"{channels} or {channels // 2}, where batch and heads may be 1, got {tuple(table.shape)}"
+    )
 
 
 @kernel_op("q_out k_out", over="B L H")
