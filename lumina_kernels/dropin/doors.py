@@ -1,14 +1,19 @@
 """The ways into the pass: `patch`, `unpatch` and the Dynamo backend."""
 
+import copy
 import itertools
 import types
+import warnings
 import weakref
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.fx import GraphModule
+from torch.utils._pytree import tree_leaves, tree_map
 
+from lumina_kernels.backend import BEST_FIRST, resolve
 from lumina_kernels.dropin.capture import capture
 from lumina_kernels.dropin.fuse import fuse
 from lumina_kernels.dropin.report import Captured, Report
@@ -16,62 +21,80 @@ from lumina_kernels.dropin.report import Captured, Report
 _PATCHED: weakref.WeakKeyDictionary[nn.Module, "_Patch"] = weakref.WeakKeyDictionary()
 
 
-def patch(model, *, backend: str | None = None) -> Report:
+def patch(
+    model, *, backend: str | None = None, exact: bool = False, verify: bool = False
+) -> Report:
     """Have the repeated blocks of a diffusion transformer run on the fused ops, in place.
 
-    Every element of the model's lists of modules is captured when it first runs, its norms,
-    rotations, attentions, gates and gated units are replaced by ops of this package where these
+    Every element of the model's lists of modules is captured when it first runs; its norms,
+    rotations, attentions, gates and activations are replaced by ops of this package where these
     compute the same, and the rewritten graph runs from then on, without a compiler. What does not
-    match stays as it is. Parameters, state dict, class names and hooks are untouched; copies and
-    pickles of the model are unpatched. A second call returns the same report.
+    match stays as it is. State dict, class names and hooks are untouched, and so are parameters,
+    but for one case: where two attentions of a block have equal query projections (Lumina-Next),
+    they share them. Copies and pickles of the model are unpatched. A second call returns the same
+    report. For a whole compiled model see `compile_backend`.
 
     Args:
-        model: an nn.Module, or a pipeline that holds some in `components`.
+        model: an nn.Module, or a pipeline, whose components named transformer... are patched.
         backend: of the ops, for every one that is replaced; see `lumina_kernels.backend`.
+        exact: replace only what the model rounds once, so that 16-bit results stay what they were
+            but for single last bits: LayerNorm and torch's RMSNorm by themselves, rotations,
+            activations, chains in float32.
+        verify: compare each block with the original in its first forward, which needs no gradient.
 
     Returns:
         a `Report`, which fills as the blocks run.
 
     Raises:
-        ValueError: the model has no repeated blocks.
+        ValueError: the model has no repeated blocks, is compiled, or is patched in another way.
+        ArithmeticError: in a forward, with verify=True: a block is not as accurate as it was. In
+            float32 max|difference| / rms must be at most 2e-5; in 16 bits the error against the
+            block in float32 at most 1.15 times the original's.
     """
-    network = _network(model)
-    if network in _PATCHED:
-        return _PATCHED[network].report
-    blocks = repeated_blocks(network)
-    if not blocks:
-        raise ValueError(f"{type(network).__name__} has no lists of blocks to patch")
-    _PATCHED[network] = _Patch(blocks, backend)
-    return _PATCHED[network].report
+    networks, way = _networks(model), (backend, exact, verify)
+    report = next((_PATCHED[m].report for m in networks.values() if m in _PATCHED), Report())
+    for prefix, network in networks.items():
+        if network not in _PATCHED:
+            _PATCHED[network] = _Patch(network, prefix, way, report)
+        elif _PATCHED[network].way != way:
+            raise ValueError("the model is patched with other options: call unpatch first")
+    return report
 
 
 def unpatch(model) -> None:
     """Undo `patch`; nothing happens to a model that is not patched."""
-    if patched := _PATCHED.pop(_network(model), None):
-        for block in patched.blocks.values():
-            block._compiled_call_impl = None
-        for module, name, own in patched.shared:
-            with torch.no_grad():
-                own.copy_(getattr(module, name))
-            setattr(module, name, own)
+    for network in _networks(model).values():
+        if patched := _PATCHED.pop(network, None):
+            for block in (network, *patched.blocks.values()):
+                block._compiled_call_impl = None
+            for module, name, own in patched.shared:
+                with torch.no_grad():
+                    own.copy_(getattr(module, name))
+                setattr(module, name, own)
 
 
-def compile_backend(gm: GraphModule, inputs: list) -> Callable:
-    """`torch.compile(model, backend="lumina_kernels")`: the pass, then Inductor."""
+def compile_backend(gm: GraphModule, inputs: list, **options) -> Callable:
+    """`torch.compile(model, backend="lumina_kernels")`: the pass over whole graphs, then Inductor.
+
+    Gradients come from the ops' own backward."""
     from torch._inductor.compile_fx import compile_fx
 
-    whole = capture(gm)
-    fuse(whole)
-    return compile_fx(whole, inputs)
+    return compile_fx(_fused(gm)[0], inputs, **options)
+
+
+def _fused(gm: GraphModule, *options) -> tuple[GraphModule, Captured]:
+    # Checkpointing counts what is saved for the backward, and nothing is computed here.
+    with saved_tensors_hooks(lambda x: x, lambda x: x):
+        fused, sites = fuse(capture(gm), *options)
+    return fused, Captured(sites)
 
 
 def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The elements of the outermost lists of modules, by path."""
     found: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
-        if any(path.startswith(f"{block}.") for block in found):
-            continue
-        if isinstance(module, nn.ModuleList) and all(_is_block(m) for m in module):
+        inside = any(path.startswith(f"{block}.") for block in found)
+        if isinstance(module, nn.ModuleList) and not inside and all(map(_is_block, module)):
             found |= {f"{path}.{i}" if path else str(i): m for i, m in enumerate(module)}
     return found
 
@@ -80,55 +103,138 @@ def _is_block(module: nn.Module) -> bool:
     return not isinstance(module, nn.ModuleList) and len(list(module.modules())) > 3
 
 
-def _network(model) -> nn.Module:
-    if isinstance(model, nn.Module):
-        return model
-    networks = [m for m in getattr(model, "components", {}).values() if isinstance(m, nn.Module)]
-    networks = [m for m in networks if hasattr(m, "config") and repeated_blocks(m)]
-    if not networks:
-        raise ValueError(f"{type(model).__name__} is no module and has none in components")
-    return networks[0]
+def _networks(model) -> dict[str, nn.Module]:
+    """The transformers of a pipeline by name, or a model as it is."""
+    found = {"": model}
+    if not isinstance(model, nn.Module):
+        parts = getattr(model, "components", {}).items()
+        found = {f"{name}.": part for name, part in parts if name.startswith("transformer")}
+        found = {name: part for name, part in found.items() if isinstance(part, nn.Module)}
+        if not found:
+            raise ValueError(f"{type(model).__name__} is no module and has no transformer")
+    for network in found.values():
+        if hasattr(network, "_orig_mod"):
+            raise ValueError(
+                "the model is compiled: patch it before, or leave the pass to "
+                'torch.compile(model, backend="lumina_kernels")'
+            )
+        if not repeated_blocks(network):
+            raise ValueError(f"{type(network).__name__} has no lists of blocks to patch")
+    return found
 
 
 class _Patch:
     """The blocks of one model, and the graphs that they have run."""
 
-    def __init__(self, blocks: dict[str, nn.Module], backend: str | None):
-        self.blocks, self.backend, self.current = blocks, backend, ""
-        self.report = Report(list(blocks))
-        self.shared = [pair for block in blocks.values() for pair in _share_equal(block)]
-        for path, block in blocks.items():
-            block._compiled_call_impl = self._entry(path, block)
+    def __init__(self, network: nn.Module, prefix: str, way: tuple, report: Report):
+        backend, exact, self.verify = self.way = way
+        if backend is not None:
+            resolve(backend, BEST_FIRST, next(network.parameters()))
+        self.options, self.report, self.current = (backend, exact), report, ""
+        self.blocks, self.functions = repeated_blocks(network), {}
+        self.shared = [pair for block in self.blocks.values() for pair in _share_equal(block)]
+        report.blocks += [prefix + path for path in self.blocks]
+        for path, block in self.blocks.items():
+            block._compiled_call_impl = self._entry(prefix + path, block)
+        network._compiled_call_impl = types.MethodType(_call_whole, network)
 
     def _entry(self, path: str, block: nn.Module) -> Callable:
-        run = self._compiled(type(block))
+        run, is_new = self._compiled(type(block)), self.verify
 
         def call(*args, **kwargs):
+            nonlocal is_new
             self.current = path
-            return run(block, args, kwargs)
+            if not is_new:
+                return run(self, block, args, kwargs)
+            is_new = False
+            return _verified(path, block, lambda *a, **k: run(self, block, a, k), args, kwargs)
 
         return call
 
     def _compiled(self, kind: type) -> Callable:
         """One function for the blocks of a class, with code of its own: Dynamo counts the graphs
         of a piece of code, and gives up after eight, whoever runs it."""
-        own = types.FunctionType(_call.__code__.replace(co_name=kind.__name__), globals())
-        found = self.__dict__.setdefault("_functions", {})
-        if kind not in found:
-            found[kind] = torch.compile(own, backend=self._rewrite)
-        return found[kind]
+        if kind not in self.functions:
+            own = types.FunctionType(_call.__code__.replace(co_name=kind.__name__), globals())
+            self.functions[kind] = torch.compile(own, backend=self._rewrite)
+        return self.functions[kind]
 
     def _rewrite(self, gm: GraphModule, inputs: list) -> Callable:
-        whole = capture(gm)
-        captured = Captured(fuse(whole, self.backend))
+        fused, captured = _fused(gm, *self.options)
         self.report.graphs.append(captured)
-        run = whole.forward
+        run = fused.forward
 
         def counted(*args):
             captured.calls[self.current] += 1
             return run(*args)
 
         return counted
+
+    def ran_unfused(self, block: nn.Module) -> None:
+        if not self.report.unfused:
+            warnings.warn(
+                f"{type(block).__name__} has run with more kinds of inputs than Dynamo compiles "
+                "code for (torch._dynamo.config.recompile_limit), and runs unfused now",
+                stacklevel=5,
+            )
+        self.report.unfused[self.current] += 1
+
+
+def _call(patched, block, args, kwargs):
+    if not torch.compiler.is_compiling():  # Dynamo has given up on it
+        patched.ran_unfused(block)
+    return block._call_impl(*args, **kwargs)
+
+
+def _call_whole(network, *args, **kwargs):
+    if torch.compiler.is_compiling():
+        _warn_of_compile()
+    return network._call_impl(*args, **kwargs)
+
+
+@torch.compiler.assume_constant_result
+def _warn_of_compile() -> None:
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    compiler = InstructionTranslator.current_tx().output.compiler_fn
+    if getattr(compiler, "compiler_name", "") != "lumina_kernels":
+        warnings.warn(
+            "torch.compile of a patched model compiles the blocks as they were. Compile it with "
+            'torch.compile(model, backend="lumina_kernels"), which has the same ops',
+            stacklevel=2,
+        )
+
+
+def _verified(path: str, block: nn.Module, run: Callable, args: tuple, kwargs: dict):
+    """What `run` returns, if it is as accurate as the block's own forward."""
+
+    def inputs(dtype=None):
+        return tree_map(lambda x: _copied(x, dtype), (args, kwargs))
+
+    def outputs(of, dtype=None):
+        a, k = inputs(dtype)
+        return [x.double() for x in tree_leaves(of(*a, **k)) if isinstance(x, Tensor)]
+
+    with torch.no_grad():
+        own, got = outputs(block._call_impl), outputs(run)
+        narrow = any(p.is_floating_point() and p.itemsize < 4 for p in block.parameters())
+        truth = outputs(copy.deepcopy(block).float(), torch.float32) if narrow else own
+    for a, b, t in zip(own, got, truth, strict=True):
+        rms = t.square().mean().sqrt()
+        if narrow:
+            before, after = ((x - t).square().mean().sqrt() for x in (a, b))
+            allowed = 1.15 * before + 2e-5 * rms
+        else:
+            after, allowed = (b - t).abs().max(), 2e-5 * rms
+        if not after <= allowed:
+            raise ArithmeticError(f"{path}: error {after:.2e} where {allowed:.2e} is allowed")
+    return run(*args, **kwargs)
+
+
+def _copied(x, dtype: torch.dtype | None):
+    if not isinstance(x, Tensor):
+        return x
+    return x.to(dtype, copy=True) if dtype and x.is_floating_point() else x.clone()
 
 
 def _share_equal(block: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
@@ -160,7 +266,3 @@ def _is_equal(one: nn.Module, other: nn.Module) -> bool:
         and not x.is_meta and x is not b[n] and torch.equal(x, b[n])
         for n, x in a.items()
     )  # fmt: skip
-
-
-def _call(block, args, kwargs):
-    return block._call_impl(*args, **kwargs)

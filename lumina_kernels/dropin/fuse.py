@@ -1,247 +1,166 @@
 """The pass: which parts of a graph become ops, in which order, and where they go."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Container, Iterable
+from dataclasses import replace
 
-import torch
 from torch.fx import Graph, GraphModule, Node
 
-from lumina_kernels.dropin import activations, attention, gates, norms, rotations
-from lumina_kernels.dropin.evaluate import ARITHMETIC, VIEWS
-from lumina_kernels.dropin.graph import aten, is_cast, is_tensor, mutates, packet, unwidened, val
+from lumina_kernels.dropin.attention import attentions
+from lumina_kernels.dropin.capture import clean, flat, mutates
+from lumina_kernels.dropin.evaluate import VIEWS
+from lumina_kernels.dropin.graph import (
+    Calls,
+    Match,
+    aten,
+    is_cast,
+    is_op,
+    is_tensor,
+    packet,
+    same,
+    val,
+)
 from lumina_kernels.dropin.report import Site
-from lumina_kernels.dropin.writes import without_writes
+from lumina_kernels.dropin.rotations import rotations
+from lumina_kernels.dropin.rows import activations, norms, residuals
+
+# What is named as left where nothing took its place. A sum of squares is a norm written out.
+KINDS = {
+    aten.scaled_dot_product_attention: "attention", aten.layer_norm: "norm", aten.rms_norm: "norm",
+    aten.rsqrt: "norm", aten.gelu: "gelu", aten.silu: "glu",
+}  # fmt: skip
 
 
-def fuse(gm: GraphModule, backend: str | None = None) -> list[Site]:
-    """Rewrite a graph of whole ATen ops (`capture`) in place, onto ops with `backend`.
+def fuse(
+    gm: GraphModule, backend: str | None = None, exact: bool = False
+) -> tuple[GraphModule, list[Site]]:
+    """Rewrite a graph of whole ATen ops (`capture`) onto ops with `backend`.
 
-    Returns what was found: what became of it, or why it was left."""
+    Returns the new graph and what was found: what became of it, or why it was left."""
     graph = gm.graph
-    without_writes(graph)
-    _clean(graph)
-    rewriting = _Rewriting(graph)
-    for step in (_rotations, _attentions, _gates, _norms, _activations):
-        step(rewriting)
+    clean(graph)
+    rewriting = _Rewriting(graph, backend, exact)
+    for find in (rotations, attentions, residuals, norms, activations):
+        for match in find(graph):
+            rewriting.replace(match)
+        if not rewriting.writes:
+            _in_order(graph)
         graph.eliminate_dead_code()
-    for node in graph.nodes:
-        if getattr(node.target, "__module__", "").startswith("lumina_kernels.ops."):
-            node.update_kwarg("backend", backend)
     graph.lint()
     gm.recompile()
-    return rewriting.sites
+    whole, backends = flat(gm)
+    fused = [replace(site, backend=backends.get(site.op, "torch")) for site in rewriting.sites]
+    return whole, [*fused, *rewriting.left()]
 
 
 class _Rewriting:
-    """The graph, the order of its nodes, and what was done."""
+    """A graph on its way onto the ops, and what was done."""
 
-    def __init__(self, graph: Graph):
-        self.graph, self.sites = graph, []
-        self.place = {node: i for i, node in enumerate(graph.nodes)}
+    def __init__(self, graph: Graph, backend: str | None, exact: bool):
+        self.graph, self.backend, self.exact = graph, backend, exact
+        self.sites: list[Site] = []
+        self.refused: dict[Node, Site] = {}
         self.writes = [node for node in graph.nodes if mutates(node)]
 
-    def replace(
-        self, kind: str, roots: list[Node], emit: Callable[[], Iterable[Node] | None]
-    ) -> bool:
-        """Put what `emit` makes before the first of `roots` in their place."""
-        first = min(roots, key=self.place.__getitem__)
+    def replace(self, match: Match) -> None:
+        """Put what a match makes before the first of its roots in their place, if it may be."""
+        place = {node: i for i, node in enumerate(self.graph.nodes)}
+        first = min(match.roots, key=place.__getitem__)
         before = first.prev
         with self.graph.inserting_before(first):
-            outs = emit()
-        if outs is not None:
-            made = self._between(before, first)
-            if (reason := self._refusal(first, roots, made, outs)) is None:
-                for root, out in zip(roots, outs, strict=True):
-                    out.meta["val"] = (
-                        val(root) if out.meta["val"].shape == val(root).shape else out.meta["val"]
-                    )
-                    root.replace_all_uses_with(out)
-                    self.place[out] = self.place[root]
-                for node in made:
-                    self.place.setdefault(node, self.place[first])
-                op = next(name for name in map(_op_name, made) if name)
-                self.sites.append(Site(kind, roots[0].name, op, None))
-                return True
-        else:
-            reason = "shapes"
-        for node in reversed(self._between(before, first)):
-            self.graph.erase_node(node)
-        self.leave(kind, roots[0], reason)
-        return False
+            try:
+                outs = match.emit(Calls(self.graph, self.backend))
+                made = self._made(before, first)
+                reason = (
+                    "dtypes differ" if outs is None else self._refusal(match, place, made, outs)
+                )
+            except (ValueError, TypeError, RuntimeError) as error:  # the op does not take these
+                made, reason = self._made(before, first), str(error).partition("\n")[0]
+        name = match.roots[0].name
+        if reason is not None:
+            for node in reversed(made):
+                self.graph.erase_node(node)
+            self.refused.setdefault(match.roots[0], Site(match.kind, name, None, reason))
+            return
+        for root, out in zip(match.roots, outs, strict=True):
+            root.replace_all_uses_with(out)
+        op = next((node for node in reversed(made) if is_op(node.target)), outs[0])
+        self.sites.append(Site(match.kind, name, op.target.__name__.partition(".")[0], None))
 
-    def leave(self, kind: str, node: Node, reason: str) -> None:
-        self.sites.append(Site(kind, node.name, None, reason))
+    def left(self) -> list[Site]:
+        """What is still there."""
+        sites = [s for s in self.refused.values() if s.kind in ("rotation", "residual")]
+        for node in self.graph.nodes:
+            kind = KINDS.get(packet(node))
+            is_gate = kind == "glu" and not any(packet(user) is aten.mul for user in node.users)
+            if kind and not is_gate:
+                below = [node]
+                for n in below:  # the match that it was part of
+                    below += [user for user in n.users if len(below) < 20]
+                refused = [self.refused[n].reason for n in below if n in self.refused]
+                sites.append(Site(kind, node.name, None, (*refused, "not recognised")[0]))
+        return [site for site in sites if site is not None]
 
-    def _between(self, before: Node, first: Node) -> list[Node]:
+    def _made(self, before: Node, first: Node) -> list[Node]:
         made, node = [], before.next
         while node is not first:
             made.append(node)
             node = node.next
         return made
 
-    def _refusal(self, first, roots, made, outs) -> str | None:
-        for root, out in zip(roots, outs, strict=True):
-            want, got = val(root), val(out)
-            if want.dtype != got.dtype or str(want.shape) != str(got.shape):
-                return (
-                    f"{got.dtype} {tuple(got.shape)} in place of {want.dtype} {tuple(want.shape)}"
-                )
-        read = {n for node in made for n in node.all_input_nodes if n not in made}
-        late = self._late(first, read)
-        if late is None:
-            return "its inputs come later"
-        for node in late:  # in their order
-            made[0].prepend(node)
-            self.place[node] = self.place[first]
-        last = max(self.place[root] for root in roots)
-        for write in self.writes:
-            if self.place[write] < last and any(_may_alias(write, n) for n in read):
-                return "written to in place"
+    def _refusal(self, match: Match, place: dict, made: list[Node], outs: list[Node]) -> str | None:
+        for root, out in zip(match.roots, outs, strict=True):
+            if val(root).dtype != val(out).dtype or not same(val(root).shape, val(out).shape):
+                return f"would be {val(out).dtype} {tuple(val(out).shape)}"
+        read = {n for node in made for n in node.all_input_nodes} - set(made)
+        if (read | _above(read, ())) & set(match.roots):
+            return "its inputs need its result"
+        if self.exact and "attention" in match.kind:
+            return "exact=True"
+        if self.exact and any(map(_rounds, _above(match.roots, read))):
+            return "exact=True, and eager rounds in between"
+        first, last = min(map(place.get, match.roots)), max(map(place.get, match.roots))
+        if self.writes and any(place[n] > first for n in read):
+            return "its inputs come later, beside a write in place"
+        storages = {val(n).untyped_storage()._cdata for n in read if is_tensor(n)}
+        written = (n for w in self.writes if place[w] < last for n in w.all_input_nodes)
+        if any(is_tensor(n) and val(n).untyped_storage()._cdata in storages for n in written):
+            return "written to in place"
         return None
 
-    def _late(self, first: Node, read: Iterable[Node]) -> list[Node] | None:
-        """What has to move before `first` so that `read` is there; None if it cannot."""
-        found, stack = set(), list(read)
-        while stack:
-            node = stack.pop()
-            if self.place[node] < self.place[first] or node in found:
-                continue
-            if node is first or self.writes or packet(node) not in VIEWS | ARITHMETIC:
-                return None
+
+def _above(nodes: Iterable[Node], stop: Container[Node]) -> set[Node]:
+    """What nodes are computed from, down to `stop`."""
+    found, stack = set(), [n for node in nodes for n in node.all_input_nodes]
+    while stack:
+        node = stack.pop()
+        if node not in found and node not in stop:
             found.add(node)
             stack.extend(node.all_input_nodes)
-        return sorted(found, key=self.place.__getitem__)
+    return found
 
 
-def _op_name(node: Node) -> str | None:
-    """Of an op of this package, or of ATen's one that is as good."""
-    if getattr(node.target, "__module__", "").startswith("lumina_kernels.ops."):
-        return node.target.__name__
-    return "addcmul" if packet(node) is aten.addcmul else None
+def _rounds(node: Node) -> bool:
+    is_view = packet(node) in VIEWS and not is_cast(node)
+    return (
+        is_tensor(node)
+        and not is_view
+        and val(node).is_floating_point()
+        and (val(node).itemsize < 4)
+    )
 
 
-def _may_alias(write: Node, read: Node) -> bool:
-    if not is_tensor(read):
-        return False
-    storages = {val(n).untyped_storage()._cdata for n in write.all_input_nodes if is_tensor(n)}
-    return val(read).untyped_storage()._cdata in storages
+def _in_order(graph: Graph) -> None:
+    """Move nodes before their users where they are not."""
+    seen = set()
 
+    def put(node, anchor):
+        for source in node.all_input_nodes:
+            if source not in seen:
+                put(source, anchor)
+        if node is not anchor:
+            anchor.prepend(node)
+        seen.add(node)
 
-def _clean(graph: Graph) -> None:
-    """Drop what computes nothing, and compute once what is computed twice."""
     for node in list(graph.nodes):
-        source = node.args[0] if node.args and isinstance(node.args[0], Node) else None
-        if packet(node) is aten.dropout and (not node.args[2] or node.args[1] == 0):
-            node.replace_all_uses_with(source)
-        elif (
-            is_cast(node)
-            and val(node).dtype == val(source).dtype
-            and val(node).device == val(source).device
-        ):
-            node.replace_all_uses_with(source)
-        elif (
-            packet(node) is aten.slice
-            and is_tensor(node)
-            and str(val(node).shape) == str(val(source).shape)
-        ):
-            node.replace_all_uses_with(source)
-    graph.eliminate_dead_code()
-    if not any(mutates(node) for node in graph.nodes):
-        _merge_equal(graph)
-
-
-def _merge_equal(graph: Graph) -> None:
-    seen = {}
-    for node in list(graph.nodes):
-        if node.op != "call_function" or not is_tensor(node) or _is_random(node):
-            continue
-        key = (node.target, repr(node.args), repr(node.kwargs))
-        if key in seen:
-            node.replace_all_uses_with(seen[key])
-            graph.erase_node(node)
-        else:
-            seen[key] = node
-
-
-def _is_random(node: Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-
-
-def _rotations(rewriting: _Rewriting) -> None:
-    for node in list(rewriting.graph.nodes):
-        if attention.arguments(node) is None:
-            continue
-        found = []
-        for operand in node.args[:2]:
-            for root, heads_second in rotations.parts(operand):
-                if r := rotations.rotation_of(root, heads_second):
-                    if all(root is not other for other, *_ in found):
-                        found.append((root, heads_second, r))
-        while found:
-            first = found.pop(0)
-            partners = [other for other in found if other[2].table == first[2].table]
-            both = [first, *partners[:1]]
-            if len(both) == 2 and rewriting.replace(
-                "rotation",
-                [root for root, *_ in both],
-                lambda: rotations.emit(rewriting.graph, both),
-            ):
-                found.remove(both[1])
-                continue
-            rewriting.replace(
-                "rotation", [first[0]], lambda: rotations.emit(rewriting.graph, [first])
-            )
-
-
-def _attentions(rewriting: _Rewriting) -> None:
-    for node in list(rewriting.graph.nodes):
-        if found := attention.gated_text_of(node):
-            rewriting.replace(
-                "attention and text", [node],
-                lambda: [attention.emit_gated_text(rewriting.graph, found)],
-            )  # fmt: skip
-    rewriting.graph.eliminate_dead_code()
-    for node in list(rewriting.graph.nodes):
-        if attention.arguments(node) is None:
-            continue
-        if reason := attention.refusal(node):
-            rewriting.leave("attention", node, reason)
-        else:
-            rewriting.replace("attention", [node], lambda: [attention.emit(rewriting.graph, node)])
-
-
-def _gates(rewriting: _Rewriting) -> None:
-    after = {}
-    for root, n in norms.roots(rewriting.graph):
-        after.setdefault(unwidened(n.x), (root, n))
-    for node in list(rewriting.graph.nodes):
-        if not node.users or (r := gates.residual_of(node)) is None:
-            continue
-        if node in after:
-            root, n = after[node]
-            if rewriting.replace(
-                "residual and norm", [node, root],
-                lambda: gates.emit_with_norm(rewriting.graph, node, r, n),
-            ):  # fmt: skip
-                continue
-        if r.gate is not None or r.norm is not None:
-            rewriting.replace(
-                "residual", [node], lambda: _one(gates.emit_alone(rewriting.graph, node, r))
-            )
-
-
-def _norms(rewriting: _Rewriting) -> None:
-    for node, n in norms.roots(rewriting.graph):
-        rewriting.replace("norm", [node], lambda: _one(norms.emit(rewriting.graph, node, n)))
-
-
-def _activations(rewriting: _Rewriting) -> None:
-    graph = rewriting.graph
-    for node in list(graph.nodes):
-        if pair := activations.glu_of(node):
-            rewriting.replace("glu", [node], lambda: [activations.emit(graph, node, pair)])
-        elif packet(node) is aten.gelu:
-            rewriting.replace("gelu", [node], lambda: [activations.emit_gelu(graph, node)])
-
-
-def _one(node: Node | None) -> list[Node] | None:
-    return None if node is None else [node]
+        if node not in seen:
+            put(node, node)

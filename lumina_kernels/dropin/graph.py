@@ -1,6 +1,7 @@
 """What the patterns share: kinds of nodes, and how to look through those that change no number."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -8,8 +9,37 @@ from torch.fx import Graph, Node
 
 aten = torch.ops.aten
 
-CASTS = (aten.to, aten._to_copy, aten.type_as)
-COPIES = (aten.contiguous, aten.clone, aten.detach, aten.alias)
+CASTS = {aten.to, aten._to_copy, aten.type_as}
+COPIES = {aten.contiguous, aten.clone, aten.detach, aten.alias}
+
+
+@dataclass(frozen=True)
+class Calls:
+    """Makes new nodes at the insertion point of a graph, with their fake results."""
+
+    graph: Graph
+    backend: str | None = None
+
+    def __call__(self, target: Callable, *args, **kwargs) -> Node:
+        if is_op(target):
+            kwargs["backend"] = self.backend
+        node = self.graph.call_function(target, args, kwargs)
+        args, kwargs = torch.fx.node.map_arg((args, kwargs), val)
+        node.meta["val"] = target(*args, **kwargs)
+        return node
+
+
+def is_op(target) -> bool:
+    return getattr(target, "__module__", "").startswith("lumina_kernels.ops.")
+
+
+@dataclass(frozen=True)
+class Match:
+    """Nodes that an op can take the place of."""
+
+    kind: str  # what is there: "norm", "rotation", "attention", "residual", "glu", "gelu"
+    roots: list[Node]
+    emit: Callable[[Calls], list[Node] | None]  # what takes their place; None if nothing does
 
 
 def packet(node) -> object:
@@ -32,9 +62,13 @@ def is_cast(node) -> bool:
     return packet(node) in CASTS and is_tensor(node.args[0])
 
 
-def mutates(node: Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return node.op == "call_function" and schema is not None and schema.is_mutable
+def is_swap(node) -> bool:
+    """Whether a node exchanges the dimensions 1 and 2 of 4."""
+    if not is_tensor(node) or val(node).ndim != 4:
+        return False
+    if packet(node) is aten.transpose:
+        return {d % 4 for d in node.args[1:3]} == {1, 2}
+    return packet(node) is aten.permute and [d % 4 for d in node.args[1]] == [0, 2, 1, 3]
 
 
 def bare(node):
@@ -56,88 +90,79 @@ def _is_wider(node: Node, source: Node) -> bool:
     return torch.promote_types(wide, narrow) == wide
 
 
-def in_dtype(graph: Graph, node: Node, dtype: torch.dtype) -> Node:
+def in_dtype(call: Calls, node: Node, dtype: torch.dtype) -> Node:
     """The node in a dtype: a node behind its casts that has it, or a new cast."""
     while val(node).dtype != dtype and unwidened(node) is not node:
         node = node.args[0]
-    return node if val(node).dtype == dtype else call(graph, aten.to.dtype, node, dtype)
+    return node if val(node).dtype == dtype else call(aten.to.dtype, node, dtype)
 
 
-def call(graph: Graph, target, *args, **kwargs) -> Node:
-    """A new node at the insertion point, with its fake result."""
-    node = graph.call_function(target, args, kwargs)
-    fakes = torch.fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
-    node.meta["val"] = target(*fakes[0], **fakes[1])
-    return node
+def item(pair, i: int):
+    return pair[i]
 
 
-def operands(node, op) -> tuple | None:
-    """Both operands of a binary op without further options."""
-    if packet(node) is not op or len(node.args) != 2 or node.kwargs.get("alpha", 1) != 1:
-        return None
-    return node.args
-
-
-def either_way(pair: tuple | None) -> Iterator[tuple]:
-    """Both orders of the operands of a commutative op; none for None."""
-    if pair is not None:
-        yield pair
-        yield pair[::-1]
+def operands(node, *ops) -> Iterator[tuple]:
+    """The operands of a commutative binary op, in both orders."""
+    if packet(node) in ops and len(node.args) == 2 and node.kwargs.get("alpha", 1) == 1:
+        yield node.args
+        yield node.args[::-1]
 
 
 def products(node) -> Iterator[tuple]:
-    yield from either_way(operands(node, aten.mul))
+    return operands(node, aten.mul, aten.mul_)
 
 
 def sums(node) -> Iterator[tuple]:
-    """Operands of sums, in both orders; `addcmul` is a sum of which one has no node: see `fma`."""
-    yield from either_way(operands(node, aten.add))
+    return operands(node, aten.add, aten.add_)
 
 
-def is_one_plus(node):
-    """s of 1 + s, or None."""
-    for one, s in sums(bare(node)):
-        if one == 1 and is_tensor(s):
-            return s
-    return None
+def fused_sums(node) -> Iterator[tuple]:
+    """a, x, y of a + x * y, which may be one node, x and y in both orders."""
+    if packet(node) is aten.addcmul and not node.kwargs:
+        a, x, y = node.args
+        yield from ((a, x, y), (a, y, x))
+    for a, product in sums(node):
+        for x, y in products(bare(product)):
+            yield a, x, y
 
 
-def is_vector(node, width) -> bool:
+def same(a, b) -> bool:
+    """Whether sizes or shapes, maybe symbolic, are known to be equal."""
+    a, b = (tuple(x) if isinstance(x, (tuple, list)) else x for x in (a, b))
+    return str(a) == str(b)
+
+
+def is_like(node, other: Node) -> bool:
+    return is_tensor(node) and same(val(node).shape, val(other).shape)
+
+
+def is_vector(node, width: int) -> bool:
     """Whether a node is one number for each channel."""
-    return is_tensor(node) and node_numel(node) == width and val(node).shape[-1] == width
-
-
-def node_numel(node: Node):
-    return val(node).numel()
+    return is_tensor(node) and val(node).numel() == width == val(node).shape[-1]
 
 
 def broadcasts(node, like: Node) -> bool:
-    """Whether a node has the channels of (B, L, D) `like`, and rows for all, a sample or a token."""
-    if not is_tensor(node) or not val(node).is_floating_point():
+    """Whether a node has the channels of `like`, (B, L, D), and rows for all, samples or tokens."""
+    if not is_tensor(node) or not val(node).is_floating_point() or val(node).ndim == 0:
         return False
     shape, full = val(node).shape, val(like).shape
-    if not 1 <= len(shape) <= len(full) or shape[-1] != full[-1]:
-        return False
-    pairs = zip(reversed(shape), reversed(full), strict=False)
-    return all(_same(a, b) or _same(a, 1) for a, b in pairs)
+    pairs = zip(reversed(shape[:-1]), reversed(full[:-1]), strict=False)
+    fits = len(shape) <= len(full) and same(shape[-1], full[-1])
+    return fits and all(same(a, b) or same(a, 1) for a, b in pairs)
 
 
-def _same(a, b) -> bool:
-    """Whether two sizes, maybe symbolic, are known to be equal."""
-    return isinstance(a == b, bool) and a == b or str(a) == str(b)
-
-
-def as_rows(graph: Graph, node: Node, like: Node) -> Node:
+def as_rows(call: Calls, node: Node | None, like: Node) -> Node | None:
     """What broadcasts to (B, L, D) as (B, D) or (B, L, D), without a copy."""
-    rank = val(node).ndim
-    while rank < 3:
-        node, rank = call(graph, aten.unsqueeze.default, node, 0), rank + 1
+    if node is None:
+        return None
+    while val(node).ndim < 3:
+        node = call(aten.unsqueeze.default, node, 0)
     rows, full = val(node).shape, val(like).shape
-    if not _same(rows[0], full[0]):
-        node = call(graph, aten.expand.default, node, [size_of(graph, like, 0), -1, -1])
-    return call(graph, aten.select.int, node, 1, 0) if _same(rows[1], 1) else node
+    if not same(rows[0], full[0]):
+        node = call(aten.expand.default, node, [size_of(call, like, 0), -1, -1])
+    return call(aten.select.int, node, 1, 0) if same(rows[1], 1) else node
 
 
-def size_of(graph: Graph, node: Node, dim: int):
+def size_of(call: Calls, node: Node, dim: int):
     size = val(node).shape[dim]
-    return size if isinstance(size, int) else call(graph, aten.sym_size.int, node, dim)
+    return size if isinstance(size, int) else call(aten.sym_size.int, node, dim)

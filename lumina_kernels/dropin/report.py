@@ -1,17 +1,18 @@
 """What a pass found, what became of it, and why the rest was left."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 
 @dataclass(frozen=True)
 class Site:
-    """A norm, rotation, attention, gate or gated unit in a graph."""
+    """A norm, rotation, attention, residual, gated unit or GELU in a graph."""
 
     kind: str  # what was there: "norm", "rotation", "attention", "residual", "glu", "gelu"
     node: str  # in the captured graph
     op: str | None  # that computes it now, or None
     reason: str | None  # why it was left, or None
+    backend: str | None = None  # of the op
 
 
 @dataclass
@@ -27,58 +28,51 @@ class Report:
     """What `patch` did to a model, by the graphs that its blocks have run so far.
 
     A block that has not run yet has no graph: run the model once before reading. `str(report)` is a
-    table, one line for each block and kind of site that fared alike; `to_dict()` is all of it.
+    table, one line for blocks and sites that fared alike; `to_dict()` is all of it.
     """
 
-    blocks: list[str]
+    blocks: list[str] = field(default_factory=list)
     graphs: list[Captured] = field(default_factory=list)
-    unfused: Counter = field(default_factory=Counter)  # calls that ran the block as it was
+    unfused: Counter = field(default_factory=Counter)  # calls that ran a block as it was
 
     @property
     def fused(self) -> int:
         """Calls of ops so far."""
-        return sum(
-            site.op is not None for graph in self.graphs for site in graph.sites
-            for _ in range(graph.calls.total())
-        )  # fmt: skip
+        return sum(row["calls"] for row in self.rows() if row["op"])
 
     def rows(self) -> list[dict]:
         """One row for each block and site that it has run."""
         return [
-            {
-                "module": path,
-                "kind": site.kind,
-                "op": site.op,
-                "reason": site.reason,
-                "calls": calls,
-            }
+            {"module": path, **asdict(site), "calls": calls}
             for graph in self.graphs
             for path, calls in graph.calls.items()
             for site in graph.sites
         ]
 
+    @property
+    def not_run(self) -> list[str]:
+        return [b for b in self.blocks if not any(b in graph.calls for graph in self.graphs)]
+
     def to_dict(self) -> dict:
-        never = [b for b in self.blocks if not any(b in g.calls for g in self.graphs)]
-        return {"sites": self.rows(), "unfused_calls": dict(self.unfused), "not_run": never}
+        return {
+            "sites": self.rows(), "unfused_calls": dict(self.unfused), "not_run": self.not_run
+        }  # fmt: skip
 
     def __str__(self) -> str:
-        counts = Counter(
-            (row["kind"], row["op"] or "left", row["reason"] or "", row["module"])
-            for row in self.rows()
-        )
+        alike: dict[tuple, dict[str, list[int]]] = {}
+        for row in self.rows():
+            key = row["kind"], row["op"] or "left", row["backend"] or "", row["reason"] or ""
+            alike.setdefault(key, {}).setdefault(row["module"], []).append(row["calls"])
         merged: dict[tuple, list[str]] = {}
-        for (kind, op, reason, module), n in counts.items():
-            merged.setdefault((kind, op, reason, n), []).append(module)
-        lines = [("module", "what was there", "is now", "sites", "why it was left")]
-        for (kind, op, reason, n), modules in merged.items():
-            lines.append((_span(modules), kind, op, str(n), reason))
-        widths = [max(len(line[i]) for line in lines) for i in range(5)]
-        table = [
-            "  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip()
-            for line in lines
-        ]
-        never = self.to_dict()["not_run"]
-        table += [f"not run yet: {_span(never)}"] if never else []
+        for (*key, reason), modules in alike.items():
+            for path, calls in modules.items():
+                merged.setdefault((*key, len(calls), sum(calls), reason), []).append(path)
+        head = "module", "what was there", "is now", "backend", "sites", "calls", "why it was left"
+        lines = [head, *((_span(paths), *map(str, key)) for key, paths in merged.items())]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        pad = (zip(line, widths, strict=True) for line in lines)
+        table = ["  ".join(x.ljust(w) for x, w in line).rstrip() for line in pad]
+        table += [f"not run yet, or compiled otherwise: {_span(self.not_run)}"] * bool(self.not_run)
         table += [f"{n} calls of {path} ran it unfused" for path, n in self.unfused.items()]
         return "\n".join(table)
 
@@ -91,6 +85,6 @@ def _span(paths: list[str]) -> str:
         numbers.setdefault(stem, []).append(int(number))
     return ", ".join(
         f"{stem}.{min(ns)}..{max(ns)}" if len(ns) == max(ns) - min(ns) + 1 > 1
-        else ", ".join(f"{stem}.{n}" for n in ns)
+        else ", ".join(f"{stem}.{n}".lstrip(".") for n in ns)
         for stem, ns in numbers.items()
     )  # fmt: skip

@@ -9,101 +9,139 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from lumina_kernels import rope_table
-from lumina_kernels.dropin.attention import is_swap
-from lumina_kernels.dropin.evaluate import cone, evaluate, only_views, random_like
-from lumina_kernels.dropin.graph import aten, bare, call, in_dtype, is_tensor, packet, val
-
-TOKENS = 8  # enough to tell one rotation from another
-SWAP = ((aten.transpose.int, 1, 2),)
+from lumina_kernels.dropin.attention import arguments
+from lumina_kernels.dropin.evaluate import TOKENS, VIEWS, cone, evaluate
+from lumina_kernels.dropin.graph import (
+    Calls,
+    Match,
+    aten,
+    bare,
+    in_dtype,
+    is_swap,
+    is_tensor,
+    item,
+    packet,
+    same,
+    val,
+)
+from lumina_kernels.dropin.rows import norm_of
 
 Views = tuple[tuple, ...]  # ATen ops with their further arguments, one after the other
+SWAP = ((aten.transpose.int, 1, 2),)
 
 
 @dataclass(frozen=True)
 class Rotation:
     """x, by `heads` a view (B, L, H, K), turned by tables that are views of two nodes."""
 
+    root: Node
+    out: Views  # how the root is seen as (B, L, H, K)
     x: Node
     heads: Views
-    cos: tuple[Node, Views]
-    sin: tuple[Node, Views]
-    pairing: str
-    channels: int
-
-    @property
-    def table(self) -> tuple:
-        return self.cos, self.sin, self.pairing, self.channels
+    table: tuple  # (node, views) of cos and of sin, pairing, channels
 
 
-def parts(node: Node, heads_second: bool = True) -> Iterator[tuple[Node, bool]]:
-    """What may be rotations on the way to an attention's query or key, (B, H, L, K) where
-    `heads_second`, else (B, L, H, K): all of it, or each of what is joined along the tokens."""
+def rotations(graph: Graph) -> Iterator[Match]:
+    for node in list(graph.nodes):
+        a = arguments(node)
+        parts = [part for name in ("query", "key") for part in _parts(a[name], SWAP)] if a else []
+        found = []
+        for root, out in dict(parts).items():
+            if r := _rotation_of(root, out):
+                found.append(r)
+            elif norm_of(root) is None and aten.mul in map(packet, cone(root)[1]):
+                yield Match("rotation", [root], _unknown)
+        while found:
+            r = found.pop(0)
+            partner = next((other for other in found if other.table == r.table), None)
+            if partner is None:
+                yield _match(r)
+            else:
+                found.remove(partner)
+                yield _match(r, partner)
+                yield from (_match(one) for one in (r, partner) if one.root.users)
+
+
+def _match(*pair: Rotation) -> Match:
+    return Match("rotation", [r.root for r in pair], lambda call: _emit(call, pair))
+
+
+def _unknown(call: Calls) -> None:
+    raise NotImplementedError("no tables of which it is the rotation")
+
+
+def _parts(node: Node, out: Views) -> Iterator[tuple[Node, Views]]:
+    """What may be rotations on the way to an attention's query or key, and how each is seen as
+    (B, L, H, K): all of it, or each of what is joined along the tokens."""
     inner = bare(node)
     if is_swap(inner):
-        yield from parts(inner.args[0], not heads_second)
-    elif packet(inner) is aten.cat and val(inner).ndim == 4:
+        yield from _parts(inner.args[0], () if out else SWAP)
+    elif packet(inner) in (aten.cat, aten.concat) and val(inner).ndim == 4:
         for part in inner.args[0]:
-            yield from parts(part, heads_second)
-    else:
-        yield node, heads_second
+            yield from _parts(part, out)
+    elif packet(inner) is aten.slice_scatter and inner.args[2] % 4 == (2 if out else 1):
+        for part in inner.args[:2]:
+            yield from _parts(part, out)
+    elif is_tensor(node) and val(node).ndim == 4:
+        yield node, out
 
 
-def rotation_of(root: Node, heads_second: bool) -> Rotation | None:
-    """What rotation a node of 4 dimensions is, if it is one."""
-    if not is_tensor(root) or val(root).ndim != 4:
-        return None
+def _rotation_of(root: Node, out: Views) -> Rotation | None:
+    """What rotation a node is, if it is one."""
     sources, inside = cone(root)
     for source in filter(is_tensor, sources):
-        for x in filter(is_tensor, reversed(only_views(source, inside))):
-            heads = _heads(root, heads_second, x)
+        for x in reversed(_only_views(source, inside)):
+            heads = _heads(root, out, x)
             if x is root or heads is None:
                 continue
             tables = [t for t in cone(root, leaves=(x,))[0] if t is not x and is_tensor(t)]
-            if tables and not (source in tables and source is not x):
-                if found := _by_trial(root, heads_second, x, heads, tables):
-                    return found
+            if tables and (source is x or source not in tables):
+                if table := _by_trial(root, out, x, heads, tables):
+                    return Rotation(root, out, x, heads, table)
     return None
 
 
-def _by_trial(root, heads_second, x, heads, tables) -> Rotation | None:
-    """The first reading of the tables with which `rope_table` does what the graph does."""
-    values = {node: random_like(node) for node in (x, *tables)}
-    try:
-        turned = evaluate(root, values)
-    except (RuntimeError, TypeError, ValueError, NotImplementedError):
-        return None
-    out = _apply(SWAP if heads_second else (), turned)[:, :TOKENS]
-    q = _apply(heads, values[x])[:, :TOKENS]
-    if out.shape != q.shape:
-        return None
-    full = _apply(heads, val(x)).shape
-    for cos, sin in _readings(tables):
-        for views in _layouts(_apply(cos[1], val(cos[0])), full):
-            cos, sin = ((node, (*first, *views)) for node, first in (cos, sin))
-            table = [_some_tokens(_apply(how, values[node])) for node, how in (cos, sin)]
-            width = table[0].shape[-1]
-            for channels in {width, 2 * width}:
-                if channels > q.shape[-1] or channels % 2:
-                    continue
-                for pairing in ("interleaved", "half"):
-                    want, _ = rope_table(q, None, *table, pairing, channels, backend="torch")
-                    if torch.allclose(want, out, rtol=1e-9, atol=1e-9):
-                        return Rotation(x, heads, cos, sin, pairing, channels)
-    return None
+def _only_views(source: Node, inside: set[Node]) -> list[Node]:
+    """The source and what is made of it inside the cone by views and casts."""
+    found = [source]
+    for node in found:
+        for user in node.users:
+            if user in inside and packet(user) in VIEWS and user not in found:
+                found.append(user)
+    return list(filter(is_tensor, found))
 
 
-def _heads(root: Node, heads_second: bool, x: Node) -> Views | None:
+def _heads(root: Node, out: Views, x: Node) -> Views | None:
     """How to see x as (B, L, H, K), if it has the numbers of `root`."""
-    B, L, H, K = _apply(SWAP if heads_second else (), val(root)).shape
-    shape = [str(n) for n in val(x).shape]
+    B, L, H, K = _seen(val(root), out).shape
     if not val(x).is_floating_point():
         return None
-    orders = {True: ([B, H, L, K], SWAP), False: ([B, L, H, K], ())}
-    for order in (heads_second, not heads_second):
-        if shape == [str(n) for n in orders[order][0]]:
-            return orders[order][1]
-    if shape == [str(n) for n in (B, L, H * K)] and isinstance(K, int):
-        return ((aten.unflatten.int, -1, (-1, K)),)
+    for views in (out, () if out else SWAP):
+        if val(x).ndim == 4 and same(_seen(val(x), views).shape, (B, L, H, K)):
+            return views
+    flat = isinstance(K, int) and same(tuple(val(x).shape), (B, L, H * K))
+    return ((aten.unflatten.int, -1, (-1, K)),) if flat else None
+
+
+def _by_trial(root: Node, out: Views, x: Node, heads: Views, tables: list[Node]) -> tuple | None:
+    """The first reading of the tables with which `rope_table` does what the graph does."""
+    full = _seen(val(x), heads)
+    values = evaluate(root, (x, *tables), full.shape[1])
+    if values is None:
+        return None
+    turned, q = (_seen(values[node], how)[:, :TOKENS] for node, how in ((root, out), (x, heads)))
+    if turned.shape != q.shape:
+        return None
+    for cos, sin in _readings(tables):
+        for views in _layouts(_seen(val(cos[0]), cos[1]), full):
+            pair = [(node, (*first, *views)) for node, first in (cos, sin)]
+            entries = [_some_tokens(_seen(values[node], how)) for node, how in pair]
+            width = entries[0].shape[-1]
+            for channels, pairing in itertools.product({width, 2 * width}, ("interleaved", "half")):
+                if channels <= q.shape[-1] and channels % 2 == 0:
+                    want, _ = rope_table(q, None, *entries, pairing, channels, backend="torch")
+                    if torch.allclose(want, turned, rtol=1e-9, atol=1e-9):
+                        return *pair, pairing, channels
     return None
 
 
@@ -111,45 +149,39 @@ def _readings(tables: list[Node]) -> Iterator[tuple]:
     """Pairs of (node, views) that may be cos and sin."""
     pairs = [
         ((a, ()), (b, ()))
-        for a in tables
-        for b in tables
-        if a is not b and val(a).shape == val(b).shape
+        for a, b in itertools.permutations(tables, 2)
+        if same(val(a).shape, val(b).shape)
     ]
     for t in tables:
+        last = [((aten.select.int, -1, i),) for i in range(2)]
         if val(t).is_complex():
-            real = (aten.view_as_real.default,)
-            pairs.append(tuple((t, (real, (aten.select.int, -1, i))) for i in range(2)))
+            pairs.append(tuple((t, ((aten.view_as_real.default,), *i)) for i in last))
         elif val(t).shape[-2:] == (2, 2):
             pairs.append(((t, ((_diagonal,),)), (t, ((_off_diagonal,),))))
         elif val(t).shape[-1] == 2:
-            pairs.append(tuple((t, ((aten.select.int, -1, i),)) for i in range(2)))
+            pairs.append(tuple((t, i) for i in last))
     for (cos, first), (sin, second) in pairs:
-        half = _apply(first, val(cos)).shape[-1] // 2
-        evens, odds = (((aten.slice.Tensor, -1, i, 2 * half, 2),) for i in range(2))
-        low, high = (((aten.slice.Tensor, -1, i * half, (i + 1) * half),) for i in range(2))
-        for some in (((),), (evens, odds), (low, high)):
+        half = _seen(val(cos), first).shape[-1] // 2
+        evens_odds = [((aten.slice.Tensor, -1, i, 2 * half, 2),) for i in range(2)]
+        low_high = [((aten.slice.Tensor, -1, i * half, (i + 1) * half),) for i in range(2)]
+        for some in ([()], evens_odds, low_high):
             for a, b in itertools.product(some, some):
                 yield (cos, (*first, *a)), (sin, (*second, *b))
 
 
-def _layouts(table: Tensor, heads: torch.Size) -> Iterator[Views]:
+def _layouts(table: Tensor, heads: Tensor) -> Iterator[Views]:
     """How to see a table as (L, W), (B, L, W) or (B or 1, L, H, W)."""
-    B, L, H, _ = map(str, heads)
-    views = []
-    for dim in reversed(range(table.ndim - 1)):
-        if table.shape[dim] == 1:
-            views.append((aten.select.int, dim, 0))
-    rest = [str(n) for n in _apply(views, table).shape[:-1]]
+    B, L, H, _ = heads.shape
+    ones = [dim for dim in reversed(range(table.ndim - 1)) if table.shape[dim] == 1]
+    drop = tuple((aten.select.int, dim, 0) for dim in ones)
+    rest = tuple(_seen(table, drop).shape[:-1])
+    first = (aten.unsqueeze.default, 0)
     for order, more in (
-        ([L], ()),
-        ([B, L], ()),
-        ([B, L, H], ()),
-        ([L, H], ((aten.unsqueeze.default, 0),)),
-        ([B, H, L], SWAP),
-        ([H, L], ((aten.transpose.int, 0, 1), (aten.unsqueeze.default, 0))),
-    ):
-        if rest == order:
-            yield (*views, *more)
+        ((L,), ()), ((B, L), ()), ((B, L, H), ()), ((L, H), (first,)), ((B, H, L), SWAP),
+        ((H, L), ((aten.transpose.int, 0, 1), first)),
+    ):  # fmt: skip
+        if same(order, rest):
+            yield *drop, *more
 
 
 def _some_tokens(table: Tensor) -> Tensor:
@@ -157,34 +189,29 @@ def _some_tokens(table: Tensor) -> Tensor:
     return table[:TOKENS] if table.ndim == 2 else table[:, :TOKENS]
 
 
-def _apply(views: Views, x: Tensor) -> Tensor:
+def _seen(x: Tensor, views: Views) -> Tensor:
     for op, *args in views:
         x = op(x, *args)
     return x
 
 
-def _emit_views(graph: Graph, node: Node, views: Views) -> Node:
+def _emit_views(call: Calls, node: Node, views: Views) -> Node:
     for op, *args in views:
-        node = call(graph, op, node, *args)
+        node = call(op, node, *args)
     return node
 
 
-def emit(graph: Graph, roots: list[tuple[Node, bool, Rotation]]) -> list[Node]:
+def _emit(call: Calls, pair: tuple[Rotation, ...]) -> list[Node]:
     """One call of `rope_table` for one or two rotations by the same table, and what takes the place
     of each."""
-    turned = []
-    for root, _, r in roots:
-        x = in_dtype(graph, r.x, val(root).dtype)
-        turned.append(_emit_views(graph, x, r.heads))
-    r = roots[0][2]
-    cos, sin = (_emit_views(graph, *table) for table in (r.cos, r.sin))
-    q, k = (*turned, None)[:2]
-    pair = call(graph, rope_table, q, k, cos, sin, r.pairing, r.channels)
-    outs = []
-    for i, (_, heads_second, _) in enumerate(roots):
-        out = call(graph, item, pair, i)
-        outs.append(call(graph, aten.transpose.int, out, 1, 2) if heads_second else out)
-    return outs
+    dtypes = [val(r.root).dtype for r in pair]
+    xs = [in_dtype(call, r.x, dtype) for r, dtype in zip(pair, dtypes, strict=True)]
+    q, k = [_emit_views(call, x, r.heads) for x, r in zip(xs, pair, strict=True)], None
+    cos, sin, *rest = pair[0].table
+    tables = (_emit_views(call, *table) for table in (cos, sin))
+    turned = call(rope_table, *(*q, None)[:2], *tables, *rest)
+    outs = [call(item, turned, i) for i in range(len(pair))]
+    return [_emit_views(call, out, r.out) for out, r in zip(outs, pair, strict=True)]
 
 
 def _diagonal(matrices: Tensor) -> Tensor:
@@ -195,7 +222,3 @@ def _diagonal(matrices: Tensor) -> Tensor:
 def _off_diagonal(matrices: Tensor) -> Tensor:
     """(.., 2, 2) as sin of each channel, if ((cos, -sin), (sin, cos))."""
     return torch.stack((-matrices[..., 0, 1], matrices[..., 1, 0]), -1).flatten(-2)
-
-
-def item(pair, i: int):
-    return pair[i]
