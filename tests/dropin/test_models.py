@@ -3,14 +3,9 @@ the truth than before."""
 
 import pytest
 import torch
-from models import MODELS, cast, make
+from models import MODELS, cast, make, output, to_dtype
 
 from lumina_kernels.dropin import patch, unpatch
-
-
-def output(model, inputs):
-    out = model(**inputs, return_dict=False)[0]
-    return torch.stack(out) if isinstance(out, list) else out
 
 
 def error(out, truth):
@@ -35,7 +30,7 @@ def test_float32(name):
 @torch.no_grad()
 def test_sixteen_bits(name, dtype):
     model, inputs = make(name)
-    model, inputs = model.to(dtype), cast(inputs, dtype)
+    model, inputs = to_dtype(model, dtype), cast(inputs, dtype)
     eager = output(model, inputs)
     wide, _ = make(name)
     wide.load_state_dict({k: v.float() for k, v in model.state_dict().items()})
