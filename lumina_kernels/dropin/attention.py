@@ -6,23 +6,12 @@ import torch
 from torch.fx import Graph, Node
 
 from lumina_kernels import gqa_attention
-from lumina_kernels.dropin.evaluate import VIEWS, evaluate
-from lumina_kernels.dropin.graph import (
-    Calls,
-    Match,
-    aten,
-    bare,
-    is_swap,
-    is_tensor,
-    packet,
-    products,
-    size_of,
-    sums,
-    val,
-)
+
+from . import graph as g
+from .evaluate import VIEWS, evaluate
+from .graph import aten, packet, val
 
 NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-REPEATS = {aten.repeat, aten.repeat_interleave}
 
 
 def arguments(node) -> dict | None:
@@ -33,17 +22,16 @@ def arguments(node) -> dict | None:
     return dict.fromkeys((*NAMES, "scale", "enable_gqa")) | given
 
 
-def attentions(graph: Graph) -> Iterator[Match]:
-    for node in list(graph.nodes):
+def attentions(graph: Graph) -> Iterator[g.Match]:
+    for node in g.live(graph):
         if found := _gated_text_of(node):
-            yield Match("attention and text", [node], lambda call, a=found: [_emit(call, *a)])
-    graph.eliminate_dead_code()
-    for node in list(graph.nodes):
-        if arguments(node) is not None:
-            yield Match("attention", [node], lambda call, node=node: [_emit(call, node)])
+            yield "attention and text", [node], _emit, *found
+    for node in g.live(graph):
+        if arguments(node):
+            yield "attention", [node], _emit, node
 
 
-def _emit(call: Calls, node: Node, *text) -> Node:
+def _emit(call: g.Calls, node: Node, text: Node | None = None, gate: Node | None = None) -> Node:
     """The call of `gqa_attention`, as (B, H, L, K), or (B, L, H, K) with a text branch."""
     a = arguments(node)
     for name in ("dropout_p", "is_causal"):
@@ -51,52 +39,46 @@ def _emit(call: Calls, node: Node, *text) -> Node:
             raise NotImplementedError(f"{name}={a[name]}")
     if val(a["query"]).ndim != 4:
         raise NotImplementedError("not (B, H, L, K)")
+    if g.narrows(a["query"]) and not torch.is_autocast_enabled(val(a["query"]).device.type):
+        raise NotImplementedError("in fewer bits than the model, whose rounding would be another")
     q, (k, v) = _tokens_first(call, a["query"]), _keys(call, a)
-    branch = _emit_text(call, *text) if text else (None,) * 4
-    key_mask, bias = _masks(call, a["attn_mask"], a["query"])
+    key_mask, bias = _masks(call, a["attn_mask"], q)
+    branch = _text(call, arguments(text), q, gate) if text else (None,) * 4
     out = call(gqa_attention, q, k, v, key_mask, a["scale"], *branch, bias)
     return out if text else call(aten.transpose.int, out, 1, 2)
 
 
-def _emit_text(call: Calls, node: Node, gate: Node) -> tuple:
-    b = arguments(node)
-    if b["scale"] and abs(b["scale"] * val(b["query"]).shape[-1] ** 0.5 - 1) > 1e-6:
-        raise NotImplementedError("another scale of the text")
-    mask, bias = _masks(call, b["attn_mask"], b["query"])
-    if bias is not None:
-        raise NotImplementedError("a mask of the text that is not one of keys")
+def _text(call: g.Calls, b: dict, q: Node, gate: Node) -> tuple:
+    mask, bias = _masks(call, b["attn_mask"], q)
+    scale = (b["scale"] or 0) * val(q).shape[-1] ** 0.5
+    if bias is not None or b["is_causal"] or b["dropout_p"] or abs(scale - 1) > 1e-6 and scale:
+        raise NotImplementedError("the text has a bias, or another scale")
     return *_keys(call, b), mask, gate
 
 
 def _gated_text_of(node) -> tuple[Node, Node, Node] | None:
-    """image, text and gate of image + tanh(gate) * text: two attentions of the same queries."""
-    for image, term in sums(node):
-        for text, gate in products(bare(term)):
-            both = [bare(x.args[0]) for x in map(bare, (image, text)) if is_swap(x)]
+    """image, text and gate of image + tanh(gate) * text: two attentions of the g.same queries."""
+    for image, term in g.sums(node):
+        for text, gate in g.products(g.bare(term)):
+            both = [g.bare(x.args[0]) for x in map(g.bare, (image, text)) if g.is_swap(x)]
             a, b = map(arguments, both) if len(both) == 2 else (None, None)
-            if a and b and a["query"] is b["query"] and is_tensor(gate):
-                tanh = _vector_of_heads(bare(gate), val(a["query"]).shape[1])
-                if tanh is not None:
-                    return *both, tanh
+            if a and b and a["query"] is b["query"] and g.is_tensor(gate):
+                heads = val(a["query"]).shape[1]
+                is_column = list(val(gate).shape[-2:]) == [heads, 1] == [val(gate).numel(), 1]
+                while packet(gate) in VIEWS:
+                    gate = gate.args[0]
+                x = g.bare(gate.args[0]) if packet(gate) is aten.tanh else None
+                if is_column and x and list(val(x).shape) == [heads]:
+                    return *both, x
     return None
 
 
-def _vector_of_heads(gate: Node, heads: int) -> Node | None:
-    """x (H,) of tanh(x) seen as (.., H, 1)."""
-    if list(val(gate).shape[-2:]) != [heads, 1] or val(gate).numel() != heads:
-        return None
-    while packet(gate) in VIEWS:
-        gate = gate.args[0]
-    x = bare(gate.args[0]) if packet(gate) is aten.tanh else None
-    return x if x is not None and list(val(x).shape) == [heads] else None
-
-
-def _tokens_first(call: Calls, x: Node) -> Node:
+def _tokens_first(call: g.Calls, x: Node) -> Node:
     """(B, H, L, K) as (B, L, H, K), without a second transposition."""
-    return x.args[0] if is_swap(x) else call(aten.transpose.int, x, 1, 2)
+    return x.args[0] if g.is_swap(x) else call(aten.transpose.int, x, 1, 2)
 
 
-def _keys(call: Calls, a: dict) -> tuple[Node, Node]:
+def _keys(call: g.Calls, a: dict) -> tuple[Node, Node]:
     """Keys and values (B, L_kv, G, K), before their heads were repeated for groups of queries."""
     k, v = (_unrepeated(a[name]) for name in ("key", "value"))
     if k and v and val(k).shape[2] == val(v).shape[2]:
@@ -107,19 +89,16 @@ def _keys(call: Calls, a: dict) -> tuple[Node, Node]:
 def _unrepeated(node: Node) -> Node | None:
     """(B, L, G, K) that repeated heads (B, H, L, K) were made of, G < H."""
     source, (_, H, L, _) = node, val(node).shape
-    while packet(source) in VIEWS | REPEATS and is_tensor(source.args[0]):
+    while packet(source) in {*VIEWS, aten.repeat, aten.repeat_interleave}:
         source = source.args[0]
-        G = val(source).shape[2] if val(source).ndim == 4 else H
-        if isinstance(G, int) and G < H and H % G == 0:
-            values = evaluate(node, [source], L)
-            if values and torch.equal(
-                values[node], values[source].repeat_interleave(H // G, 2).transpose(1, 2)
-            ):
+        G = val(source).shape[2] if g.is_tensor(source) and val(source).ndim == 4 else H
+        if isinstance(G, int) and G < H and H % G == 0 and (v := evaluate(node, [source], L)):
+            if torch.equal(v[node], v[source].repeat_interleave(H // G, 2).transpose(1, 2)):
                 return source
     return None
 
 
-def _masks(call: Calls, mask: Node | None, q: Node) -> tuple[Node | None, Node | None]:
+def _masks(call: g.Calls, mask: Node | None, q: Node) -> tuple[Node | None, Node | None]:
     """key_mask, or bias, for an attn_mask that broadcasts to (B, H, L, L_kv)."""
     if mask is None:
         return None, None
@@ -132,7 +111,7 @@ def _masks(call: Calls, mask: Node | None, q: Node) -> tuple[Node | None, Node |
         return None, mask
     if val(mask).shape[1] == val(mask).shape[2] == 1:
         keys = call(aten.flatten.using_ints, mask, 0, 2)
-        return call(aten.expand.default, keys, [size_of(call, q, 0), -1]), None
+        return call(aten.expand.default, keys, [g.size_of(call, q, 0), -1]), None
     zeros = call(aten.zeros_like.default, mask, dtype=val(q).dtype)
     off = call(aten.logical_not.default, mask)
     return None, call(aten.masked_fill.Scalar, zeros, off, float("-inf"))

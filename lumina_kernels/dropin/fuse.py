@@ -5,25 +5,15 @@ from dataclasses import replace
 
 from torch.fx import Graph, GraphModule, Node
 
-from lumina_kernels.dropin.attention import attentions
-from lumina_kernels.dropin.capture import clean, flat, mutates
-from lumina_kernels.dropin.evaluate import VIEWS
-from lumina_kernels.dropin.graph import (
-    Calls,
-    Match,
-    aten,
-    is_cast,
-    is_op,
-    is_tensor,
-    packet,
-    same,
-    val,
-)
-from lumina_kernels.dropin.report import Site
-from lumina_kernels.dropin.rotations import rotations
-from lumina_kernels.dropin.rows import activations, norms, residuals
+from .attention import attentions
+from .capture import clean, flat, mutates
+from .evaluate import MOVES
+from .graph import CASTS, Calls, Match, aten, is_op, is_tensor, narrows, packet, same, val
+from .report import Site
+from .rotations import rotations
+from .rows import activations, norms, residuals
 
-# What is named as left where nothing took its place. A sum of squares is a norm written out.
+# What is named as left where nothing took its place; an rsqrt is the one of a norm written out.
 KINDS = {
     aten.scaled_dot_product_attention: "attention", aten.layer_norm: "norm", aten.rms_norm: "norm",
     aten.rsqrt: "norm", aten.gelu: "gelu", aten.silu: "glu",
@@ -44,7 +34,6 @@ def fuse(
             rewriting.replace(match)
         if not rewriting.writes:
             _in_order(graph)
-        graph.eliminate_dead_code()
     graph.lint()
     gm.recompile()
     whole, backends = flat(gm)
@@ -63,69 +52,68 @@ class _Rewriting:
 
     def replace(self, match: Match) -> None:
         """Put what a match makes before the first of its roots in their place, if it may be."""
-        place = {node: i for i, node in enumerate(self.graph.nodes)}
-        first = min(match.roots, key=place.__getitem__)
-        before = first.prev
-        with self.graph.inserting_before(first):
+        kind, roots, emit, *arguments = match
+        call = Calls(self.graph, self.backend)
+        with self.graph.inserting_before(min(roots)):
             try:
-                outs = match.emit(Calls(self.graph, self.backend))
-                made = self._made(before, first)
-                reason = (
-                    "dtypes differ" if outs is None else self._refusal(match, place, made, outs)
-                )
+                outs = emit(call, *arguments)
+                outs = [outs] if isinstance(outs, Node) else outs
+                reason = self._refusal(kind, roots, call.made, outs)
             except (ValueError, TypeError, RuntimeError) as error:  # the op does not take these
-                made, reason = self._made(before, first), str(error).partition("\n")[0]
-        name = match.roots[0].name
-        if reason is not None:
-            for node in reversed(made):
-                self.graph.erase_node(node)
-            self.refused.setdefault(match.roots[0], Site(match.kind, name, None, reason))
+                reason = str(error).partition("\n")[0]
+        if reason:
+            self._erase(call.made[::-1])
+            self.refused.setdefault(roots[0], Site(kind, roots[0].name, None, reason))
             return
-        for root, out in zip(match.roots, outs, strict=True):
+        for root, out in zip(roots, outs, strict=True):
             root.replace_all_uses_with(out)
-        op = next((node for node in reversed(made) if is_op(node.target)), outs[0])
-        self.sites.append(Site(match.kind, name, op.target.__name__.partition(".")[0], None))
+        op = next((node for node in reversed(call.made) if is_op(node.target)), outs[0])
+        self.sites.append(Site(kind, roots[0].name, op.target.__name__.partition(".")[0], None))
+        self._erase(roots)
 
-    def left(self) -> list[Site]:
-        """What is still there."""
-        sites = [s for s in self.refused.values() if s.kind in ("rotation", "residual")]
-        for node in self.graph.nodes:
-            kind = KINDS.get(packet(node))
-            is_gate = kind == "glu" and not any(packet(user) is aten.mul for user in node.users)
-            if kind and not is_gate:
-                below = [node]
-                for n in below:  # the match that it was part of
-                    below += [user for user in n.users if len(below) < 20]
-                refused = [self.refused[n].reason for n in below if n in self.refused]
-                sites.append(Site(kind, node.name, None, (*refused, "not recognised")[0]))
-        return [site for site in sites if site is not None]
+    def _erase(self, nodes: list[Node]) -> None:
+        """Erase unused nodes and what they alone used."""
+        for node in nodes:
+            inputs = node.all_input_nodes
+            if not node.users and node.op == "call_function" and not mutates(node):
+                self.graph.erase_node(node)
+                self._erase([n for n in inputs if not n.users])
 
-    def _made(self, before: Node, first: Node) -> list[Node]:
-        made, node = [], before.next
-        while node is not first:
-            made.append(node)
-            node = node.next
-        return made
-
-    def _refusal(self, match: Match, place: dict, made: list[Node], outs: list[Node]) -> str | None:
-        for root, out in zip(match.roots, outs, strict=True):
+    def _refusal(self, kind: str, roots: list, made: list, outs: list) -> str | None:
+        for root, out in zip(roots, outs, strict=True):
             if val(root).dtype != val(out).dtype or not same(val(root).shape, val(out).shape):
                 return f"would be {val(out).dtype} {tuple(val(out).shape)}"
         read = {n for node in made for n in node.all_input_nodes} - set(made)
-        if (read | _above(read, ())) & set(match.roots):
+        if (read | _above(read, ())) & set(roots):
             return "its inputs need its result"
-        if self.exact and "attention" in match.kind:
-            return "exact=True"
-        if self.exact and any(map(_rounds, _above(match.roots, read))):
-            return "exact=True, and eager rounds in between"
-        first, last = min(map(place.get, match.roots)), max(map(place.get, match.roots))
-        if self.writes and any(place[n] > first for n in read):
+        inside = _above(roots, read)
+        smallest = min(val(root).itemsize for root in roots)
+        if any(narrows(node) and val(node).itemsize < smallest for node in inside):
+            return "rounds to another dtype in between"
+        if self.exact and ("attention" in kind or any(map(_rounds, inside))):
+            return "exact=True, and eager rounds more than once"
+        if self.writes and any(n > min(roots) for n in read):
             return "its inputs come later, beside a write in place"
         storages = {val(n).untyped_storage()._cdata for n in read if is_tensor(n)}
-        written = (n for w in self.writes if place[w] < last for n in w.all_input_nodes)
+        written = (n for w in self.writes if w < max(roots) for n in w.all_input_nodes)
         if any(is_tensor(n) and val(n).untyped_storage()._cdata in storages for n in written):
             return "written to in place"
         return None
+
+    def left(self) -> list[Site]:
+        """What is still there."""
+        sites = [s for n, s in self.refused.items() if n.users and s.kind not in KINDS.values()]
+        for node in self.graph.nodes:
+            kind, below = KINDS.get(packet(node)), [node]
+            if kind is None or (
+                kind == "glu" and aten.mul not in map(packet, node.users)  # of a timestep
+            ):
+                continue
+            for n in below:  # the match that it was part of
+                below += [user for user in n.users if len(below) < 20]
+            reasons = [self.refused[n].reason for n in below if n in self.refused]
+            sites.append(Site(kind, node.name, None, (*reasons, "not recognised")[0]))
+        return sites
 
 
 def _above(nodes: Iterable[Node], stop: Container[Node]) -> set[Node]:
@@ -140,13 +128,9 @@ def _above(nodes: Iterable[Node], stop: Container[Node]) -> set[Node]:
 
 
 def _rounds(node: Node) -> bool:
-    is_view = packet(node) in VIEWS and not is_cast(node)
-    return (
-        is_tensor(node)
-        and not is_view
-        and val(node).is_floating_point()
-        and (val(node).itemsize < 4)
-    )
+    moves = packet(node) in MOVES and packet(node) not in CASTS
+    x = val(node) if is_tensor(node) and not moves else None
+    return x is not None and x.is_floating_point() and x.itemsize < 4
 
 
 def _in_order(graph: Graph) -> None:

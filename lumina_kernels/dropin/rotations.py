@@ -1,7 +1,7 @@
 """Rotary embeddings of queries and keys, however written, as `rope_table`."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,25 +9,16 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from lumina_kernels import rope_table
-from lumina_kernels.dropin.attention import arguments
-from lumina_kernels.dropin.evaluate import TOKENS, VIEWS, cone, evaluate
-from lumina_kernels.dropin.graph import (
-    Calls,
-    Match,
-    aten,
-    bare,
-    in_dtype,
-    is_swap,
-    is_tensor,
-    item,
-    packet,
-    same,
-    val,
-)
-from lumina_kernels.dropin.rows import norm_of
+
+from . import graph as g
+from .attention import arguments
+from .evaluate import MOVES, VIEWS, evaluate
+from .graph import aten, packet, val
+from .rows import norm_of
 
 Views = tuple[tuple, ...]  # ATen ops with their further arguments, one after the other
-SWAP = ((aten.transpose.int, 1, 2),)
+SWAP, FIRST = ((aten.transpose.int, 1, 2),), ((aten.unsqueeze.default, 0),)
+ARITHMETIC = {aten.mul, aten.mul_, aten.add, aten.add_, aten.sub, aten.addcmul, aten.sum}
 
 
 @dataclass(frozen=True)
@@ -41,86 +32,93 @@ class Rotation:
     table: tuple  # (node, views) of cos and of sin, pairing, channels
 
 
-def rotations(graph: Graph) -> Iterator[Match]:
-    for node in list(graph.nodes):
-        a = arguments(node)
+def rotations(graph: Graph) -> Iterator[g.Match]:
+    for node in g.live(graph):
+        a, found = arguments(node), []
         parts = [part for name in ("query", "key") for part in _parts(a[name], SWAP)] if a else []
-        found = []
         for root, out in dict(parts).items():
             if r := _rotation_of(root, out):
                 found.append(r)
-            elif norm_of(root) is None and aten.mul in map(packet, cone(root)[1]):
-                yield Match("rotation", [root], _unknown)
+            elif norm_of(root) is None and aten.mul in map(packet, _cone(root)[1]):
+                yield "rotation", [root], _unknown
         while found:
             r = found.pop(0)
-            partner = next((other for other in found if other.table == r.table), None)
-            if partner is None:
-                yield _match(r)
-            else:
-                found.remove(partner)
-                yield _match(r, partner)
-                yield from (_match(one) for one in (r, partner) if one.root.users)
+            for partner in [other for other in found if other.table == r.table][:1]:
+                yield "rotation", [r.root, partner.root], _emit, r, partner
+            if r.root.users:
+                yield "rotation", [r.root], _emit, r
+            found = [other for other in found if other.root.users]
 
 
-def _match(*pair: Rotation) -> Match:
-    return Match("rotation", [r.root for r in pair], lambda call: _emit(call, pair))
-
-
-def _unknown(call: Calls) -> None:
+def _unknown(call: g.Calls) -> None:
     raise NotImplementedError("no tables of which it is the rotation")
 
 
 def _parts(node: Node, out: Views) -> Iterator[tuple[Node, Views]]:
     """What may be rotations on the way to an attention's query or key, and how each is seen as
     (B, L, H, K): all of it, or each of what is joined along the tokens."""
-    inner = bare(node)
-    if is_swap(inner):
+    inner = g.bare(node)
+    joined = inner.args[0] if packet(inner) in (aten.cat, aten.concat) else ()
+    if packet(inner) is aten.slice_scatter and inner.args[2] % 4 == (2 if out else 1):
+        joined = inner.args[:2]
+    tokens = 2 if out else 1
+    if packet(inner) is aten.slice and val(inner).ndim == 4 and inner.args[1] == tokens:
+        yield from _parts(inner.args[0], out)
+    elif g.is_swap(inner):
         yield from _parts(inner.args[0], () if out else SWAP)
-    elif packet(inner) in (aten.cat, aten.concat) and val(inner).ndim == 4:
-        for part in inner.args[0]:
-            yield from _parts(part, out)
-    elif packet(inner) is aten.slice_scatter and inner.args[2] % 4 == (2 if out else 1):
-        for part in inner.args[:2]:
-            yield from _parts(part, out)
-    elif is_tensor(node) and val(node).ndim == 4:
-        yield node, out
+    elif joined and val(inner).ndim == 4:
+        yield from (found for part in joined for found in _parts(part, out))
+    elif g.is_tensor(node) and val(node).ndim == 4:
+        yield g.unwidened(node), out
+
+
+def _cone(root: Node, leaves: Iterable[Node] = ()) -> tuple[list[Node], set[Node]]:
+    """The nodes that `root` is computed from by views and a rotation's arithmetic, down to the
+    `leaves` and to those that are computed otherwise, which come first."""
+    found, inside, stack = [], set(), [root]
+    while stack:
+        node = stack.pop()
+        if node is not root and (node in leaves or not _is_inside(node)):
+            found += [node] if node not in found else []
+        elif node not in inside:
+            inside.add(node)
+            stack.extend(node.all_input_nodes)
+    return found, inside
+
+
+def _is_inside(node: Node) -> bool:
+    op = packet(node)
+    if op in (aten.cat, aten.concat, aten.slice_scatter):  # of tokens: their parts are turned
+        dim = (*node.args, 0)[1 if op is not aten.slice_scatter else 2]
+        return dim % val(node).ndim == val(node).ndim - 1
+    return op in MOVES or (op in ARITHMETIC and norm_of(node) is None)
 
 
 def _rotation_of(root: Node, out: Views) -> Rotation | None:
     """What rotation a node is, if it is one."""
-    sources, inside = cone(root)
-    for source in filter(is_tensor, sources):
-        for x in reversed(_only_views(source, inside)):
-            heads = _heads(root, out, x)
-            if x is root or heads is None:
-                continue
-            tables = [t for t in cone(root, leaves=(x,))[0] if t is not x and is_tensor(t)]
-            if tables and (source is x or source not in tables):
+    sources, inside = _cone(root)
+    for source in sources:
+        seen = [source]  # and what is made of it by views and casts
+        for node in seen:
+            seen += [n for n in node.users if n in inside - {*seen} and packet(n) in VIEWS]
+        for x in filter(g.is_tensor, reversed(seen)):
+            heads = None if x is root else _heads(root, out, x)
+            tables = [t for t in _cone(root, (x,))[0] if t is not x and g.is_tensor(t)]
+            if heads is not None and tables and (source is x or source not in tables):
                 if table := _by_trial(root, out, x, heads, tables):
                     return Rotation(root, out, x, heads, table)
     return None
 
 
-def _only_views(source: Node, inside: set[Node]) -> list[Node]:
-    """The source and what is made of it inside the cone by views and casts."""
-    found = [source]
-    for node in found:
-        for user in node.users:
-            if user in inside and packet(user) in VIEWS and user not in found:
-                found.append(user)
-    return list(filter(is_tensor, found))
-
-
 def _heads(root: Node, out: Views, x: Node) -> Views | None:
     """How to see x as (B, L, H, K), if it has the numbers of `root`."""
-    B, L, H, K = _seen(val(root), out).shape
-    if not val(x).is_floating_point():
-        return None
-    for views in (out, () if out else SWAP):
-        if val(x).ndim == 4 and same(_seen(val(x), views).shape, (B, L, H, K)):
-            return views
-    flat = isinstance(K, int) and same(tuple(val(x).shape), (B, L, H * K))
-    return ((aten.unflatten.int, -1, (-1, K)),) if flat else None
+    B, L, H, K = shape = _seen(val(root), out).shape
+    choices = ()
+    if val(x).is_floating_point() and isinstance(H, int) and isinstance(K, int):
+        flat = {K: FIRST, H * K: ((aten.unflatten.int, -1, (H, K)),)}
+        choices = {4: (out, () if out else SWAP), 3: (flat.get(val(x).shape[-1], ()),)}
+        choices = choices.get(val(x).ndim, ())
+    return next((how for how in choices if g.same(_seen(val(x), how).shape, shape)), None)
 
 
 def _by_trial(root: Node, out: Views, x: Node, heads: Views, tables: list[Node]) -> tuple | None:
@@ -129,29 +127,28 @@ def _by_trial(root: Node, out: Views, x: Node, heads: Views, tables: list[Node])
     values = evaluate(root, (x, *tables), full.shape[1])
     if values is None:
         return None
-    turned, q = (_seen(values[node], how)[:, :TOKENS] for node, how in ((root, out), (x, heads)))
-    if turned.shape != q.shape:
-        return None
-    for cos, sin in _readings(tables):
+    turned, q = _seen(values[root], out), _seen(values[x], heads)
+    for cos, sin in _readings(tables, *full.shape[2:]):
         for views in _layouts(_seen(val(cos[0]), cos[1]), full):
             pair = [(node, (*first, *views)) for node, first in (cos, sin)]
-            entries = [_some_tokens(_seen(values[node], how)) for node, how in pair]
-            width = entries[0].shape[-1]
-            for channels, pairing in itertools.product({width, 2 * width}, ("interleaved", "half")):
-                if channels <= q.shape[-1] and channels % 2 == 0:
+            entries = [_seen(values[node], how) for node, how in pair]
+            widths = {entries[0].shape[-1], 2 * entries[0].shape[-1]}
+            for channels, pairing in itertools.product(widths, ("interleaved", "half")):
+                if channels <= q.shape[-1] and channels % 2 == q.shape[-1] % 2 == 0:
                     want, _ = rope_table(q, None, *entries, pairing, channels, backend="torch")
                     if torch.allclose(want, turned, rtol=1e-9, atol=1e-9):
                         return *pair, pairing, channels
     return None
 
 
-def _readings(tables: list[Node]) -> Iterator[tuple]:
+def _readings(tables: list[Node], H: int, K: int) -> Iterator[tuple]:
     """Pairs of (node, views) that may be cos and sin."""
-    pairs = [
-        ((a, ()), (b, ()))
-        for a, b in itertools.permutations(tables, 2)
-        if same(val(a).shape, val(b).shape)
-    ]
+    per_head = ((aten.unflatten.int, -1, (H, -1)),)
+    pairs = []
+    for a, b in itertools.product(tables, repeat=2):
+        is_flat = val(a).shape[-1] in (H * K, H * K // 2) and H > 1
+        if g.same(val(a).shape, val(b).shape) and not val(a).is_complex():
+            pairs += [((a, views), (b, views)) for views in ((), per_head)[: 1 + is_flat]]
     for t in tables:
         last = [((aten.select.int, -1, i),) for i in range(2)]
         if val(t).is_complex():
@@ -160,58 +157,51 @@ def _readings(tables: list[Node]) -> Iterator[tuple]:
             pairs.append(((t, ((_diagonal,),)), (t, ((_off_diagonal,),))))
         elif val(t).shape[-1] == 2:
             pairs.append(tuple((t, i) for i in last))
+        else:
+            pairs.append(tuple((t, i) for i in _slices(t.meta["val"].shape[-1])[1]))
     for (cos, first), (sin, second) in pairs:
-        half = _seen(val(cos), first).shape[-1] // 2
-        evens_odds = [((aten.slice.Tensor, -1, i, 2 * half, 2),) for i in range(2)]
-        low_high = [((aten.slice.Tensor, -1, i * half, (i + 1) * half),) for i in range(2)]
-        for some in ([()], evens_odds, low_high):
+        for some in ([()], *_slices(_seen(val(cos), first).shape[-1])):
             for a, b in itertools.product(some, some):
                 yield (cos, (*first, *a)), (sin, (*second, *b))
+
+
+def _slices(width: int) -> list[list[Views]]:
+    """The even and the odd entries, the lower and the upper half."""
+    half = width // 2
+    return [
+        [((aten.slice.Tensor, -1, i, 2 * half, 2),) for i in range(2)],
+        [((aten.slice.Tensor, -1, i * half, (i + 1) * half),) for i in range(2)],
+    ]
 
 
 def _layouts(table: Tensor, heads: Tensor) -> Iterator[Views]:
     """How to see a table as (L, W), (B, L, W) or (B or 1, L, H, W)."""
     B, L, H, _ = heads.shape
     ones = [dim for dim in reversed(range(table.ndim - 1)) if table.shape[dim] == 1]
-    drop = tuple((aten.select.int, dim, 0) for dim in ones)
-    rest = tuple(_seen(table, drop).shape[:-1])
-    first = (aten.unsqueeze.default, 0)
+    drop = [(aten.select.int, dim, 0) for dim in ones]
     for order, more in (
-        ((L,), ()), ((B, L), ()), ((B, L, H), ()), ((L, H), (first,)), ((B, H, L), SWAP),
-        ((H, L), ((aten.transpose.int, 0, 1), first)),
+        ((L,), ()), ((B, L), ()), ((B, L, H), ()), ((L, H), FIRST), ((B, H, L), SWAP),
+        ((H, L), ((aten.transpose.int, 0, 1), *FIRST)),
     ):  # fmt: skip
-        if same(order, rest):
+        if g.same(order, _seen(table, drop).shape[:-1]):
             yield *drop, *more
 
 
-def _some_tokens(table: Tensor) -> Tensor:
-    """The first tokens of (L, W), (B, L, W) or (B, L, H, W)."""
-    return table[:TOKENS] if table.ndim == 2 else table[:, :TOKENS]
-
-
-def _seen(x: Tensor, views: Views) -> Tensor:
+def _seen(x, views: Views, call: Callable = lambda op, *args: op(*args)):
     for op, *args in views:
-        x = op(x, *args)
+        x = call(op, x, *args)
     return x
 
 
-def _emit_views(call: Calls, node: Node, views: Views) -> Node:
-    for op, *args in views:
-        node = call(op, node, *args)
-    return node
-
-
-def _emit(call: Calls, pair: tuple[Rotation, ...]) -> list[Node]:
+def _emit(call: g.Calls, *pair: Rotation) -> list[Node]:
     """One call of `rope_table` for one or two rotations by the same table, and what takes the place
     of each."""
-    dtypes = [val(r.root).dtype for r in pair]
-    xs = [in_dtype(call, r.x, dtype) for r, dtype in zip(pair, dtypes, strict=True)]
-    q, k = [_emit_views(call, x, r.heads) for x, r in zip(xs, pair, strict=True)], None
+    xs = [_seen(g.widened(call, r.x, val(r.root).dtype), r.heads, call) for r in pair]
     cos, sin, *rest = pair[0].table
-    tables = (_emit_views(call, *table) for table in (cos, sin))
-    turned = call(rope_table, *(*q, None)[:2], *tables, *rest)
-    outs = [call(item, turned, i) for i in range(len(pair))]
-    return [_emit_views(call, out, r.out) for out, r in zip(outs, pair, strict=True)]
+    tables = (_seen(*table, call) for table in (cos, sin))
+    turned = call(rope_table, *(*xs, None)[:2], *tables, *rest)
+    outs = [_seen(call(g.item, turned, i), r.out, call) for i, r in enumerate(pair)]
+    return [g.in_dtype(call, out, val(r.root).dtype) for out, r in zip(outs, pair, strict=True)]
 
 
 def _diagonal(matrices: Tensor) -> Tensor:

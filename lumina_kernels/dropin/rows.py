@@ -6,34 +6,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch.fx import Graph, Node
 
-from lumina_kernels import (
-    gate_residual_norm,
-    gelu,
-    norm_modulate,
-    sandwich_norm,
-    sandwich_norm_chain,
-    swiglu,
-)
-from lumina_kernels.dropin.graph import (
-    Calls,
-    Match,
-    as_rows,
-    aten,
-    bare,
-    broadcasts,
-    fused_sums,
-    in_dtype,
-    is_cast,
-    is_like,
-    is_tensor,
-    is_vector,
-    item,
-    packet,
-    products,
-    sums,
-    unwidened,
-    val,
-)
+import lumina_kernels as ops
+
+from . import graph as g
+from .evaluate import evaluate
+from .graph import aten, packet, val
 
 
 @dataclass(frozen=True)
@@ -55,109 +32,126 @@ class Norm:
 
 def norm_of(node) -> Norm | None:
     """What norm a node is, if it is one."""
-    if not is_tensor(node):
+    if not g.is_tensor(node):
         return None
-    if is_cast(node):
+    if g.is_cast(node):
         return norm_of(node.args[0])
     if packet(node) in (aten.layer_norm, aten.rms_norm):
         return _whole_norm(node)
-    found = [_written_out(x, root) for x, root in products(node)]
-    found += [_scaled(norm_of(n), factor) for n, factor in products(node)]
-    found += [_shifted(norm_of(n), term) for n, term in sums(node)]
+    found = [_written_out(node)]
+    found += [_scaled(norm_of(n), factor) for n, factor in g.products(node)]
+    found += [_shifted(norm_of(n), term) for n, term in g.sums(node)]
     if packet(node) is aten.addcmul:
-        found += [_shifted(_scaled(norm_of(x), y), term) for term, x, y in fused_sums(node)]
+        found += [_shifted(_scaled(norm_of(x), y), term) for term, x, y in _fused_sums(node)]
     return next(filter(None, found), None)
 
 
 def _whole_norm(node: Node) -> Norm | None:
-    is_layer = packet(node) is aten.layer_norm
-    x, shape, weight, bias, eps = (*node.args, *(None,) * 3)[:5]
-    if not is_layer:
-        bias, eps = None, bias
-    if eps is None:
-        acc = torch.promote_types(val(x).dtype, torch.float32)
-        eps = 1e-5 if is_layer else torch.finfo(acc).eps
-    return Norm(x, "layer" if is_layer else "rms", eps, weight, bias) if len(shape) == 1 else None
+    x, shape, weight, *more = (*node.args, *(None,) * 3)
+    acc = torch.promote_types(val(x).dtype, torch.float32)
+    default = 1e-5 if packet(node) is aten.layer_norm else torch.finfo(acc).eps
+    bias, eps = more[:2] if packet(node) is aten.layer_norm else (None, more[0])
+    kind = "layer" if packet(node) is aten.layer_norm else "rms"
+    return Norm(x, kind, default if eps is None else eps, weight, bias) if len(shape) == 1 else None
 
 
-def _written_out(x, inverse) -> Norm | None:
-    """x * rsqrt(mean(x²) + eps)"""
-    inverse = bare(inverse)
-    if packet(inverse) is aten.rsqrt:
-        for mean, eps in sums(bare(inverse.args[0])):
-            squared = _squared(bare(mean))
-            if isinstance(eps, float) and squared is not None:
-                return Norm(x, "rms", eps) if unwidened(squared) is unwidened(x) else None
+def _written_out(node: Node) -> Norm | None:
+    """x * rsqrt(mean(x²) + eps), in whatever way."""
+    if packet(node) not in (aten.mul, aten.div) or not all(map(g.is_tensor, node.args[:2])):
+        return None
+    for x, inverse in (node.args, node.args[::-1]):
+        if g.is_like(x, node) and g.same(val(inverse).shape, (*val(x).shape[:-1], 1)):
+            x = g.unwidened(x)
+            if "eps" not in node.meta:  # of this node it stays what it is
+                node.meta["eps"] = _eps(node, x)
+            return Norm(x, "rms", node.meta["eps"]) if node.meta["eps"] is not None else None
     return None
 
 
-def _squared(mean):
-    """x of mean(x², -1, keepdim=True), or None."""
-    if packet(mean) is not aten.mean or len(mean.args) < 3 or not mean.args[2]:
+def _eps(node: Node, x: Node) -> float | None:
+    values = evaluate(node, [x], val(x).shape[1])
+    if values is None:
         return None
-    square, dims = bare(mean.args[0]), list(mean.args[1])
-    is_power = packet(square) is aten.pow and square.args[1] == 2
-    factors = next(products(square), (None, square))
-    if dims not in ([-1], [val(square).ndim - 1]):
-        return None
-    if packet(square) is aten.square or is_power or factors[0] is factors[1]:
-        return square.args[0]
-    return None
+    mean = values[x].square().mean(-1, keepdim=True)
+    eps = ((values[x] / values[node]).square() - mean).median().item()
+    want = values[x] * torch.rsqrt(mean + eps)
+    is_norm = -1e-12 < eps < 0.1 and torch.allclose(values[node], want, rtol=1e-9)
+    return float(f"{max(eps, 0):.4g}") if is_norm else None
 
 
 def _scaled(n: Norm | None, factor) -> Norm | None:
-    if n is None or n.shift is not None or not is_tensor(factor):
+    if n is None or n.shift is not None or not g.is_tensor(factor):
         return None
-    if n.weight is n.bias is n.scale is None and is_vector(factor, val(n.x).shape[-1]):
+    if n.weight is n.bias is n.scale is None and _is_vector(factor, n):
         return replace(n, weight=factor)
-    for one, scale in sums(bare(factor)):
-        if one == 1 and n.scale is None and broadcasts(scale, n.x):
+    for one, scale in g.sums(g.bare(factor)):
+        if one == 1 and n.scale is None and _broadcasts(scale, n.x):
             return replace(n, scale=scale)
     return None
 
 
 def _shifted(n: Norm | None, term) -> Norm | None:
-    if n is None or n.shift is not None or not is_tensor(term):
+    if n is None or n.shift is not None or not g.is_tensor(term):
         return None
-    if n.bias is n.scale is None and is_vector(term, val(n.x).shape[-1]):
+    if n.bias is n.scale is None and _is_vector(term, n):
         return replace(n, bias=term)
-    return replace(n, shift=term) if broadcasts(term, n.x) else None
+    return replace(n, shift=term) if _broadcasts(term, n.x) else None
 
 
-def _is_root(node: Node, n: Norm) -> bool:
-    """Whether a norm is all of it: it is used otherwise than in a larger one, of the same x."""
-
-    def is_within(user) -> bool:
-        if unwidened(user) is not user:
-            return all(map(is_within, user.users))
-        larger = norm_of(user)
-        return larger is not None and larger.x is n.x
-
-    return unwidened(node) is node and not all(map(is_within, node.users))
+def _is_vector(node: Node, n: Norm) -> bool:
+    """Whether a node is one number for each channel."""
+    return val(node).numel() == val(n.x).shape[-1] == val(node).shape[-1]
 
 
-def norms(graph: Graph) -> Iterator[Match]:
-    for node in list(graph.nodes):
-        if (n := norm_of(node)) and _is_root(node, n):
-            yield Match("norm", [node], lambda call, node=node, n=n: [_emit_norm(call, node, n)])
+def _broadcasts(node, like: Node) -> bool:
+    """Whether a node has the channels of `like`, (B, L, D), and rows for all, samples or tokens."""
+    if not g.is_tensor(node) or not val(node).is_floating_point() or val(node).ndim == 0:
+        return False
+    shape, full = val(node).shape[::-1], val(like).shape[::-1]
+    fits = len(shape) <= len(full) and g.same(shape[0], full[0])
+    return fits and all(g.same(a, b) or g.same(a, 1) for a, b in zip(shape, full, strict=False))
 
 
-def _emit_norm(call: Calls, node: Node, n: Norm) -> Node:
-    x = in_dtype(call, n.x, val(node).dtype)
+def _fused_sums(node) -> Iterator[tuple]:
+    """a, x, y of a + x * y, which may be one node, x and y in both orders."""
+    if packet(node) is aten.addcmul and not node.kwargs:
+        a, x, y = node.args
+        yield from ((a, x, y), (a, y, x))
+    for a, product in g.sums(node):
+        yield from ((a, x, y) for x, y in g.products(g.bare(product)))
+
+
+def norms(graph: Graph) -> Iterator[g.Match]:
+    for node in reversed(list(g.live(graph))):  # the largest first
+        if node.users and g.unwidened(node) is node and (n := norm_of(node)):
+            yield "norm", [node], _emit_norm, node, n
+
+
+def _emit_norm(call: g.Calls, node: Node, n: Norm) -> Node:
+    x = g.in_dtype(call, n.x, val(node).dtype)
     while val(x).ndim < 3:
         x = call(aten.unsqueeze.default, x, 0)
     rows = x if val(x).ndim == 3 else call(aten.flatten.using_ints, x, 1, val(x).ndim - 2)
-    modulation = [as_rows(call, m, x) for m in (n.scale, n.shift)]
     parameters = _vector(call, n.weight), _vector(call, n.bias)
-    out = call(norm_modulate, rows, *parameters, *modulation, n.eps, n.kind)
-    return out if is_like(node, out) else call(aten.view_as.default, out, n.x)
+    modulation = _modulation(call, n.scale, x), _modulation(call, n.shift, x)
+    out = call(ops.norm_modulate, rows, *parameters, *modulation, n.eps, n.kind)
+    return out if g.is_like(node, out) else call(aten.view_as.default, out, n.x)
 
 
-def _vector(call: Calls, node: Node | None) -> Node | None:
+def _vector(call: g.Calls, node: Node | None) -> Node | None:
     """One number for each channel as (D,)."""
-    if node is None or val(node).ndim == 1:
-        return node
-    return call(aten.flatten.using_ints, node)
+    return call(aten.flatten.using_ints, node) if node and val(node).ndim > 1 else node
+
+
+def _modulation(call: g.Calls, node: Node | None, like: Node) -> Node | None:
+    """What broadcasts to (B, L, D) as (B, 1, D) or (B, L, D), without a copy."""
+    if node is None:
+        return None
+    while val(node).ndim < 3:
+        node = call(aten.unsqueeze.default, node, 0)
+    if not g.same(val(node).shape[0], val(like).shape[0]):
+        node = call(aten.expand.default, node, [g.size_of(call, like, 0), -1, -1])
+    return node
 
 
 @dataclass(frozen=True)
@@ -172,89 +166,70 @@ class Residual:
     tanh: bool = False
 
 
-def residual_of(node) -> Residual | None:
-    """What gated or normed residual a node is, if it is one."""
-    if not is_tensor(node) or val(node).ndim != 3:
-        return None
-    for residual, y, gate in fused_sums(node):
-        if is_like(residual, node) and is_like(y, node) and _is_gate(gate, y):
-            if (norm := norm_of(y)) and norm.is_plain_rms:
-                tanh = packet(bare(gate)) is aten.tanh
-                return Residual(residual, y, bare(gate).args[0] if tanh else gate, norm, tanh)
-            return Residual(residual, y, gate)
-    for residual, y in sums(node):
-        if is_like(residual, node) and is_like(y, node) and (norm := norm_of(y)):
-            if norm.is_plain_rms:
-                return Residual(residual, y, None, norm)
-    return None
+def residual_of(node: Node) -> Residual | None:
+    """What residual a node is, if it is one; the best that can be said of it."""
+    plain = [(residual, y, None) for residual, y in g.sums(node)]
+    found = None
+    for residual, y, gate in (*_fused_sums(node), *plain) if val(node).ndim == 3 else ():
+        if not g.is_like(residual, node) or not g.is_like(y, node):
+            continue
+        if gate is None or (_broadcasts(gate, y) and val(gate).ndim > 1):
+            norm = norm_of(y)
+            if norm and norm.is_plain_rms:
+                tanh = packet(g.bare(gate)) is aten.tanh
+                return Residual(residual, y, g.bare(gate).args[0] if tanh else gate, norm, tanh)
+            found = found or Residual(residual, y, gate)
+    return found
 
 
-def plain_residual_of(node) -> Residual | None:
-    for residual, y in sums(node):
-        if is_like(residual, node) and is_like(y, node) and val(node).ndim == 3:
-            return Residual(residual, y, None)
-    return None
+def residuals(graph: Graph) -> Iterator[g.Match]:
+    following = {}
+    for node in g.live(graph):
+        if (n := norm_of(node)) and g.unwidened(node) is node and val(node).ndim == 3:
+            following[g.unwidened(n.x)] = node  # the largest last
+    for node in g.live(graph):
+        r = residual_of(node) if g.is_tensor(node) else None
+        root = following.get(node)
+        if r and root and root.users and (n := norm_of(root)):
+            yield "residual and norm", [node, root], _emit_residual_and_norm, node, r, n
+        if r and node.users and (r.gate or r.norm):
+            yield "residual", [node], _emit_residual, node, r
 
 
-def _is_gate(gate, y: Node) -> bool:
-    return broadcasts(gate, y) and val(gate).ndim > 1
-
-
-def residuals(graph: Graph) -> Iterator[Match]:
-    after = {}
-    for node in list(graph.nodes):
-        if (n := norm_of(node)) and _is_root(node, n) and val(node).ndim == 3:
-            after.setdefault(unwidened(n.x), node)
-    for node in list(graph.nodes):
-        r, root = residual_of(node), after.get(node)
-        n = norm_of(root)
-        if n and (both := r or plain_residual_of(node)):
-            if both.norm is None or (n.kind == "rms" and n.eps == both.norm.eps):
-                yield Match(
-                    "residual and norm", [node, root],
-                    lambda call, a=(node, both, n): _emit_residual_and_norm(call, *a),
-                )  # fmt: skip
-        if r and node.users:  # still there
-            yield Match(
-                "residual", [node], lambda call, node=node, r=r: _emit_residual(call, node, r)
-            )
-
-
-def _emit_residual(call: Calls, node: Node, r: Residual) -> list[Node] | None:
-    residual = in_dtype(call, r.residual, val(node).dtype)
+def _emit_residual(call: g.Calls, node: Node, r: Residual) -> Node:
+    residual = g.in_dtype(call, r.residual, val(node).dtype)
     if r.norm is None:
         if not val(r.y).dtype == val(r.gate).dtype == val(node).dtype:
-            return None
-        return [call(aten.addcmul.default, residual, r.gate, r.y)]
-    weight, gate = _vector(call, r.norm.weight), as_rows(call, r.gate, residual)
-    return [call(sandwich_norm, r.norm.x, residual, weight, gate, r.norm.eps, r.tanh)]
+            raise NotImplementedError("dtypes differ")
+        gate = call(aten.expand_as.default, r.gate, r.y)  # fakes of symbolic sizes do not broadcast
+        return call(aten.addcmul.default, residual, gate, r.y)
+    weight, gate = _vector(call, r.norm.weight), _modulation(call, r.gate, residual)
+    return call(ops.sandwich_norm, r.norm.x, residual, weight, gate, r.norm.eps, r.tanh)
 
 
-def _emit_residual_and_norm(call: Calls, node: Node, r: Residual, n: Norm) -> list[Node]:
-    residual = in_dtype(call, r.residual, val(node).dtype)
-    gate, scale, shift = (as_rows(call, m, residual) for m in (r.gate, n.scale, n.shift))
+def _emit_residual_and_norm(call: g.Calls, node: Node, r: Residual, n: Norm) -> list[Node]:
+    residual = g.in_dtype(call, r.residual, val(node).dtype)
+    gate, scale, shift = (_modulation(call, m, residual) for m in (r.gate, n.scale, n.shift))
     weight, bias = _vector(call, n.weight), _vector(call, n.bias)
     if r.norm is None:
         last = weight, bias, scale, shift, n.eps, n.kind
-        pair = call(gate_residual_norm, r.y, residual, gate, *last)
-    elif bias is shift is None:
-        own = _vector(call, r.norm.weight)
-        rest = own, gate, weight, scale, n.eps, r.tanh
-        pair = call(sandwich_norm_chain, r.norm.x, residual, *rest)
+        pair = call(ops.gate_residual_norm, r.y, residual, gate, *last)
+    elif n.kind == "rms" and n.eps == r.norm.eps and bias is shift is None:
+        last = _vector(call, r.norm.weight), gate, weight, scale, n.eps, r.tanh
+        pair = call(ops.sandwich_norm_chain, r.norm.x, residual, *last)
     else:
-        return None
-    return [call(item, pair, i) for i in range(2)]
+        raise NotImplementedError("norms of different kinds")
+    return [call(g.item, pair, i) for i in range(2)]
 
 
-def activations(graph: Graph) -> Iterator[Match]:
-    for node in list(graph.nodes):
+def activations(graph: Graph) -> Iterator[g.Match]:
+    for node in g.live(graph):
         if packet(node) is aten.gelu:
-            arguments = node.args[0], node.kwargs.get("approximate", "none")
-            yield Match("gelu", [node], lambda call, a=arguments: [call(gelu, *a)])
-        for activated, b in products(node):
-            silu = bare(activated)
-            if packet(silu) is aten.silu and is_like(b, silu):
-                pair = bare(silu.args[0]), b
-                if val(pair[0]).dtype == val(b).dtype:
-                    yield Match("glu", [node], lambda call, a=pair: [call(swiglu, *a)])
-                    break
+            how = node.kwargs.get("approximate", "none")
+            yield "gelu", [node], g.Calls.__call__, ops.gelu, node.args[0], how
+        for activated, b in g.products(node):
+            silu = g.bare(activated)
+            a = g.bare(silu.args[0]) if packet(silu) is aten.silu and g.is_like(b, silu) else None
+            if a and val(a).dtype == val(b).dtype:
+                yield "glu", [node], g.Calls.__call__, ops.swiglu, a, b
+                break
