@@ -1,6 +1,5 @@
-"""The ops in other people's diffusion transformers: one pass over a graph, which knows no model."""
+"""One pass over a captured graph, which puts the ops into any diffusion transformer and knows none."""
 
-from lumina_kernels.dropin.doors import compile_backend as compile_backend
-from lumina_kernels.dropin.doors import patch as patch
-from lumina_kernels.dropin.doors import unpatch as unpatch
+from lumina_kernels.dropin.capture import capture as capture
+from lumina_kernels.dropin.fuse import fuse as fuse
 from lumina_kernels.dropin.report import Report as Report

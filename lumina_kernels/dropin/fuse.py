@@ -62,7 +62,8 @@ class _Rewriting:
             except (ValueError, TypeError, RuntimeError) as error:  # the op does not take these
                 reason = str(error).partition("\n")[0]
         if reason:
-            self._erase(call.made[::-1])
+            for node in reversed(call.made):
+                self.graph.erase_node(node)
             self.refused.setdefault(roots[0], Site(kind, roots[0].name, None, reason))
             return
         for root, out in zip(roots, outs, strict=True):
@@ -72,12 +73,12 @@ class _Rewriting:
         self._erase(roots)
 
     def _erase(self, nodes: list[Node]) -> None:
-        """Erase unused nodes and what they alone used."""
+        """Erase nodes that nothing uses, and what they alone used."""
         for node in nodes:
-            inputs = node.all_input_nodes
             if not node.users and node.op == "call_function" and not mutates(node):
+                inputs = node.all_input_nodes
                 self.graph.erase_node(node)
-                self._erase([n for n in inputs if not n.users])
+                self._erase(inputs)
 
     def _refusal(self, kind: str, roots: list, made: list, outs: list) -> str | None:
         for root, out in zip(roots, outs, strict=True):

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from lumina_kernels import rope_table
+from lumina_kernels import qk_norm_rope_table, rope_table
 
 from . import graph as g
 from .attention import arguments
 from .evaluate import MOVES, VIEWS, evaluate
 from .graph import aten, packet, val
-from .rows import norm_of
+from .rows import Norm, norm_of, vector
 
 Views = tuple[tuple, ...]  # ATen ops with their further arguments, one after the other
 SWAP, FIRST = ((aten.transpose.int, 1, 2),), ((aten.unsqueeze.default, 0),)
@@ -43,10 +43,13 @@ def rotations(graph: Graph) -> Iterator[g.Match]:
                 yield "rotation", [root], _unknown
         while found:
             r = found.pop(0)
-            for partner in [other for other in found if other.table == r.table][:1]:
-                yield "rotation", [r.root, partner.root], _emit, r, partner
-            if r.root.users:
-                yield "rotation", [r.root], _emit, r
+            pair = [r, *[other for other in found if other.table == r.table][:1]]
+            for rs in (pair, [r]):
+                roots, norms = [one.root for one in rs], [norm_of(one.x) for one in rs]
+                if r.root.users and all(norms):
+                    yield "norm and rotation", roots, _emit, rs, norms
+                if r.root.users:
+                    yield "rotation", roots, _emit, rs, []
             found = [other for other in found if other.root.users]
 
 
@@ -101,7 +104,7 @@ def _rotation_of(root: Node, out: Views) -> Rotation | None:
         seen = [source]  # and what is made of it by views and casts
         for node in seen:
             seen += [n for n in node.users if n in inside - {*seen} and packet(n) in VIEWS]
-        for x in filter(g.is_tensor, reversed(seen)):
+        for x in filter(g.is_tensor, seen):
             heads = None if x is root else _heads(root, out, x)
             tables = [t for t in _cone(root, (x,))[0] if t is not x and g.is_tensor(t)]
             if heads is not None and tables and (source is x or source not in tables):
@@ -193,15 +196,27 @@ def _seen(x, views: Views, call: Callable = lambda op, *args: op(*args)):
     return x
 
 
-def _emit(call: g.Calls, *pair: Rotation) -> list[Node]:
-    """One call of `rope_table` for one or two rotations by the same table, and what takes the place
-    of each."""
-    xs = [_seen(g.widened(call, r.x, val(r.root).dtype), r.heads, call) for r in pair]
-    cos, sin, *rest = pair[0].table
-    tables = (_seen(*table, call) for table in (cos, sin))
-    turned = call(rope_table, *(*xs, None)[:2], *tables, *rest)
+def _emit(call: g.Calls, pair: list[Rotation], norms: list[Norm]) -> list[Node]:
+    """One call for one or two rotations by the same table, maybe with the norms before them, and
+    what takes the place of each."""
+    dtypes, sources = [val(r.root).dtype for r in pair], [n.x for n in norms] or [r.x for r in pair]
+    wide = [g.widened(call, x, dtype) for x, dtype in zip(sources, dtypes, strict=True)]
+    xs = [_seen(x, r.heads, call) for x, r in zip(wide, pair, strict=True)]
+    cos, sin, *how = pair[0].table
+    table = _seen(*cos, call), _seen(*sin, call), *how
+    if norms:
+        across = val(sources[0]).shape[-1] != val(xs[0]).shape[-1]
+        kinds = {(n.kind, n.eps, n.scale or n.shift) for n in norms}
+        (kind, eps, modulated), *others = kinds
+        if others or modulated:
+            raise NotImplementedError("norms of different kinds")
+        parameters = [vector(call, p) for n in norms for p in (n.weight, n.bias)] + [None] * 2
+        last = *table, eps, f"{kind}_{'across_heads' if across else 'per_head'}"
+        turned = call(qk_norm_rope_table, *(*xs, None)[:2], *parameters[:4], *last)
+    else:
+        turned = call(rope_table, *(*xs, None)[:2], *table)
     outs = [_seen(call(g.item, turned, i), r.out, call) for i, r in enumerate(pair)]
-    return [g.in_dtype(call, out, val(r.root).dtype) for out, r in zip(outs, pair, strict=True)]
+    return [g.in_dtype(call, out, dtype) for out, dtype in zip(outs, dtypes, strict=True)]
 
 
 def _diagonal(matrices: Tensor) -> Tensor:

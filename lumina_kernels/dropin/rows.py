@@ -132,13 +132,13 @@ def _emit_norm(call: g.Calls, node: Node, n: Norm) -> Node:
     while val(x).ndim < 3:
         x = call(aten.unsqueeze.default, x, 0)
     rows = x if val(x).ndim == 3 else call(aten.flatten.using_ints, x, 1, val(x).ndim - 2)
-    parameters = _vector(call, n.weight), _vector(call, n.bias)
+    parameters = vector(call, n.weight), vector(call, n.bias)
     modulation = _modulation(call, n.scale, x), _modulation(call, n.shift, x)
     out = call(ops.norm_modulate, rows, *parameters, *modulation, n.eps, n.kind)
     return out if g.is_like(node, out) else call(aten.view_as.default, out, n.x)
 
 
-def _vector(call: g.Calls, node: Node | None) -> Node | None:
+def vector(call: g.Calls, node: Node | None) -> Node | None:
     """One number for each channel as (D,)."""
     return call(aten.flatten.using_ints, node) if node and val(node).ndim > 1 else node
 
@@ -203,19 +203,19 @@ def _emit_residual(call: g.Calls, node: Node, r: Residual) -> Node:
             raise NotImplementedError("dtypes differ")
         gate = call(aten.expand_as.default, r.gate, r.y)  # fakes of symbolic sizes do not broadcast
         return call(aten.addcmul.default, residual, gate, r.y)
-    weight, gate = _vector(call, r.norm.weight), _modulation(call, r.gate, residual)
+    weight, gate = vector(call, r.norm.weight), _modulation(call, r.gate, residual)
     return call(ops.sandwich_norm, r.norm.x, residual, weight, gate, r.norm.eps, r.tanh)
 
 
 def _emit_residual_and_norm(call: g.Calls, node: Node, r: Residual, n: Norm) -> list[Node]:
     residual = g.in_dtype(call, r.residual, val(node).dtype)
     gate, scale, shift = (_modulation(call, m, residual) for m in (r.gate, n.scale, n.shift))
-    weight, bias = _vector(call, n.weight), _vector(call, n.bias)
+    weight, bias = vector(call, n.weight), vector(call, n.bias)
     if r.norm is None:
         last = weight, bias, scale, shift, n.eps, n.kind
         pair = call(ops.gate_residual_norm, r.y, residual, gate, *last)
     elif n.kind == "rms" and n.eps == r.norm.eps and bias is shift is None:
-        last = _vector(call, r.norm.weight), gate, weight, scale, n.eps, r.tanh
+        last = vector(call, r.norm.weight), gate, weight, scale, n.eps, r.tanh
         pair = call(ops.sandwich_norm_chain, r.norm.x, residual, *last)
     else:
         raise NotImplementedError("norms of different kinds")

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lumina_kernels.backend import BEST_FIRST, resolve
 from lumina_kernels.dropin.capture import capture
 from lumina_kernels.dropin.fuse import fuse
-from lumina_kernels.dropin.report import Captured, Report
+from lumina_kernels.dropin.report import Captured, Report, Site
 
 _PATCHED: weakref.WeakKeyDictionary[nn.Module, "_Patch"] = weakref.WeakKeyDictionary()
 
@@ -83,9 +83,15 @@ def compile_backend(gm: GraphModule, inputs: list, **options) -> Callable:
 
 
 def _fused(gm: GraphModule, *options) -> tuple[GraphModule, Captured]:
-    # Checkpointing counts what is saved for the backward, and nothing is computed here.
-    with saved_tensors_hooks(lambda x: x, lambda x: x):
-        fused, sites = fuse(capture(gm), *options)
+    """The graph on the ops, or as it was where that fails: an upstream that changes costs speed."""
+    try:
+        # Checkpointing counts what is saved for the backward, and nothing is computed here.
+        with saved_tensors_hooks(lambda x: x, lambda x: x):
+            fused, sites = fuse(capture(gm), *options)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        warnings.warn(f"a graph is left as it is, its capture failed: {reason}", stacklevel=2)
+        fused, sites = gm, [Site("graph", "", None, reason)]
     return fused, Captured(sites)
 
 
