@@ -64,6 +64,13 @@ def qk_norm_rope3d_ref(
     q, k, q_weight, q_bias, k_weight, k_bias, positions, inv_freq, axis, eps=1e-5, norm=NORMS[0]
 ):
     """The definition."""
+    rows = qk_norm_ref(q, k, q_weight, q_bias, k_weight, k_bias, eps, norm)
+    q_out, k_out = rope3d_ref(*rows, positions, inv_freq, axis)
+    return q_out.to(q.dtype), k_out.to(k.dtype)
+
+
+def qk_norm_ref(q, k, q_weight, q_bias, k_weight, k_bias, eps, norm):
+    """Queries and keys normalised, not rounded to their dtype."""
     acc = torch.promote_types(q.dtype, torch.float32)
     kind = "layer" if norm == "layer_across_heads" else "rms"
 
@@ -71,9 +78,7 @@ def qk_norm_rope3d_ref(
         row = x if norm == "rms_per_head" else x.flatten(-2)  # (B, L, heads * K)
         return norm_modulate_ref(row.to(acc), weight, bias, eps=eps, kind=kind).view(x.shape)
 
-    rows = normalise(q, q_weight, q_bias), normalise(k, k_weight, k_bias)
-    q_out, k_out = rope3d_ref(*rows, positions, inv_freq, axis)
-    return q_out.to(q.dtype), k_out.to(k.dtype)
+    return normalise(q, q_weight, q_bias), normalise(k, k_weight, k_bias)
 
 
 def refusals(q, k, *others: Tensor | None) -> dict[str, str]:

@@ -169,15 +169,13 @@ struct NormParameters {
   Values q_weight, q_bias, k_weight, k_bias;  // each may be missing
 };
 
-// x becomes rotate(norm(x) * weight + bias) for the heads of q and k. Contains the barrier between
-// filling the rotations and using them.
+// x becomes norm(x) * weight + bias for the heads of q and k.
 template <int N>
-__device__ __forceinline__ void norm_rotate(Float8 (&x)[N], const NormParameters& parameters,
-                                            const NormShape& shape, const RowPlace& at,
-                                            const NormShared& shared) {
+__device__ __forceinline__ void norm_scale(Float8 (&x)[N], const NormParameters& parameters,
+                                           const NormShape& shape, const RowPlace& at,
+                                           const NormShared& shared) {
   float rstd[N];
   normalise(x, rstd, shape, at, shared);
-  const PieceRotation rotation = load_rotation(shared.rotations, shape.layout, at);
 #pragma unroll
   for (int n = 0; n < N; ++n) {
     const int head = at.head + n * shape.layout.step, count = channels(shape, at, n);
@@ -187,8 +185,19 @@ __device__ __forceinline__ void norm_rotate(Float8 (&x)[N], const NormParameters
     const int own = of_q ? head : head - shape.H;  // its index in q, or in k
     if (is_there(weight)) x[n] *= load_parameter(weight, shape, at, own, count);
     if (is_there(bias)) x[n] += load_parameter(bias, shape, at, own, count);
-    rotate_piece(x[n], rotation);
   }
+}
+
+// x becomes rotate(norm(x) * weight + bias) for the heads of q and k. Contains the barrier between
+// filling the rotations and using them.
+template <int N>
+__device__ __forceinline__ void norm_rotate(Float8 (&x)[N], const NormParameters& parameters,
+                                            const NormShape& shape, const RowPlace& at,
+                                            const NormShared& shared) {
+  norm_scale(x, parameters, shape, at, shared);
+  const PieceRotation rotation = load_rotation(shared.rotations, shape.layout, at);
+#pragma unroll
+  for (int n = 0; n < N; ++n) rotate_piece(x[n], rotation);
 }
 
 // Loads the pieces of a token's heads; zeros in place of q or k if these are not wanted.
@@ -204,6 +213,20 @@ __device__ __forceinline__ void load_heads(Float8 (&x)[N], const HeadsView& q, c
     const int64_t start = from.at(token.b, token.l, of_q ? head : head - shape.H);
     const int count = (of_q ? want_q : want_k) ? channels(shape, at, n) : 0;
     x[n] = load8(from.values, start + 8 * at.piece, count);
+  }
+}
+
+template <int N>
+__device__ __forceinline__ void store_heads(const Float8 (&x)[N], const HeadsView& q,
+                                            const HeadsView& k, const Token& token,
+                                            const NormShape& shape, const RowPlace& at) {
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    const int head = at.head + n * shape.layout.step;
+    const bool of_q = head < shape.H;
+    const HeadsView to = select(of_q, q, k);
+    const int64_t start = to.at(token.b, token.l, of_q ? head : head - shape.H);
+    store8(to.values, start + 8 * at.piece, channels(shape, at, n), x[n]);
   }
 }
 
