@@ -45,36 +45,40 @@ namespace lumina_kernels::cpu {
 namespace {
 
 std::tuple<Tensor, Tensor> qk_norm_rope_table_fwd(
-    const Tensor& q, const Tensor& k, const OptionalTensor& q_weight, const OptionalTensor& q_bias,
-    const OptionalTensor& k_weight, const OptionalTensor& k_bias, const Tensor& cos,
-    const Tensor& sin, const std::string& pairing, int64_t channels, double eps,
+    const Tensor& q, const OptionalTensor& k, const OptionalTensor& q_weight,
+    const OptionalTensor& q_bias, const OptionalTensor& k_weight, const OptionalTensor& k_bias,
+    const Tensor& cos, const Tensor& sin, const std::string& pairing, int64_t channels, double eps,
     const std::string& norm_name) {
-  Tensor q_out = empty_as(q), k_out = empty_as(k);
-  if (q.numel() + k.numel() == 0) return {q_out, k_out};
+  Tensor q_out = empty_as(q), k_out = empty_as(k, q);
+  if (q.numel() + k_out.numel() == 0) return {q_out, k_out};
+  const Tensor keys = or_no_heads(k, q);
   const Norm norm(norm_name, eps);
   const QkNormRopeTableFwd op{.tables = RotaryTables(cos, sin, pairing, channels, false),
                               .norm = norm,
                               .q = Normed(q, q_weight, q_bias, norm),
-                              .k = Normed(k, k_weight, k_bias, norm),
+                              .k = Normed(keys, k_weight, k_bias, norm),
                               .q_out = row_of(q_out),
                               .k_out = row_of(k_out),
                               .L = q.size(1),
                               .K = q.size(3)};
-  parallel_rows(q.size(0) * op.L, 2 * (q.size(2) + k.size(2)) * op.K, [&](int64_t token) {
+  parallel_rows(q.size(0) * op.L, 2 * (q.size(2) + keys.size(2)) * op.K, [&](int64_t token) {
     LUMINA_CALL(qk_norm_rope_table_fwd, op, token / op.L, token % op.L);
   });
   return {q_out, k_out};
 }
 
-SixTensors qk_norm_rope_table_bwd(const Tensor& dq_out, const Tensor& dk_out, const Tensor& q,
-                                  const Tensor& k, const OptionalTensor& q_weight,
-                                  const OptionalTensor& q_bias, const OptionalTensor& k_weight,
-                                  const OptionalTensor& k_bias, const Tensor& cos,
-                                  const Tensor& sin, const std::string& pairing, int64_t channels,
-                                  double eps, const std::string& norm) {
+SixTensors qk_norm_rope_table_bwd(const Tensor& dq_out, const OptionalTensor& dk_out,
+                                  const Tensor& q, const OptionalTensor& k,
+                                  const OptionalTensor& q_weight, const OptionalTensor& q_bias,
+                                  const OptionalTensor& k_weight, const OptionalTensor& k_bias,
+                                  const Tensor& cos, const Tensor& sin, const std::string& pairing,
+                                  int64_t channels, double eps, const std::string& norm) {
   const RotaryTables tables(cos, sin, pairing, channels, true);
-  return qk_norm_bwd(dq_out, dk_out, q, k, q_weight, q_bias, k_weight, k_bias, nullptr, &tables,
-                     Norm(norm, eps), nullptr);
+  SixTensors grads =
+      qk_norm_bwd(dq_out, or_no_heads(dk_out, q), q, or_no_heads(k, q), q_weight, q_bias, k_weight,
+                  k_bias, nullptr, &tables, Norm(norm, eps), nullptr);
+  if (!k) std::get<1>(grads) = nothing(q);
+  return grads;
 }
 
 }  // namespace

@@ -60,11 +60,11 @@ __global__ void __launch_bounds__(kBwdLimits.bound(N), N == 1 ? 2 : 1)
       for (int n = 0; n < N; ++n) d[n] *= share;
     }
     fill_rotations(p.angles, token, -1.0f, 0, p.shape.K, layout, at, shared.rotations);
-    norm_bwd(x, d, dweight, dbias, keep, p, at, shared, [&] {
-      const PieceRotation rotation = load_rotation(shared.rotations, layout, at);
-#pragma unroll
-      for (int n = 0; n < N; ++n) rotate_piece(d[n], rotation);
-    });
+    float rstd[N];
+    normalise(x, rstd, p.shape, at, shared);
+    const PieceRotation rotation = load_rotation(shared.rotations, layout, at);
+    norm_bwd(x, rstd, d, dweight, dbias, keep, p, at, shared,
+             [&](int n) { rotate_piece(d[n], rotation); });
 #pragma unroll
     for (int n = 0; n < N; ++n) {
       const int64_t head = at.head + n * layout.step;

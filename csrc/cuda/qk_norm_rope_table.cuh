@@ -76,40 +76,37 @@ __device__ __forceinline__ Float8 load_shared8(Shared<float> from) {
   return {{lo.x, lo.y, lo.z, lo.w, hi.x, hi.y, hi.z, hi.w}};
 }
 
-// Rotates the pieces of a token's heads. Where the channels of a pair are not neighbours, threads
-// see each other's through the exchange.
-template <int N>
-__device__ __forceinline__ void rotate_by_tables(Float8 (&x)[N], const TablesView& tables,
+// Rotates the piece of head n of a token. Where the channels of a pair are not neighbours, threads
+// see each other's through the exchange; all threads of a block must be here.
+__device__ __forceinline__ void rotate_by_tables(Float8& x, const TablesView& tables,
                                                  const Token& token, const NormShape& shape,
-                                                 const RowPlace& at, const TableShared& shared) {
-  const int left = tables.channels - 8 * at.piece;  // channels that are rotated
-#pragma unroll
-  for (int n = 0; n < N; ++n) {
-    const Shared<float> mine = shared.exchange + 8 * static_cast<int>(threadIdx.x);
-    if (tables.half) {
-      __syncthreads();  // what was there has been read
-      store_shared(mine, make_float4(x[n][0], x[n][1], x[n][2], x[n][3]));
-      store_shared(mine + 4, make_float4(x[n][4], x[n][5], x[n][6], x[n][7]));
-      __syncthreads();
-    }
-    const int head = at.head + n * shape.layout.step;
-    if (at.head == kNoHead || head >= shape.H + shape.G || left <= 0) continue;
-    if (tables.per_head) {
-#pragma unroll 1
-      for (int k = 0; k < 8; ++k) {
-        fill_entry(tables, token, head < shape.H ? head : head - shape.H, 8 * at.piece + k,
-                   shared.entries);
-      }
-    }
-    const Float8 cos = load_shared8(shared.entries), sin = load_shared8(shared.entries + 8);
-    const Shared<float> row = mine - 8 * at.piece;
-    x[n] = by_column([&](int k) {
-      if (k >= left) return x[n][k];
-      float other = x[n][k ^ 1];
-      if (tables.half) other = row[partner_of(8 * at.piece + k, tables)];
-      return x[n][k] * cos[k] + other * sin[k];
-    });
+                                                 const RowPlace& at, int n,
+                                                 const TableShared& shared) {
+  const Shared<float> mine = shared.exchange + 8 * static_cast<int>(threadIdx.x);
+  if (tables.half) {
+    __syncthreads();  // what was there has been read
+    store_shared(mine, make_float4(x[0], x[1], x[2], x[3]));
+    store_shared(mine + 4, make_float4(x[4], x[5], x[6], x[7]));
+    __syncthreads();
   }
+  const int head = at.head + n * shape.layout.step;
+  const int left = tables.channels - 8 * at.piece;  // channels that are rotated
+  if (at.head == kNoHead || head >= shape.H + shape.G || left <= 0) return;
+  if (tables.per_head) {
+#pragma unroll 1
+    for (int k = 0; k < 8; ++k) {
+      fill_entry(tables, token, head < shape.H ? head : head - shape.H, 8 * at.piece + k,
+                 shared.entries);
+    }
+  }
+  const Float8 cos = load_shared8(shared.entries), sin = load_shared8(shared.entries + 8);
+  const Shared<float> row = mine - 8 * at.piece;
+  x = by_column([&](int k) {
+    if (k >= left) return x[k];
+    float other = x[k ^ 1];
+    if (tables.half) other = row[partner_of(8 * at.piece + k, tables)];
+    return x[k] * cos[k] + other * sin[k];
+  });
 }
 
 struct QkNormRopeTableFwdParams {
@@ -134,8 +131,13 @@ __global__ void __launch_bounds__(kFwdLimits.bound(N))
   Float8 x[N];
   load_heads(x, p.q, p.k, token, there, there, p.shape, at);
   fill_entries(p.tables, token, layout, at, shared);
-  norm_scale(x, p.parameters, p.shape, at, shared.norm);
-  rotate_by_tables(x, p.tables, token, p.shape, at, shared);
+  float rstd[N];
+  normalise(x, rstd, p.shape, at, shared.norm);
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    scale_piece(x[n], p.parameters, p.shape, at, n);
+    rotate_by_tables(x[n], p.tables, token, p.shape, at, n, shared);
+  }
   if (there) store_heads(x, p.q_out, p.k_out, token, p.shape, at);
 }
 
@@ -163,8 +165,10 @@ __global__ void __launch_bounds__(kBwdLimits.bound(N), N == 1 ? 2 : 1)
     load_heads(x, p.x, p.x, token, there, false, p.shape, at);
     load_heads(d, p.dout, p.dout, token, there, false, p.shape, at);
     fill_entries(params.tables, token, layout, at, shared);
-    norm_bwd(x, d, dweight, dbias, there, p, at, shared.norm,
-             [&] { rotate_by_tables(d, params.tables, token, p.shape, at, shared); });
+    float rstd[N];
+    normalise(x, rstd, p.shape, at, shared.norm);
+    norm_bwd(x, rstd, d, dweight, dbias, there, p, at, shared.norm,
+             [&](int n) { rotate_by_tables(d[n], params.tables, token, p.shape, at, n, shared); });
     if (there) store_heads(x, p.dx, p.dx, token, p.shape, at);
   }
   const int64_t partial = static_cast<int64_t>(blockIdx.x) * p.sums * p.width;

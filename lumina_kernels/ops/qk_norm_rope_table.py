@@ -11,22 +11,22 @@ from lumina_kernels.ops.rope_table import check_rope_table, rope_table_ref
 
 
 def qk_norm_rope_table(
-    q: Tensor, k: Tensor, q_weight: Tensor | None, q_bias: Tensor | None, k_weight: Tensor | None,
-    k_bias: Tensor | None, cos: Tensor, sin: Tensor, pairing: str = "interleaved",
-    channels: int | None = None, eps: float = 1e-5, norm: str = "layer_across_heads", *,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor, k: Tensor | None, q_weight: Tensor | None, q_bias: Tensor | None,
+    k_weight: Tensor | None, k_bias: Tensor | None, cos: Tensor, sin: Tensor,
+    pairing: str = "interleaved", channels: int | None = None, eps: float = 1e-5,
+    norm: str = "layer_across_heads", *, backend: str | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Return rope_table(norm(q) * q_weight + q_bias, norm(k) * k_weight + k_bias).
 
     The norms are those of `qk_norm_rope3d`, the rotation is that of `rope_table`.
 
     Args:
         q: queries, (B, L, H, K), K even.
-        k: keys, (B, L, G, K), same dtype.
+        k: keys, (B, L, G, K), same dtype; None where there are only queries.
         q_weight: (K,) for "rms_per_head", (H * K,) for the others; None leaves the factor out.
         q_bias: shaped as q_weight for "layer_across_heads"; None leaves it out, and the RMS norms
             have none.
-        k_weight, k_bias: the same for k, (K,) or (G * K,).
+        k_weight, k_bias: the same for k, (K,) or (G * K,); None without k.
         cos, sin: tables of any strides, (L, W), (B, L, W) or (B, L, H, W), with one W, channels or
             channels / 2. B and H of a table may be 1; a table for each head needs G = H.
         pairing: "interleaved" or "half".
@@ -37,16 +37,16 @@ def qk_norm_rope_table(
         backend: None takes the best one available; see `lumina_kernels.backend`.
 
     Returns:
-        q and k, normalised and rotated, shapes and dtype kept. The arithmetic is float32 (float64
-        for float64), rounded once.
+        q and k, normalised and rotated (None for None), shapes and dtype kept. The arithmetic is
+        float32 (float64 for float64), rounded once.
 
     Raises:
         ValueError, TypeError: a shape, device, dtype, pairing, norm or number of channels is not as
-            above, or a bias comes with an RMS norm.
+            above, a bias comes with an RMS norm, or a parameter of k without k.
         NotImplementedError, RuntimeError: as `rope_table`, or backend is "cuda" and a gradient is
             required of tokens that its backward cannot hold, more than 8192 values of q or of k.
     """
-    check_rope_heads(q, k)
+    check_rope_heads(q, q if k is None else k)
     channels = check_rope_table(q, k, cos, sin, pairing, channels)
     parameters = q_weight, q_bias, k_weight, k_bias
     check_qk_norm(q, k, *parameters, norm)
@@ -55,7 +55,8 @@ def qk_norm_rope_table(
     backend = resolve(backend, BEST_FIRST, *floats, refused=refusals(*floats), cos=cos, sin=sin)
     if backend == "torch":
         return qk_norm_rope_table_ref(*floats, *table)
-    return qk_norm_rope_table_fwd(*floats, *table, backend)
+    q_out, k_out = qk_norm_rope_table_fwd(*floats, *table, backend)
+    return q_out, None if k is None else k_out
 
 
 def qk_norm_rope_table_ref(
@@ -65,15 +66,15 @@ def qk_norm_rope_table_ref(
     """The definition."""
     rows = qk_norm_ref(q, k, q_weight, q_bias, k_weight, k_bias, eps, norm)
     q_out, k_out = rope_table_ref(*rows, cos, sin, pairing, channels)
-    return q_out.to(q.dtype), k_out.to(k.dtype)
+    return q_out.to(q.dtype), None if k is None else k_out.to(k.dtype)
 
 
 @kernel_op("q_out k_out", over="B L")
 def qk_norm_rope_table_fwd(
-    q: Heads, k: Heads, q_weight: Vector | None, q_bias: Vector | None, k_weight: Vector | None,
-    k_bias: Vector | None, cos: Table, sin: Table, pairing: str, channels: int, eps: float,
-    norm: str,
-) -> tuple[Heads, Heads]:  # fmt: skip
+    q: Heads, k: Heads | None, q_weight: Vector | None, q_bias: Vector | None,
+    k_weight: Vector | None, k_bias: Vector | None, cos: Table, sin: Table, pairing: str,
+    channels: int, eps: float, norm: str,
+) -> tuple[Heads, Heads | None]:  # fmt: skip
     return like(q, k)
 
 

@@ -90,7 +90,7 @@ def _rotate(
 
 @triton.jit
 def qk_norm_rope_table_kernel(
-    q, k,  # heads: (pointer, stride of b, of l, of h)
+    q, k,  # heads: (pointer, stride of b, of l, of h), k or None
     q_parameters, k_parameters,  # (weight, bias), pointers or None
     cos, sin, q_out_ptr, k_out_ptr, eps, L,  # tables as in `load_table`
     UNIT: tl.constexpr, TABLE_UNIT: tl.constexpr, HALF: tl.constexpr,
@@ -102,13 +102,15 @@ def qk_norm_rope_table_kernel(
     """x -> rotate(norm(x) * weight + bias) for q and k, the rotation as in rope_table"""
     number, b, index = split_token(tl.program_id(0), L)
     q = load_token(q, b, index, UNIT, H, K, HS, KS)
-    k = load_token(k, b, index, UNIT, G, K, GS, KS)
+    if k is not None:
+        k_tile = load_token(k, b, index, UNIT, G, K, GS, KS)
     q = norm_tile(q, q_parameters, eps, H, K, HS, KS, NORM)
     q = _rotate(q, cos, sin, b, index, TABLE_UNIT, False, HALF, T, C, W, HS, TS, KS, WS)
     store_token(q_out_ptr, q, number, H, K, HS, KS)
-    k = norm_tile(k, k_parameters, eps, G, K, GS, KS, NORM)
-    k = _rotate(k, cos, sin, b, index, TABLE_UNIT, False, HALF, T, C, W, GS, TS, KS, WS)
-    store_token(k_out_ptr, k, number, G, K, GS, KS)
+    if k is not None:
+        k = norm_tile(k_tile, k_parameters, eps, G, K, GS, KS, NORM)
+        k = _rotate(k, cos, sin, b, index, TABLE_UNIT, False, HALF, T, C, W, GS, TS, KS, WS)
+        store_token(k_out_ptr, k, number, G, K, GS, KS)
 
 
 @triton.jit
@@ -178,12 +180,12 @@ def _table_options(cos, sin, half, channels, K) -> tuple[tuple, tuple, dict, int
 
 def qk_norm_rope_table_fwd(
     q, k, q_weight, q_bias, k_weight, k_bias, cos, sin, pairing, channels, eps, norm
-) -> tuple[Tensor, Tensor]:
-    """q (B, L, H, K) and k (B, L, G, K), normalised and rotated."""
+) -> tuple[Tensor, Tensor | None]:
+    """q (B, L, H, K) and k (B, L, G, K) or None, normalised and rotated."""
     B, L, H, K = q.shape
-    G = k.shape[2]
-    q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
-    if q_out.numel() + k_out.numel() == 0:
+    G = 0 if k is None else k.shape[2]
+    q_out, k_out = q.new_empty(q.shape), None if k is None else k.new_empty(k.shape)
+    if B * L * max(H, G) * K == 0:
         return q_out, k_out
     half = pairing == "half"
     cos, sin, constants, held = _table_options(cos, sin, half, channels, K)
@@ -191,7 +193,7 @@ def qk_norm_rope_table_fwd(
     qk_norm_rope_table_kernel[(B * L,)](
         q, k, (contiguous(q_weight), contiguous(q_bias)),
         (contiguous(k_weight), contiguous(k_bias)), cos, sin, q_out, k_out, eps, L,
-        UNIT=unit, H=H, G=G, HS=cut(H), GS=cut(G), NORM=norm, **constants,
+        UNIT=unit, H=H, G=G, HS=cut(H), GS=cut(G or 1), NORM=norm, **constants,
         **token_options(max(H, G) * K + held, HALF_PER_LANE if half else FWD_PER_LANE),
     )  # fmt: skip
     return q_out, k_out
@@ -220,11 +222,14 @@ def qk_norm_rope_table_bwd(
     dq_out, dk_out, q, k, q_weight, q_bias, k_weight, k_bias, cos, sin, pairing, channels, eps, norm
 ) -> tuple[Tensor | None, ...]:
     """dq, dk, and the gradients of the four parameters, None for None."""
-    (_, _, H, K), G = q.shape, k.shape[2]
+    (B, L, H, K), G = q.shape, 0 if k is None else k.shape[2]
     parameters = q_weight, q_bias, k_weight, k_bias
-    if q.numel() + k.numel() == 0:
-        return q.new_empty(q.shape), k.new_empty(k.shape), *zeros_of(*parameters)
+    if B * L * max(H, G) * K == 0:
+        empties = (None if x is None else x.new_empty(x.shape) for x in (q, k))
+        return *empties, *zeros_of(*parameters)
     table = cos, sin, pairing, channels, eps, norm
     dq, q_partial = _heads_bwd(dq_out, q, q_weight, q_bias, *table)
-    dk, k_partial = _heads_bwd(dk_out, k, k_weight, k_bias, *table)
+    dk, k_partial = None, q_partial
+    if k is not None:
+        dk, k_partial = _heads_bwd(dk_out, k, k_weight, k_bias, *table)
     return dq, dk, *parameter_grads(q_partial, k_partial, parameters, H, G, K, norm)

@@ -105,8 +105,8 @@ inline void make_half(Row sin, bool backward, int64_t C, float* to) {
 }
 
 // Cosines and sines of one token and, if these differ, of its head h.
-inline Rotation make_rotation(const RotaryTables& tables, int64_t b,
-                                                       int64_t l, int64_t h, float* memory) {
+inline Rotation make_rotation(const RotaryTables& tables, int64_t b, int64_t l, int64_t h,
+                              float* memory) {
   const auto [half, C] = std::tuple{tables.half, tables.C};
   float* buffer = memory + rotation_size(C);
   const Rotation rotation = rotation_in(memory, C);
@@ -117,10 +117,6 @@ inline Rotation make_rotation(const RotaryTables& tables, int64_t b,
   half ? make_half(sin, tables.backward, C, rotation.sin)
        : make_interleaved(sin, tables.backward, C, rotation.sin);
   return rotation;
-}
-
-inline Row head_of(const TokenHeads& x, int64_t h, int64_t K) {
-  return x.row + h * K / x.length * x.step + h * K % x.length;
 }
 
 // Rotates heads of C channels whose pairs are channels j and j + C/2.
@@ -158,10 +154,10 @@ inline void rotate_by(const RotaryTables& tables, const TokenHeads& x, Rotation 
 // The same for all heads of a token, and tables for each of them or for all.
 inline void rotate_token(const RotaryTables& tables, const TokenHeads& x, int64_t b, int64_t l,
                          int64_t K, float* memory, Row out) {
-  for (int64_t h = 0; h < tables.T; ++h) {
-    const Rotation rotation = make_rotation(tables, b, l, h, memory);
-    if (tables.T == 1) return rotate_by(tables, x, rotation, K, out);
-    rotate_by(tables, {head_of(x, h, K), 1, K, 0}, rotation, K, out + h * K);
+  if (tables.T == 1) return rotate_by(tables, x, make_rotation(tables, b, l, 0, memory), K, out);
+  for (int64_t h = 0; h * K < x.size(); ++h) {
+    const Row head = x.row + h * K / x.length * x.step + h * K % x.length;
+    rotate_by(tables, {head, 1, K, 0}, make_rotation(tables, b, l, h, memory), K, out + h * K);
   }
 }
 

@@ -169,23 +169,16 @@ struct NormParameters {
   Values q_weight, q_bias, k_weight, k_bias;  // each may be missing
 };
 
-// x becomes norm(x) * weight + bias for the heads of q and k.
-template <int N>
-__device__ __forceinline__ void norm_scale(Float8 (&x)[N], const NormParameters& parameters,
-                                           const NormShape& shape, const RowPlace& at,
-                                           const NormShared& shared) {
-  float rstd[N];
-  normalise(x, rstd, shape, at, shared);
-#pragma unroll
-  for (int n = 0; n < N; ++n) {
-    const int head = at.head + n * shape.layout.step, count = channels(shape, at, n);
-    const bool of_q = head < shape.H;
-    const Values weight = select(of_q, parameters.q_weight, parameters.k_weight);
-    const Values bias = select(of_q, parameters.q_bias, parameters.k_bias);
-    const int own = of_q ? head : head - shape.H;  // its index in q, or in k
-    if (is_there(weight)) x[n] *= load_parameter(weight, shape, at, own, count);
-    if (is_there(bias)) x[n] += load_parameter(bias, shape, at, own, count);
-  }
+// x, the normalised piece of head n, becomes x * weight + bias.
+__device__ __forceinline__ void scale_piece(Float8& x, const NormParameters& parameters,
+                                            const NormShape& shape, const RowPlace& at, int n) {
+  const int head = at.head + n * shape.layout.step, count = channels(shape, at, n);
+  const bool of_q = head < shape.H;
+  const Values weight = select(of_q, parameters.q_weight, parameters.k_weight);
+  const Values bias = select(of_q, parameters.q_bias, parameters.k_bias);
+  const int own = of_q ? head : head - shape.H;  // its index in q, or in k
+  if (is_there(weight)) x *= load_parameter(weight, shape, at, own, count);
+  if (is_there(bias)) x += load_parameter(bias, shape, at, own, count);
 }
 
 // x becomes rotate(norm(x) * weight + bias) for the heads of q and k. Contains the barrier between
@@ -194,10 +187,14 @@ template <int N>
 __device__ __forceinline__ void norm_rotate(Float8 (&x)[N], const NormParameters& parameters,
                                             const NormShape& shape, const RowPlace& at,
                                             const NormShared& shared) {
-  norm_scale(x, parameters, shape, at, shared);
+  float rstd[N];
+  normalise(x, rstd, shape, at, shared);
   const PieceRotation rotation = load_rotation(shared.rotations, shape.layout, at);
 #pragma unroll
-  for (int n = 0; n < N; ++n) rotate_piece(x[n], rotation);
+  for (int n = 0; n < N; ++n) {
+    scale_piece(x[n], parameters, shape, at, n);
+    rotate_piece(x[n], rotation);
+  }
 }
 
 // Loads the pieces of a token's heads; zeros in place of q or k if these are not wanted.

@@ -25,19 +25,18 @@ struct QkNormRope3dBwdParams {
 
 // The gradient of a row, and its contribution to those of weight and bias.
 //
-// With n the normalised row, d the gradient rotated back and g = d * weight, dweight = d * n, dbias
-// = d and dx = rstd * (g - mean(g) - n * mean(g * n)), without mean(g) for an RMS norm. x becomes n
-// and then dx; rotate_back() rotates d, after a barrier.
+// With n the normalised row, which x holds, d the gradient rotated back and g = d * weight, dweight
+// = d * n, dbias = d and dx = rstd * (g - mean(g) - n * mean(g * n)), without mean(g) for an RMS
+// norm. x becomes dx; rotate_back(i) rotates d[i].
 template <int N, class F>
-__device__ __forceinline__ void norm_bwd(Float8 (&x)[N], Float8 (&d)[N], Float8 (&dweight)[N],
-                                         Float8 (&dbias)[N], bool keep,
+__device__ __forceinline__ void norm_bwd(Float8 (&x)[N], const float (&rstd)[N], Float8 (&d)[N],
+                                         Float8 (&dweight)[N], Float8 (&dbias)[N], bool keep,
                                          const QkNormRope3dBwdParams& p, const RowPlace& at,
                                          const NormShared& shared, F rotate_back) {
-  float rstd[N], sums[2][N];
-  normalise(x, rstd, p.shape, at, shared);
-  rotate_back();
+  float sums[2][N];
 #pragma unroll
   for (int n = 0; n < N; ++n) {
+    rotate_back(n);
     // x may be NaN where everything is masked
     dweight[n] += by_column([&](int i) { return keep ? d[n][i] * x[n][i] : 0.0f; });
     dbias[n] += d[n];
