@@ -6,11 +6,12 @@ from lumina_kernels.examples.qk_norm_rope3d import normed_heads
 def examples(n: Sizes) -> dict[str, dict]:
     """Each norm with another form of tables; the last one without k."""
     rotation = rope_table.examples(n)  # with q and k
-    rms_per_head, layer, rms = (
-        normed_heads(n, norm) for norm in ("rms_per_head", "layer_across_heads", "rms_across_heads")
+    per_head, across, layer = (
+        normed_heads(n, norm) for norm in ("rms_per_head", "rms_across_heads", "layer_across_heads")
     )
+    without_k = dict.fromkeys(("k_weight", "k_bias"))
     return {
-        "rms_per_head": rms_per_head | rotation["interleaved"],
-        "layer_across_heads, complex": layer | rotation["complex"],
-        "rms_across_heads, each head, no k": rms | rotation["each head, no k"] | {"k_weight": None},
+        "rms_per_head": per_head | rotation["interleaved"],
+        "rms_across_heads, complex": across | rotation["complex"],
+        "layer_across_heads, each head, no k": layer | rotation["each head, no k"] | without_k,
     }
