@@ -44,12 +44,11 @@ def rotations(graph: Graph) -> Iterator[g.Match]:
         while found:
             r = found.pop(0)
             pair = [r, *[other for other in found if other.table == r.table][:1]]
-            for rs in (pair, [r]):
-                roots, norms = [one.root for one in rs], [norm_of(one.x) for one in rs]
+            for rs, is_normed in itertools.product((pair, [r]), (True, False)):
+                norms = [norm_of(one.x) for one in rs if is_normed and r.root.users]
                 if r.root.users and all(norms):
-                    yield "norm and rotation", roots, _emit, rs, norms
-                if r.root.users:
-                    yield "rotation", roots, _emit, rs, []
+                    kind = "norm and rotation" if norms else "rotation"
+                    yield kind, [one.root for one in rs], _emit, rs, norms
             found = [other for other in found if other.root.users]
 
 
