@@ -23,5 +23,7 @@ from lumina_kernels.ops.rope_table import rope_table as rope_table
 from lumina_kernels.ops.sandwich_norm import sandwich_norm as sandwich_norm
 from lumina_kernels.ops.sandwich_norm_chain import sandwich_norm_chain as sandwich_norm_chain
 from lumina_kernels.ops.swiglu import swiglu as swiglu
+from lumina_kernels.patching import patch as patch
+from lumina_kernels.patching import unpatch as unpatch
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""The ways into the pass: `patch`, `unpatch` and the Dynamo backend."""
+"""The ways into the graph pass: `patch`, `unpatch` and the Dynamo backend."""
 
 import copy
 import itertools
@@ -14,11 +14,11 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lumina_kernels.backend import BEST_FIRST, resolve
-from lumina_kernels.dropin.capture import capture
-from lumina_kernels.dropin.fuse import fuse
 from lumina_kernels.dropin.report import Captured, Report, Site
+from lumina_kernels.when_imported import when_imported
 
 _PATCHED: weakref.WeakKeyDictionary[nn.Module, "_Patch"] = weakref.WeakKeyDictionary()
+COMPILE = 'torch.compile(model, backend="lumina_kernels")'
 
 
 def patch(
@@ -32,14 +32,14 @@ def patch(
     match stays as it is. State dict, class names and hooks are untouched, and so are parameters,
     but for one case: where two attentions of a block have equal query projections (Lumina-Next),
     they share them. Copies and pickles of the model are unpatched. A second call returns the same
-    report. For a whole compiled model see `compile_backend`.
+    report. A model that is compiled as a whole has `compile_backend` instead.
 
     Args:
         model: an nn.Module, or a pipeline, whose components named transformer... are patched.
         backend: of the ops, for every one that is replaced; see `lumina_kernels.backend`.
-        exact: replace only what the model rounds once, so that 16-bit results stay what they were
-            but for single last bits: LayerNorm and torch's RMSNorm by themselves, rotations,
-            activations, chains in float32.
+        exact: replace only what the model rounds once, so that 16-bit results of every replaced
+            part stay what they were but for single last bits: LayerNorm and torch's RMSNorm by
+            themselves, rotations, activations, chains in float32.
         verify: compare each block with the original in its first forward, which needs no gradient.
 
     Returns:
@@ -53,11 +53,13 @@ def patch(
     """
     networks, way = _networks(model), (backend, exact, verify)
     report = next((_PATCHED[m].report for m in networks.values() if m in _PATCHED), Report())
+    if any(_PATCHED[m].way != way for m in networks.values() if m in _PATCHED):
+        raise ValueError("the model is patched with other options: call unpatch first")
     for prefix, network in networks.items():
+        if backend is not None:
+            resolve(backend, BEST_FIRST, next(network.parameters()))
         if network not in _PATCHED:
             _PATCHED[network] = _Patch(network, prefix, way, report)
-        elif _PATCHED[network].way != way:
-            raise ValueError("the model is patched with other options: call unpatch first")
     return report
 
 
@@ -76,32 +78,19 @@ def unpatch(model) -> None:
 def compile_backend(gm: GraphModule, inputs: list, **options) -> Callable:
     """`torch.compile(model, backend="lumina_kernels")`: the pass over whole graphs, then Inductor.
 
-    Gradients come from the ops' own backward."""
+    Gradients come from the ops' own backward. `options` are Inductor's."""
     from torch._inductor.compile_fx import compile_fx
 
     return compile_fx(_fused(gm)[0], inputs, **options)
-
-
-def _fused(gm: GraphModule, *options) -> tuple[GraphModule, Captured]:
-    """The graph on the ops, or as it was where that fails: an upstream that changes costs speed."""
-    try:
-        # Checkpointing counts what is saved for the backward, and nothing is computed here.
-        with saved_tensors_hooks(lambda x: x, lambda x: x):
-            fused, sites = fuse(capture(gm), *options)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        warnings.warn(f"a graph is left as it is, its capture failed: {reason}", stacklevel=2)
-        fused, sites = gm, [Site("graph", "", None, reason)]
-    return fused, Captured(sites)
 
 
 def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The elements of the outermost lists of modules, by path."""
     found: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
-        inside = any(path.startswith(f"{block}.") for block in found)
-        if isinstance(module, nn.ModuleList) and not inside and all(map(_is_block, module)):
-            found |= {f"{path}.{i}" if path else str(i): m for i, m in enumerate(module)}
+        is_inside = any(path.startswith(f"{block}.") for block in found)
+        if isinstance(module, nn.ModuleList) and not is_inside and all(map(_is_block, module)):
+            found |= {f"{path}.{i}".lstrip("."): block for i, block in enumerate(module)}
     return found
 
 
@@ -113,128 +102,136 @@ def _networks(model) -> dict[str, nn.Module]:
     """The transformers of a pipeline by name, or a model as it is."""
     found = {"": model}
     if not isinstance(model, nn.Module):
-        parts = getattr(model, "components", {}).items()
-        found = {f"{name}.": part for name, part in parts if name.startswith("transformer")}
-        found = {name: part for name, part in found.items() if isinstance(part, nn.Module)}
+        parts = {f"{name}.": part for name, part in getattr(model, "components", {}).items()}
+        found = {n: m for n, m in parts.items() if n[:11] == "transformer" and m is not None}
         if not found:
             raise ValueError(f"{type(model).__name__} is no module and has no transformer")
     for network in found.values():
         if hasattr(network, "_orig_mod"):
-            raise ValueError(
-                "the model is compiled: patch it before, or leave the pass to "
-                'torch.compile(model, backend="lumina_kernels")'
-            )
+            raise ValueError(f"the model is compiled: patch it before, or use {COMPILE}")
         if not repeated_blocks(network):
             raise ValueError(f"{type(network).__name__} has no lists of blocks to patch")
     return found
+
+
+def _fused(gm: GraphModule, *options) -> tuple[GraphModule, Captured]:
+    """The graph on the ops, or as it was where that fails: an upstream that changes costs speed."""
+    from lumina_kernels.dropin.capture import capture
+    from lumina_kernels.dropin.fuse import fuse
+
+    try:
+        # Checkpointing counts what is saved for the backward, and nothing is computed here.
+        with saved_tensors_hooks(lambda x: x, lambda x: x):
+            fused, sites = fuse(capture(gm), *options)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        warnings.warn(f"a graph is left as it is, its capture failed: {reason}", stacklevel=2)
+        fused, sites = gm, [Site("graph", "", None, reason)]
+    return fused, Captured(sites)
 
 
 class _Patch:
     """The blocks of one model, and the graphs that they have run."""
 
     def __init__(self, network: nn.Module, prefix: str, way: tuple, report: Report):
-        backend, exact, self.verify = self.way = way
-        if backend is not None:
-            resolve(backend, BEST_FIRST, next(network.parameters()))
-        self.options, self.report, self.current = (backend, exact), report, ""
+        self.way, self.report, self.current = way, report, ""
         self.blocks, self.functions = repeated_blocks(network), {}
         self.shared = [pair for block in self.blocks.values() for pair in _share_equal(block)]
         report.blocks += [prefix + path for path in self.blocks]
         for path, block in self.blocks.items():
             block._compiled_call_impl = self._entry(prefix + path, block)
-        network._compiled_call_impl = types.MethodType(_call_whole, network)
+        network._compiled_call_impl = types.MethodType(_call_network, network)
 
     def _entry(self, path: str, block: nn.Module) -> Callable:
-        run, is_new = self._compiled(type(block)), self.verify
+        kind = type(block)
+        if kind not in self.functions:
+            # One function for the blocks of a class, with code of its own: Dynamo counts the graphs
+            # of a piece of code, and gives up after eight, whoever runs it.
+            own = types.FunctionType(_call_block.__code__.replace(co_name=kind.__name__), globals())
+            self.functions[kind] = torch.compile(own, backend=self._rewrite)
+        compiled, is_new = self.functions[kind], self.way[2]
+
+        def run(*args, **kwargs):
+            self.current = path
+            return compiled(self, block, args, kwargs)
 
         def call(*args, **kwargs):
             nonlocal is_new
-            self.current = path
-            if not is_new:
-                return run(self, block, args, kwargs)
-            is_new = False
-            return _verified(path, block, lambda *a, **k: run(self, block, a, k), args, kwargs)
+            if is_new:
+                _verify(path, block, run, args, kwargs)
+                is_new = False
+            return run(*args, **kwargs)
 
         return call
 
-    def _compiled(self, kind: type) -> Callable:
-        """One function for the blocks of a class, with code of its own: Dynamo counts the graphs
-        of a piece of code, and gives up after eight, whoever runs it."""
-        if kind not in self.functions:
-            own = types.FunctionType(_call.__code__.replace(co_name=kind.__name__), globals())
-            self.functions[kind] = torch.compile(own, backend=self._rewrite)
-        return self.functions[kind]
-
     def _rewrite(self, gm: GraphModule, inputs: list) -> Callable:
-        fused, captured = _fused(gm, *self.options)
+        fused, captured = _fused(gm, *self.way[:2])
         self.report.graphs.append(captured)
-        run = fused.forward
 
         def counted(*args):
             captured.calls[self.current] += 1
-            return run(*args)
+            return fused.forward(*args)
 
         return counted
 
     def ran_unfused(self, block: nn.Module) -> None:
         if not self.report.unfused:
+            kind = type(block).__name__
             warnings.warn(
-                f"{type(block).__name__} has run with more kinds of inputs than Dynamo compiles "
-                "code for (torch._dynamo.config.recompile_limit), and runs unfused now",
+                f"{kind} has run with more kinds of inputs than Dynamo keeps graphs for "
+                "(torch._dynamo.config.recompile_limit) and runs unfused now",
                 stacklevel=5,
             )
         self.report.unfused[self.current] += 1
 
 
-def _call(patched, block, args, kwargs):
+def _call_block(patched: _Patch, block: nn.Module, args: tuple, kwargs: dict):
     if not torch.compiler.is_compiling():  # Dynamo has given up on it
         patched.ran_unfused(block)
     return block._call_impl(*args, **kwargs)
 
 
-def _call_whole(network, *args, **kwargs):
+def _call_network(network: nn.Module, *args, **kwargs):
     if torch.compiler.is_compiling():
         _warn_of_compile()
     return network._call_impl(*args, **kwargs)
 
 
-@torch.compiler.assume_constant_result
 def _warn_of_compile() -> None:
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     compiler = InstructionTranslator.current_tx().output.compiler_fn
     if getattr(compiler, "compiler_name", "") != "lumina_kernels":
         warnings.warn(
-            "torch.compile of a patched model compiles the blocks as they were. Compile it with "
-            'torch.compile(model, backend="lumina_kernels"), which has the same ops',
+            "torch.compile of a patched model compiles its blocks as they were, without the ops. "
+            f"Compile it with {COMPILE}, which has them",
             stacklevel=2,
         )
 
 
-def _verified(path: str, block: nn.Module, run: Callable, args: tuple, kwargs: dict):
-    """What `run` returns, if it is as accurate as the block's own forward."""
+# Runs while Dynamo traces. The mark itself imports Dynamo, for seconds.
+when_imported("torch._dynamo", lambda: torch.compiler.assume_constant_result(_warn_of_compile))
 
-    def inputs(dtype=None):
-        return tree_map(lambda x: _copied(x, dtype), (args, kwargs))
+
+def _verify(path: str, block: nn.Module, run: Callable, args: tuple, kwargs: dict) -> None:
+    """Raise if `run` is less accurate than the block's own forward."""
 
     def outputs(of, dtype=None):
-        a, k = inputs(dtype)
+        a, k = tree_map(lambda x: _copied(x, dtype), (args, kwargs))
         return [x.double() for x in tree_leaves(of(*a, **k)) if isinstance(x, Tensor)]
 
     with torch.no_grad():
         own, got = outputs(block._call_impl), outputs(run)
         narrow = any(p.is_floating_point() and p.itemsize < 4 for p in block.parameters())
         truth = outputs(copy.deepcopy(block).float(), torch.float32) if narrow else own
-    for a, b, t in zip(own, got, truth, strict=True):
-        rms = t.square().mean().sqrt()
+    for before, after, exact in zip(own, got, truth, strict=True):
+        rms, error = exact.square().mean().sqrt(), (after - exact).abs().max()
+        allowed = 2e-5 * rms
         if narrow:
-            before, after = ((x - t).square().mean().sqrt() for x in (a, b))
-            allowed = 1.15 * before + 2e-5 * rms
-        else:
-            after, allowed = (b - t).abs().max(), 2e-5 * rms
-        if not after <= allowed:
-            raise ArithmeticError(f"{path}: error {after:.2e} where {allowed:.2e} is allowed")
-    return run(*args, **kwargs)
+            error, was = ((x - exact).square().mean().sqrt() for x in (after, before))
+            allowed = allowed + 1.15 * was
+        if not error <= allowed:
+            raise ArithmeticError(f"{path}: error {error:.2e} where {allowed:.2e} is allowed")
 
 
 def _copied(x, dtype: torch.dtype | None):
@@ -250,11 +247,7 @@ def _share_equal(block: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
     replaced = []
     sublayers = [dict(layer.named_children()) for layer in block.children()]
     for first, second in itertools.combinations(sublayers, 2):
-        equal = [
-            (first[name], second[name])
-            for name in first.keys() & second.keys()
-            if type(first[name]) is type(second[name]) and _is_equal(first[name], second[name])
-        ]
+        equal = [(first[n], second[n]) for n in first if _is_equal(first[n], second.get(n))]
         if not any(p.ndim > 1 and p.min() < p.max() for one, _ in equal for p in one.parameters()):
             continue  # vectors of ones are equal by chance
         for one, other in equal:
@@ -264,10 +257,10 @@ def _share_equal(block: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
     return replaced
 
 
-def _is_equal(one: nn.Module, other: nn.Module) -> bool:
+def _is_equal(one: nn.Module, other: nn.Module | None) -> bool:
     """Whether two layers have parameters of their own, all equal."""
-    a, b = (dict(m.named_parameters(recurse=False)) for m in (one, other))
-    return bool(a) and a.keys() == b.keys() and all(
+    a, b = (dict(m.named_parameters(recurse=False)) if m else {} for m in (one, other))
+    return type(one) is type(other) and bool(a) and a.keys() == b.keys() and all(
         x.shape == b[n].shape and x.dtype == b[n].dtype and x.device == b[n].device
         and not x.is_meta and x is not b[n] and torch.equal(x, b[n])
         for n, x in a.items()
