@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lumina_kernels.backend import BEST_FIRST, resolve
-from lumina_kernels.dropin.report import Captured, Report, Site
+from lumina_kernels.patch_report import Captured, Report, Site
 from lumina_kernels.when_imported import when_imported
 
 _PATCHED: weakref.WeakKeyDictionary[nn.Module, "_Patch"] = weakref.WeakKeyDictionary()

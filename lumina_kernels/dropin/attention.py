@@ -33,33 +33,29 @@ def attentions(graph: Graph) -> Iterator[g.Match]:
 
 def _emit(call: g.Calls, node: Node, text: Node | None = None, gate: Node | None = None) -> Node:
     """The call of `gqa_attention`, as (B, H, L, K), or (B, L, H, K) with a text branch."""
-    a = arguments(node)
+    a, b = arguments(node), arguments(text)
     for name in ("dropout_p", "is_causal"):
-        if a[name]:
-            raise NotImplementedError(f"{name}={a[name]}")
+        if a[name] or b and b[name]:
+            raise NotImplementedError(f"{name}={a[name] or b[name]}")
     if val(a["query"]).ndim != 4:
         raise NotImplementedError("not (B, H, L, K)")
-    if g.narrows(a["query"]) and not torch.is_autocast_enabled(val(a["query"]).device.type):
+    if g.narrows(a["value"]) and not torch.is_autocast_enabled(val(a["value"]).device.type):
         raise NotImplementedError("in fewer bits than the model, whose rounding would be another")
-    q, (k, v) = _tokens_first(call, a["query"]), _keys(call, a)
-    key_mask, bias = _masks(call, a["attn_mask"], q)
-    branch = _text(call, arguments(text), q, gate) if text else (None,) * 4
+    q, (k, v), branch = _tokens_first(call, a["query"]), _keys(call, a), (None,) * 4
+    K, (key_mask, bias) = val(q).shape[-1], _masks(call, a["attn_mask"], q)
+    if text:
+        text_mask, text_bias = _masks(call, b["attn_mask"], q)
+        if text_bias or abs((b["scale"] or K**-0.5) * K**0.5 - 1) > 1e-6:
+            raise NotImplementedError("the text has a bias, or another scale")
+        branch = *_keys(call, b), text_mask, gate
     out = call(gqa_attention, q, k, v, key_mask, a["scale"], *branch, bias)
     return out if text else call(aten.transpose.int, out, 1, 2)
 
 
-def _text(call: g.Calls, b: dict, q: Node, gate: Node) -> tuple:
-    mask, bias = _masks(call, b["attn_mask"], q)
-    scale = (b["scale"] or 0) * val(q).shape[-1] ** 0.5
-    if bias is not None or b["is_causal"] or b["dropout_p"] or abs(scale - 1) > 1e-6 and scale:
-        raise NotImplementedError("the text has a bias, or another scale")
-    return *_keys(call, b), mask, gate
-
-
 def _gated_text_of(node) -> tuple[Node, Node, Node] | None:
-    """image, text and gate of image + tanh(gate) * text: two attentions of the g.same queries."""
-    for image, term in g.sums(node):
-        for text, gate in g.products(g.bare(term)):
+    """image, text and gate of image + tanh(gate) * text: two attentions of the same queries."""
+    for image, term in g.operands(node, aten.add):
+        for text, gate in g.operands(g.bare(term), aten.mul):
             both = [g.bare(x.args[0]) for x in map(g.bare, (image, text)) if g.is_swap(x)]
             a, b = map(arguments, both) if len(both) == 2 else (None, None)
             if a and b and a["query"] is b["query"] and g.is_tensor(gate):

@@ -6,20 +6,18 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .graph import Calls, aten, is_cast, is_tensor, live, packet, same, val
+from .graph import Calls, aten, is_tensor, live, packet, same, val
 
 
 def capture(gm: GraphModule) -> GraphModule:
-    """The same computation in ATen ops as autograd sees them: linear, layer_norm, rms_norm and
-    scaled_dot_product_attention are one node each. Every node has its fake result in meta["val"].
-    """
+    """The same in ATen ops as autograd sees them: linear, layer_norm, attention are still one node
+    each. Every node has its fake result in meta["val"]."""
     return _traced(gm, "example_value")
 
 
 def flat(gm: GraphModule) -> tuple[GraphModule, dict[str, str]]:
-    """The graph with the registered kernels in place of the public functions, which have checked
-    their arguments; without autograd where nothing asks for a gradient. And the backend of each op,
-    by name."""
+    """The graph with registered kernels in place of the public functions, which have checked their
+    arguments; without autograd where nothing asks for it. And the backend of each op, by name."""
     whole, backends = _traced(gm, "val"), {}
     for node in whole.graph.nodes:
         if getattr(node.target, "namespace", "") == "lumina_kernels":
@@ -50,7 +48,8 @@ def clean(graph: Graph) -> None:
     _without_writes(graph)
     seen = {}
     for node in live(graph) if not any(map(mutates, graph.nodes)) else ():
-        if is_tensor(node) and torch.Tag.nondeterministic_seeded not in _tags(node):
+        tags = getattr(node.target, "tags", ())
+        if is_tensor(node) and torch.Tag.nondeterministic_seeded not in tags:
             first = seen.setdefault((node.target, repr(node.args), repr(node.kwargs)), node)
             if first is not node:
                 node.replace_all_uses_with(first)
@@ -63,24 +62,20 @@ def mutates(node: Node) -> bool:
     return node.op == "call_function" and (schema.is_mutable if schema else node.is_impure())
 
 
-def _tags(node: Node):
-    return getattr(node.target, "tags", ())
-
-
 def _is_idle(node: Node) -> bool:
-    op, source = packet(node), node.args[0] if node.args else None
-    if op is aten.dropout:
+    """Whether a node returns what it was given."""
+    if packet(node) is aten.dropout:
         return not node.args[2] or node.args[1] == 0
-    if not is_tensor(node) or not (is_cast(node) or op in (aten.slice, aten.expand)):
+    may_be = packet(node) in (aten.to, aten.type_as, aten.slice, aten.expand)
+    if not may_be or True in (*node.args[2:], *node.kwargs.values()):  # copy=True
         return False
-    x, y = val(source), val(node)
+    x, y = val(node.args[0]), val(node)
     return x.dtype == y.dtype and x.device == y.device and same(x.shape, y.shape)
 
 
 def _without_writes(graph: Graph) -> None:
     """`base[i:j] = value` as a new tensor, where nobody reads `base` in between or by another name
-    later. Some models fill an empty tensor so, or turn some tokens of the queries where they lie,
-    and nothing may move past such a write."""
+    later: nothing may move past a write, and some models turn their queries so."""
     place = {node: i for i, node in enumerate(graph.nodes)}
     for base in list(graph.nodes):
         writes = [w for view in base.users if (w := _write_to(view))] if is_tensor(base) else []
@@ -108,10 +103,9 @@ def _write_to(view: Node) -> Node | None:
     write = next(iter(view.users), None)
     if packet(view) is not aten.slice or len(view.users) > 1 or write.users:
         return None
-    if packet(write) is aten.copy_ and not same(val(write.args[1]).shape, val(view).shape):
-        return None
-    known = packet(write) is aten.copy_ or _without_underscore(packet(write))
-    return write if known and write.args[0] is view and view not in write.args[1:] else None
+    is_copy = packet(write) is aten.copy_ and same(val(write.args[1]).shape, val(view).shape)
+    is_known = is_copy or _without_underscore(packet(write)) not in (None, aten.copy)
+    return write if is_known and write.args[0] is view and view not in write.args[1:] else None
 
 
 def _without_underscore(op):

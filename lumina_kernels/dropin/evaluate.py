@@ -1,8 +1,5 @@
-"""What a part of a graph computes, in float64 and whatever it rounds to, on random numbers.
-
-Models write one norm or rotation in a dozen ways. Which one does not matter: what it computes is
-compared with the definition of the op.
-"""
+"""What a part of a graph computes on random numbers, in float64 whatever it rounds to. Models write
+one rotation in a dozen ways: what it computes is compared with the definition of the op."""
 
 import operator
 from collections.abc import Iterable
@@ -32,8 +29,7 @@ MOVES = {  # exact in every dtype, as are views
 def evaluate(root: Node, leaves: Iterable[Node], tokens: int) -> dict[Node, Tensor] | None:
     """Random values of the leaves, of which `root` is computed, and its value for these. None if it
     is computed of others, too. TOKENS tokens stand for many, where that can be computed."""
-    tokens = _hint(tokens)
-    for many in (tokens, None) if tokens > TOKENS else (None,):
+    for many in (tokens, None):
         try:
             return _values(root, leaves, many)
         except (RuntimeError, TypeError, ValueError, IndexError, KeyError):
@@ -41,17 +37,12 @@ def evaluate(root: Node, leaves: Iterable[Node], tokens: int) -> dict[Node, Tens
     return None
 
 
-def _hint(n):
-    """A size as the number that it has now, without a promise that it stays so."""
-    return int(n.node.hint) if isinstance(n, torch.SymInt) else n
-
-
-def _values(root: Node, leaves: Iterable[Node], many: int | None) -> dict[Node, Tensor]:
+def _values(root: Node, leaves: Iterable[Node], many) -> dict[Node, Tensor]:
     values = {}
 
-    def size(n):
-        n = _hint(n)
-        return TOKENS if type(n) is int and n == many else n
+    def size(n):  # as a number, without a promise that it stays so
+        n, tokens = (int(x.node.hint) if isinstance(x, torch.SymInt) else x for x in (n, many))
+        return TOKENS if type(n) is int and n == tokens else n
 
     def of(node):
         if not isinstance(node, Node):

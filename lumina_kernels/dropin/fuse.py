@@ -5,11 +5,12 @@ from dataclasses import replace
 
 from torch.fx import Graph, GraphModule, Node
 
+from lumina_kernels.patch_report import Site
+
 from .attention import attentions
 from .capture import clean, flat, mutates
 from .evaluate import MOVES
-from .graph import CASTS, Calls, Match, aten, is_op, is_tensor, narrows, packet, same, val
-from .report import Site
+from .graph import CASTS, Calls, Match, aten, is_op, is_tensor, narrowed, narrows, packet, same, val
 from .rotations import rotations
 from .rows import activations, norms, residuals
 
@@ -20,12 +21,9 @@ KINDS = {
 }  # fmt: skip
 
 
-def fuse(
-    gm: GraphModule, backend: str | None = None, exact: bool = False
-) -> tuple[GraphModule, list[Site]]:
-    """Rewrite a graph of whole ATen ops (`capture`) onto ops with `backend`.
-
-    Returns the new graph and what was found: what became of it, or why it was left."""
+def fuse(gm: GraphModule, backend: str | None = None, exact: bool = False) -> tuple:
+    """Rewrite a graph of whole ATen ops (`capture`) onto ops with `backend`. Returns the new graph
+    and a list of `Site`s: what was found, what became of it, or why it was left."""
     graph = gm.graph
     clean(graph)
     rewriting = _Rewriting(graph, backend, exact)
@@ -58,6 +56,8 @@ class _Rewriting:
             try:
                 outs = emit(call, *arguments)
                 outs = [outs] if isinstance(outs, Node) else outs
+                dtypes = [val(root).dtype for root in roots]
+                outs = [narrowed(call, *pair) for pair in zip(outs, dtypes, strict=True)]
                 reason = self._refusal(kind, roots, call.made, outs)
             except (ValueError, TypeError, RuntimeError) as error:  # the op does not take these
                 reason = str(error).partition("\n")[0]
@@ -87,11 +87,12 @@ class _Rewriting:
         read = {n for node in made for n in node.all_input_nodes} - set(made)
         if (read | _above(read, ())) & set(roots):
             return "its inputs need its result"
-        inside = _above(roots, read)
+        inside = {n for n in _above(roots, read) if is_tensor(n) and val(n).is_floating_point()}
         smallest = min(val(root).itemsize for root in roots)
         if any(narrows(node) and val(node).itemsize < smallest for node in inside):
             return "rounds to another dtype in between"
-        if self.exact and ("attention" in kind or any(map(_rounds, inside))):
+        rounds = any(val(n).itemsize < 4 and packet(n) not in MOVES - CASTS for n in inside)
+        if self.exact and ("attention" in kind or rounds):
             return "exact=True, and eager rounds more than once"
         if self.writes and any(n > min(roots) for n in read):
             return "its inputs come later, beside a write in place"
@@ -106,9 +107,7 @@ class _Rewriting:
         sites = [s for n, s in self.refused.items() if n.users and s.kind not in KINDS.values()]
         for node in self.graph.nodes:
             kind, below = KINDS.get(packet(node)), [node]
-            if kind is None or (
-                kind == "glu" and aten.mul not in map(packet, node.users)  # of a timestep
-            ):
+            if not kind or (kind == "glu" and aten.mul not in map(packet, node.users)):
                 continue
             for n in below:  # the match that it was part of
                 below += [user for user in n.users if len(below) < 20]
@@ -126,12 +125,6 @@ def _above(nodes: Iterable[Node], stop: Container[Node]) -> set[Node]:
             found.add(node)
             stack.extend(node.all_input_nodes)
     return found
-
-
-def _rounds(node: Node) -> bool:
-    moves = packet(node) in MOVES and packet(node) not in CASTS
-    x = val(node) if is_tensor(node) and not moves else None
-    return x is not None and x.is_floating_point() and x.itemsize < 4
 
 
 def _in_order(graph: Graph) -> None:

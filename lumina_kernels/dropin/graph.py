@@ -35,10 +35,6 @@ class Calls:
         return node
 
 
-def item(results, i: int):
-    return results[i]
-
-
 def is_op(target) -> bool:
     return getattr(target, "__module__", "").startswith("lumina_kernels.ops.")
 
@@ -100,32 +96,24 @@ def unwidened(node):
 
 
 def in_dtype(call: Calls, node: Node, dtype: torch.dtype) -> Node:
-    """The node in a dtype: a node behind its casts that has it, or a new cast."""
+    """The node in a dtype, behind casts that widened it; or in a wider one, if it has no other."""
     while val(node).dtype != dtype and unwidened(node) is not node:
         node = node.args[0]
-    return node if val(node).dtype == dtype else call(aten.to.dtype, node, dtype)
+    is_narrower = torch.promote_types(val(node).dtype, dtype) == dtype != val(node).dtype
+    return call(aten.to.dtype, node, dtype) if is_narrower else node
 
 
-def widened(call: Calls, node: Node, dtype: torch.dtype) -> Node:
-    """The node in a dtype, or in one that is wider, if it has been computed in that."""
-    node = unwidened(node)
-    wide = torch.promote_types(val(node).dtype, dtype) != dtype
-    return node if wide else in_dtype(call, node, dtype)
+def narrowed(call: Calls, node: Node, dtype: torch.dtype) -> Node:
+    """What was computed in a wider dtype in this one."""
+    is_wider = torch.promote_types(val(node).dtype, dtype) == val(node).dtype != dtype
+    return call(aten.to.dtype, node, dtype) if is_wider else node
 
 
-def operands(node, *ops) -> Iterator[tuple]:
+def operands(node, op) -> Iterator[tuple]:
     """The operands of a commutative binary op, in both orders."""
-    if packet(node) in ops and len(node.args) == 2 and node.kwargs.get("alpha", 1) == 1:
+    if packet(node) is op and len(node.args) == 2 and node.kwargs.get("alpha", 1) == 1:
         yield node.args
         yield node.args[::-1]
-
-
-def products(node) -> Iterator[tuple]:
-    return operands(node, aten.mul, aten.mul_)
-
-
-def sums(node) -> Iterator[tuple]:
-    return operands(node, aten.add, aten.add_)
 
 
 def same(a, b) -> bool:

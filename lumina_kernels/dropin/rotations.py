@@ -1,8 +1,9 @@
 """Rotary embeddings of queries and keys, however written, as `rope_table`."""
 
 import itertools
+import operator
+from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,18 +19,13 @@ from .rows import Norm, norm_of, vector
 
 Views = tuple[tuple, ...]  # ATen ops with their further arguments, one after the other
 SWAP, FIRST = ((aten.transpose.int, 1, 2),), ((aten.unsqueeze.default, 0),)
-ARITHMETIC = {aten.mul, aten.mul_, aten.add, aten.add_, aten.sub, aten.addcmul, aten.sum}
+FLAT = (aten.flatten.using_ints, -2)
+ARITHMETIC = {aten.mul, aten.add, aten.sub, aten.addcmul, aten.sum}
 
 
-@dataclass(frozen=True)
-class Rotation:
-    """x, by `heads` a view (B, L, H, K), turned by tables that are views of two nodes."""
-
-    root: Node
-    out: Views  # how the root is seen as (B, L, H, K)
-    x: Node
-    heads: Views
-    table: tuple  # (node, views) of cos and of sin, pairing, channels
+# x, by `heads` seen as (B, L, H, K), turned by a table: (node, views) of cos and of sin, pairing,
+# channels. `out` is how the root is seen as (B, L, H, K).
+Rotation = namedtuple("Rotation", "root out x heads table")
 
 
 def rotations(graph: Graph) -> Iterator[g.Match]:
@@ -59,14 +55,15 @@ def _unknown(call: g.Calls) -> None:
 def _parts(node: Node, out: Views) -> Iterator[tuple[Node, Views]]:
     """What may be rotations on the way to an attention's query or key, and how each is seen as
     (B, L, H, K): all of it, or each of what is joined along the tokens."""
-    inner = g.bare(node)
-    joined = inner.args[0] if packet(inner) in (aten.cat, aten.concat) else ()
-    if packet(inner) is aten.slice_scatter and inner.args[2] % 4 == (2 if out else 1):
+    inner, tokens = g.bare(node), 2 if out else 1
+    op, joined = packet(inner), ()
+    if op in (aten.cat, aten.concat):
+        joined = inner.args[0]
+    elif op is aten.slice_scatter and inner.args[2] % 4 == tokens:
         joined = inner.args[:2]
-    tokens = 2 if out else 1
-    if packet(inner) is aten.slice and val(inner).ndim == 4 and inner.args[1] == tokens:
-        yield from _parts(inner.args[0], out)
-    elif g.is_swap(inner):
+    elif op is aten.slice and inner.args[1] == tokens:
+        joined = inner.args[:1]
+    if g.is_swap(inner):
         yield from _parts(inner.args[0], () if out else SWAP)
     elif joined and val(inner).ndim == 4:
         yield from (found for part in joined for found in _parts(part, out))
@@ -75,8 +72,8 @@ def _parts(node: Node, out: Views) -> Iterator[tuple[Node, Views]]:
 
 
 def _cone(root: Node, leaves: Iterable[Node] = ()) -> tuple[list[Node], set[Node]]:
-    """The nodes that `root` is computed from by views and a rotation's arithmetic, down to the
-    `leaves` and to those that are computed otherwise, which come first."""
+    """What `root` is computed from down to the `leaves` and what no rotation computes, which come
+    first."""
     found, inside, stack = [], set(), [root]
     while stack:
         node = stack.pop()
@@ -115,12 +112,11 @@ def _rotation_of(root: Node, out: Views) -> Rotation | None:
 def _heads(root: Node, out: Views, x: Node) -> Views | None:
     """How to see x as (B, L, H, K), if it has the numbers of `root`."""
     B, L, H, K = shape = _seen(val(root), out).shape
-    choices = ()
-    if val(x).is_floating_point() and isinstance(H, int) and isinstance(K, int):
-        flat = {K: FIRST, H * K: ((aten.unflatten.int, -1, (H, K)),)}
-        choices = {4: (out, () if out else SWAP), 3: (flat.get(val(x).shape[-1], ()),)}
-        choices = choices.get(val(x).ndim, ())
-    return next((how for how in choices if g.same(_seen(val(x), how).shape, shape)), None)
+    flat = {str(K): FIRST, str(H * K): ((aten.unflatten.int, -1, (H, K)),)}
+    flat = flat.get(str(val(x).shape[-1]), ())
+    ways = {4: (out, () if out else SWAP), 3: (flat,)}.get(val(x).ndim, ())
+    fits = (how for how in ways if g.same(_seen(val(x), how).shape, shape))
+    return next(fits, None) if val(x).is_floating_point() else None
 
 
 def _by_trial(root: Node, out: Views, x: Node, heads: Views, tables: list[Node]) -> tuple | None:
@@ -145,35 +141,33 @@ def _by_trial(root: Node, out: Views, x: Node, heads: Views, tables: list[Node])
 
 def _readings(tables: list[Node], H: int, K: int) -> Iterator[tuple]:
     """Pairs of (node, views) that may be cos and sin."""
-    per_head = ((aten.unflatten.int, -1, (H, -1)),)
+
+    def slices(width, step):
+        """The even and the odd entries, or with step=1 the lower and the upper half."""
+        half = width // 2
+        starts = [(i, 2 * half, 2) if step == 2 else (i * half, (i + 1) * half) for i in range(2)]
+        return [((aten.slice.Tensor, -1, *start),) for start in starts]
+
     pairs = []
     for a, b in itertools.product(tables, repeat=2):
         is_flat = val(a).shape[-1] in (H * K, H * K // 2) and H > 1
+        per_head = [((aten.unflatten.int, -1, (H, -1)),)] * is_flat
         if g.same(val(a).shape, val(b).shape) and not val(a).is_complex():
-            pairs += [((a, views), (b, views)) for views in ((), per_head)[: 1 + is_flat]]
+            pairs += [((a, views), (b, views)) for views in ((), *per_head)]
     for t in tables:
-        last = [((aten.select.int, -1, i),) for i in range(2)]
+        ways = slices(val(t).shape[-1], 1)
         if val(t).is_complex():
-            pairs.append(tuple((t, ((aten.view_as_real.default,), *i)) for i in last))
+            ways = [((aten.view_as_real.default,), (aten.select.int, -1, i)) for i in range(2)]
         elif val(t).shape[-2:] == (2, 2):
-            pairs.append(((t, ((_diagonal,),)), (t, ((_off_diagonal,),))))
+            ways = [((aten.diagonal.default, 0, -2, -1), FLAT), ((_off_diagonal,),)]
         elif val(t).shape[-1] == 2:
-            pairs.append(tuple((t, i) for i in last))
-        else:
-            pairs.append(tuple((t, i) for i in _slices(t.meta["val"].shape[-1])[1]))
+            ways = [((aten.select.int, -1, i),) for i in range(2)]
+        pairs.append(tuple((t, way) for way in ways))
     for (cos, first), (sin, second) in pairs:
-        for some in ([()], *_slices(_seen(val(cos), first).shape[-1])):
+        width = _seen(val(cos), first).shape[-1]
+        for some in ([()], slices(width, 2), slices(width, 1)):
             for a, b in itertools.product(some, some):
                 yield (cos, (*first, *a)), (sin, (*second, *b))
-
-
-def _slices(width: int) -> list[list[Views]]:
-    """The even and the odd entries, the lower and the upper half."""
-    half = width // 2
-    return [
-        [((aten.slice.Tensor, -1, i, 2 * half, 2),) for i in range(2)],
-        [((aten.slice.Tensor, -1, i * half, (i + 1) * half),) for i in range(2)],
-    ]
 
 
 def _layouts(table: Tensor, heads: Tensor) -> Iterator[Views]:
@@ -198,15 +192,14 @@ def _seen(x, views: Views, call: Callable = lambda op, *args: op(*args)):
 def _emit(call: g.Calls, pair: list[Rotation], norms: list[Norm]) -> list[Node]:
     """One call for one or two rotations by the same table, maybe with the norms before them, and
     what takes the place of each."""
-    dtypes, sources = [val(r.root).dtype for r in pair], [n.x for n in norms] or [r.x for r in pair]
-    wide = [g.widened(call, x, dtype) for x, dtype in zip(sources, dtypes, strict=True)]
-    xs = [_seen(x, r.heads, call) for x, r in zip(wide, pair, strict=True)]
+    sources, xs = [n.x for n in norms] or [r.x for r in pair], []
+    for x, r in zip(sources, pair, strict=True):
+        xs += [_seen(g.in_dtype(call, x, val(r.root).dtype), r.heads, call)]
     cos, sin, *how = pair[0].table
     table = _seen(*cos, call), _seen(*sin, call), *how
     if norms:
         across = val(sources[0]).shape[-1] != val(xs[0]).shape[-1]
-        kinds = {(n.kind, n.eps, n.scale or n.shift) for n in norms}
-        (kind, eps, modulated), *others = kinds
+        (kind, eps, modulated), *others = {(n.kind, n.eps, n.scale or n.shift) for n in norms}
         if others or modulated:
             raise NotImplementedError("norms of different kinds")
         parameters = [vector(call, p) for n in norms for p in (n.weight, n.bias)] + [None] * 2
@@ -214,15 +207,9 @@ def _emit(call: g.Calls, pair: list[Rotation], norms: list[Norm]) -> list[Node]:
         turned = call(qk_norm_rope_table, *(*xs, None)[:2], *parameters[:4], *last)
     else:
         turned = call(rope_table, *(*xs, None)[:2], *table)
-    outs = [_seen(call(g.item, turned, i), r.out, call) for i, r in enumerate(pair)]
-    return [g.in_dtype(call, out, dtype) for out, dtype in zip(outs, dtypes, strict=True)]
-
-
-def _diagonal(matrices: Tensor) -> Tensor:
-    """(.., 2, 2) as cos of each channel."""
-    return matrices.diagonal(0, -2, -1).flatten(-2)
+    return [_seen(call(operator.getitem, turned, i), r.out, call) for i, r in enumerate(pair)]
 
 
 def _off_diagonal(matrices: Tensor) -> Tensor:
-    """(.., 2, 2) as sin of each channel, if ((cos, -sin), (sin, cos))."""
+    """((cos, -sin), (sin, cos)) as sin of each channel; the diagonal is cos."""
     return torch.stack((-matrices[..., 0, 1], matrices[..., 1, 0]), -1).flatten(-2)

@@ -1,7 +1,8 @@
 """What acts on each token by itself: norms with their modulation, gated residuals, activations."""
 
+import operator
+from collections import namedtuple
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import Graph, Node
@@ -12,22 +13,11 @@ from . import graph as g
 from .evaluate import evaluate
 from .graph import aten, packet, val
 
+# (norm(x) * weight + bias) * (1 + scale) + shift, each term a node or None.
+Norm = namedtuple("Norm", "x kind eps weight bias scale shift", defaults=(None,) * 4)
 
-@dataclass(frozen=True)
-class Norm:
-    """(norm(x) * weight + bias) * (1 + scale) + shift, each term a node or None."""
-
-    x: Node
-    kind: str
-    eps: float
-    weight: Node | None = None
-    bias: Node | None = None
-    scale: Node | None = None
-    shift: Node | None = None
-
-    @property
-    def is_plain_rms(self) -> bool:
-        return self.kind == "rms" and self.bias is self.scale is self.shift is None
+# residual + gate * y; `norm` is that of y, if it is an RMSNorm, and then `tanh` that of the gate.
+Residual = namedtuple("Residual", "residual y gate norm tanh", defaults=(None, False))
 
 
 def norm_of(node) -> Norm | None:
@@ -39,20 +29,22 @@ def norm_of(node) -> Norm | None:
     if packet(node) in (aten.layer_norm, aten.rms_norm):
         return _whole_norm(node)
     found = [_written_out(node)]
-    found += [_scaled(norm_of(n), factor) for n, factor in g.products(node)]
-    found += [_shifted(norm_of(n), term) for n, term in g.sums(node)]
-    if packet(node) is aten.addcmul:
-        found += [_shifted(_scaled(norm_of(x), y), term) for term, x, y in _fused_sums(node)]
+    found += [_scaled(norm_of(n), factor) for n, factor in g.operands(node, aten.mul)]
+    found += [_shifted(norm_of(n), term) for n, term in g.operands(node, aten.add)]
+    if packet(node) is aten.addcmul and not node.kwargs:
+        term, *pair = node.args
+        found += [_shifted(_scaled(norm_of(n), factor), term) for n, factor in (pair, pair[::-1])]
     return next(filter(None, found), None)
 
 
 def _whole_norm(node: Node) -> Norm | None:
     x, shape, weight, *more = (*node.args, *(None,) * 3)
     acc = torch.promote_types(val(x).dtype, torch.float32)
-    default = 1e-5 if packet(node) is aten.layer_norm else torch.finfo(acc).eps
-    bias, eps = more[:2] if packet(node) is aten.layer_norm else (None, more[0])
-    kind = "layer" if packet(node) is aten.layer_norm else "rms"
-    return Norm(x, kind, default if eps is None else eps, weight, bias) if len(shape) == 1 else None
+    if packet(node) is aten.layer_norm:
+        found = Norm(x, "layer", 1e-5 if more[1] is None else more[1], weight, more[0])
+    else:
+        found = Norm(x, "rms", torch.finfo(acc).eps if more[0] is None else more[0], weight)
+    return found if len(shape) == 1 else None
 
 
 def _written_out(node: Node) -> Norm | None:
@@ -83,10 +75,10 @@ def _scaled(n: Norm | None, factor) -> Norm | None:
     if n is None or n.shift is not None or not g.is_tensor(factor):
         return None
     if n.weight is n.bias is n.scale is None and _is_vector(factor, n):
-        return replace(n, weight=factor)
-    for one, scale in g.sums(g.bare(factor)):
+        return n._replace(weight=factor)
+    for one, scale in g.operands(g.bare(factor), aten.add):
         if one == 1 and n.scale is None and _broadcasts(scale, n.x):
-            return replace(n, scale=scale)
+            return n._replace(scale=scale)
     return None
 
 
@@ -94,8 +86,8 @@ def _shifted(n: Norm | None, term) -> Norm | None:
     if n is None or n.shift is not None or not g.is_tensor(term):
         return None
     if n.bias is n.scale is None and _is_vector(term, n):
-        return replace(n, bias=term)
-    return replace(n, shift=term) if _broadcasts(term, n.x) else None
+        return n._replace(bias=term)
+    return n._replace(shift=term) if _broadcasts(term, n.x) else None
 
 
 def _is_vector(node: Node, n: Norm) -> bool:
@@ -110,15 +102,6 @@ def _broadcasts(node, like: Node) -> bool:
     shape, full = val(node).shape[::-1], val(like).shape[::-1]
     fits = len(shape) <= len(full) and g.same(shape[0], full[0])
     return fits and all(g.same(a, b) or g.same(a, 1) for a, b in zip(shape, full, strict=False))
-
-
-def _fused_sums(node) -> Iterator[tuple]:
-    """a, x, y of a + x * y, which may be one node, x and y in both orders."""
-    if packet(node) is aten.addcmul and not node.kwargs:
-        a, x, y = node.args
-        yield from ((a, x, y), (a, y, x))
-    for a, product in g.sums(node):
-        yield from ((a, x, y) for x, y in g.products(g.bare(product)))
 
 
 def norms(graph: Graph) -> Iterator[g.Match]:
@@ -154,29 +137,18 @@ def _modulation(call: g.Calls, node: Node | None, like: Node) -> Node | None:
     return node
 
 
-@dataclass(frozen=True)
-class Residual:
-    """residual + gate * y; `norm` is that of y, if y is an RMSNorm, and then `tanh` says whether
-    the gate's is taken."""
-
-    residual: Node
-    y: Node
-    gate: Node | None
-    norm: Norm | None = None
-    tanh: bool = False
-
-
 def residual_of(node: Node) -> Residual | None:
     """What residual a node is, if it is one; the best that can be said of it."""
-    plain = [(residual, y, None) for residual, y in g.sums(node)]
-    found = None
-    for residual, y, gate in (*_fused_sums(node), *plain) if val(node).ndim == 3 else ():
-        if not g.is_like(residual, node) or not g.is_like(y, node):
-            continue
-        if gate is None or (_broadcasts(gate, y) and val(gate).ndim > 1):
-            norm = norm_of(y)
-            if norm and norm.is_plain_rms:
-                tanh = packet(g.bare(gate)) is aten.tanh
+    ways, found = [], None
+    if packet(node) is aten.addcmul and not node.kwargs:
+        ways = [node.args, (node.args[0], *node.args[:0:-1])]
+    for a, b in g.operands(node, aten.add):
+        ways += [(a, *pair) for pair in g.operands(g.bare(b), aten.mul)] + [(a, b, None)]
+    for residual, y, gate in ways if val(node).ndim == 3 else ():
+        is_gate = gate is None or (_broadcasts(gate, y) and val(gate).ndim > 1)
+        if g.is_like(residual, node) and g.is_like(y, node) and is_gate:
+            norm, tanh = norm_of(y), packet(g.bare(gate)) is aten.tanh
+            if norm and norm.kind == "rms" and norm.bias is norm.scale is norm.shift is None:
                 return Residual(residual, y, g.bare(gate).args[0] if tanh else gate, norm, tanh)
             found = found or Residual(residual, y, gate)
     return found
@@ -191,35 +163,32 @@ def residuals(graph: Graph) -> Iterator[g.Match]:
         r = residual_of(node) if g.is_tensor(node) else None
         root = following.get(node)
         if r and root and root.users and (n := norm_of(root)):
-            yield "residual and norm", [node, root], _emit_residual_and_norm, node, r, n
+            yield "residual and norm", [node, root], _emit_residual, node, r, n
         if r and node.users and (r.gate or r.norm):
             yield "residual", [node], _emit_residual, node, r
 
 
-def _emit_residual(call: g.Calls, node: Node, r: Residual) -> Node:
-    residual = g.in_dtype(call, r.residual, val(node).dtype)
-    if r.norm is None:
-        if not val(r.y).dtype == val(r.gate).dtype == val(node).dtype:
+def _emit_residual(call: g.Calls, node: Node, r: Residual, n: Norm | None = None):
+    residual, dtypes = g.in_dtype(call, r.residual, val(node).dtype), {val(node).dtype}
+    if n is r.norm is None:
+        if {val(r.y).dtype, val(r.gate).dtype} != dtypes:
             raise NotImplementedError("dtypes differ")
         gate = call(aten.expand_as.default, r.gate, r.y)  # fakes of symbolic sizes do not broadcast
         return call(aten.addcmul.default, residual, gate, r.y)
-    weight, gate = vector(call, r.norm.weight), _modulation(call, r.gate, residual)
-    return call(ops.sandwich_norm, r.norm.x, residual, weight, gate, r.norm.eps, r.tanh)
-
-
-def _emit_residual_and_norm(call: g.Calls, node: Node, r: Residual, n: Norm) -> list[Node]:
-    residual = g.in_dtype(call, r.residual, val(node).dtype)
-    gate, scale, shift = (_modulation(call, m, residual) for m in (r.gate, n.scale, n.shift))
-    weight, bias = vector(call, n.weight), vector(call, n.bias)
+    weight, gate = vector(call, r.norm and r.norm.weight), _modulation(call, r.gate, residual)
+    if n is None:
+        return call(ops.sandwich_norm, r.norm.x, residual, weight, gate, r.norm.eps, r.tanh)
+    scale, shift = (_modulation(call, m, residual) for m in (n.scale, n.shift))
+    following, bias = vector(call, n.weight), vector(call, n.bias)
     if r.norm is None:
-        last = weight, bias, scale, shift, n.eps, n.kind
+        last = following, bias, scale, shift, n.eps, n.kind
         pair = call(ops.gate_residual_norm, r.y, residual, gate, *last)
     elif n.kind == "rms" and n.eps == r.norm.eps and bias is shift is None:
-        last = vector(call, r.norm.weight), gate, weight, scale, n.eps, r.tanh
+        last = weight, gate, following, scale, n.eps, r.tanh
         pair = call(ops.sandwich_norm_chain, r.norm.x, residual, *last)
     else:
         raise NotImplementedError("norms of different kinds")
-    return [call(g.item, pair, i) for i in range(2)]
+    return [call(operator.getitem, pair, i) for i in range(2)]
 
 
 def activations(graph: Graph) -> Iterator[g.Match]:
@@ -227,7 +196,7 @@ def activations(graph: Graph) -> Iterator[g.Match]:
         if packet(node) is aten.gelu:
             how = node.kwargs.get("approximate", "none")
             yield "gelu", [node], g.Calls.__call__, ops.gelu, node.args[0], how
-        for activated, b in g.products(node):
+        for activated, b in g.operands(node, aten.mul):
             silu = g.bare(activated)
             a = g.bare(silu.args[0]) if packet(silu) is aten.silu and g.is_like(b, silu) else None
             if a and val(a).dtype == val(b).dtype:

@@ -1,4 +1,4 @@
-"""What a pass found, what became of it, and why the rest was left."""
+"""What `patch` did to a model: what was found, what became of it, and why the rest was left."""
 
 from collections import Counter
 from dataclasses import asdict, dataclass, field
