@@ -85,7 +85,7 @@ class _Rewriting:
             if val(root).dtype != val(out).dtype or not same(val(root).shape, val(out).shape):
                 return f"would be {val(out).dtype} {tuple(val(out).shape)}"
         read = {n for node in made for n in node.all_input_nodes} - set(made)
-        if (read | _above(read, ())) & set(roots):
+        if len(roots) > 1 and (read | _above(read, ())) & set(roots):
             return "its inputs need its result"
         inside = {n for n in _above(roots, read) if is_tensor(n) and val(n).is_floating_point()}
         smallest = min(val(root).itemsize for root in roots)

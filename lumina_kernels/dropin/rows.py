@@ -20,20 +20,21 @@ Norm = namedtuple("Norm", "x kind eps weight bias scale shift", defaults=(None,)
 Residual = namedtuple("Residual", "residual y gate norm tanh", defaults=(None, False))
 
 
-def norm_of(node) -> Norm | None:
-    """What norm a node is, if it is one."""
-    if not g.is_tensor(node):
+def norm_of(node, depth: int = 5) -> Norm | None:
+    """What norm a node is, if it is one; `depth` is how many terms and factors it may have."""
+    if not g.is_tensor(node) or depth < 0:
         return None
     if g.is_cast(node):
-        return norm_of(node.args[0])
+        return norm_of(node.args[0], depth)
     if packet(node) in (aten.layer_norm, aten.rms_norm):
         return _whole_norm(node)
-    found = [_written_out(node)]
-    found += [_scaled(norm_of(n), factor) for n, factor in g.operands(node, aten.mul)]
-    found += [_shifted(norm_of(n), term) for n, term in g.operands(node, aten.add)]
+    found, less = [_written_out(node)], depth - 1
+    found += [_scaled(norm_of(n, less), factor) for n, factor in g.operands(node, aten.mul)]
+    found += [_shifted(norm_of(n, less), term) for n, term in g.operands(node, aten.add)]
     if packet(node) is aten.addcmul and not node.kwargs:
         term, *pair = node.args
-        found += [_shifted(_scaled(norm_of(n), factor), term) for n, factor in (pair, pair[::-1])]
+        ways = (pair, pair[::-1])
+        found += [_shifted(_scaled(norm_of(n, less), factor), term) for n, factor in ways]
     return next(filter(None, found), None)
 
 
@@ -68,7 +69,7 @@ def _eps(node: Node, x: Node) -> float | None:
     eps = ((values[x] / values[node]).square() - mean).median().item()
     want = values[x] * torch.rsqrt(mean + eps)
     is_norm = -1e-12 < eps < 0.1 and torch.allclose(values[node], want, rtol=1e-9)
-    return float(f"{max(eps, 0):.4g}") if is_norm else None
+    return float(f"{max(eps, 0):.7g}") if is_norm else None
 
 
 def _scaled(n: Norm | None, factor) -> Norm | None:
