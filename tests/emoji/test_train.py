@@ -264,7 +264,7 @@ def test_states_that_are_none(tmp_path):
 
 def test_what_could_not_be_saved_is_refused_before_the_training(tmp_path):
     (tmp_path / "model.safetensors").mkdir()
-    with pytest.raises(ValueError, match="model.safetensors is a folder, it must be a file or a new name"):
+    with pytest.raises(ValueError, match="is a folder, it must be a file or a new name"):
         training.train(CONFIG, tmp_path, data=pictures(), progress=False)
     with pytest.raises(ValueError, match="save_every must be at least 1, got 0"):
         training.train(CONFIG, tmp_path / "new", data=pictures(), save_every=0)
