@@ -22,26 +22,10 @@ HeadsView heads_of(const Tensor& x, int64_t channels, bool half) {
   return heads;
 }
 
-// A table (L, W), (B or 1, L, W) or (B or 1, L, H or 1, W).
-TableView table_of(const Tensor& table, int64_t channels, bool half) {
-  const int64_t dim = table.dim();
-  const auto step = [&](int64_t i) { return table.size(i) == 1 ? 0 : table.stride(i); };
-  const bool is_double = table.scalar_type() == ScalarType::Double;
-  return {.values = {.data = pointer_to<unsigned char>(table),
-                     .dtype = is_double ? Dtype::kFloat : dtype_of(table),
-                     .vectors = half ? takes_fours(table, channels) : takes_vectors(table)},
-          .is_double = is_double,
-          .step_b = dim > 2 ? step(0) : 0,
-          .step_l = step(dim > 2 ? 1 : 0),
-          .step_h = dim > 3 ? step(2) : 0,
-          .step = table.stride(dim - 1)};
-}
-
-bool has_heads(const Tensor& table) { return table.dim() == 4 && table.size(2) > 1; }
-
-bool is_plain(const RopeTableParams& p) {
+bool is_plain(const TablesView& tables, int64_t K) {
   const auto packed = [](const TableView& table) { return table.step == 1 && !table.is_double; };
-  return p.channels == p.K && !p.pairs && !p.per_head && packed(p.cos) && packed(p.sin);
+  return tables.channels == K && !tables.pairs && !tables.per_head && packed(tables.cos) &&
+         packed(tables.sin);
 }
 
 std::tuple<Tensor, Tensor> rotated(const Tensor& q, const OptionalTensor& k, const Tensor& cos,
@@ -49,8 +33,12 @@ std::tuple<Tensor, Tensor> rotated(const Tensor& q, const OptionalTensor& k, con
                                    bool backward) {
   Tensor q_out = empty_as(q), k_out = empty_as(k, q);
   if (q.numel() + k_out.numel() == 0) return {q_out, k_out};
-  const bool half = pairing == "half";
-  STD_TORCH_CHECK(half || pairing == "interleaved", "unknown pairing ", pairing);
+  TablesView tables = tables_of(cos, sin, pairing, channels, backward);
+  const bool half = tables.half;
+  if (half) {
+    tables.cos.values.vectors = takes_fours(cos, channels);
+    tables.sin.values.vectors = takes_fours(sin, channels);
+  }
   const int64_t tokens = q.size(0) * q.size(1), H = q.size(2), K = q.size(3);
   const int64_t G = k ? k->size(2) : 0, pieces = rope_table_pieces(K, channels, half);
   check_tokens(tokens);
@@ -60,21 +48,15 @@ std::tuple<Tensor, Tensor> rotated(const Tensor& q, const OptionalTensor& k, con
                           .k = heads_of(ks, channels, half),
                           .q_out = heads_of(q_out, channels, half),
                           .k_out = heads_of(k ? k_out : q_out, channels, half),
-                          .cos = table_of(cos, channels, half),
-                          .sin = table_of(sin, channels, half),
+                          .tables = tables,
                           .layout = layout,
                           .tokens = tokens,
                           .L = q.size(1),
                           .H = static_cast<int>(H),
                           .G = static_cast<int>(G),
-                          .K = static_cast<int>(K),
-                          .channels = static_cast<int>(channels),
-                          .half = half,
-                          .backward = backward,
-                          .pairs = cos.size(cos.dim() - 1) < channels,
-                          .per_head = has_heads(cos) || has_heads(sin)};
+                          .K = static_cast<int>(K)};
   const LaunchConfig config = rope_table_config(layout, tokens, pieces);
-  if (is_plain(p)) {
+  if (is_plain(tables, K)) {
     LUMINA_LAUNCH(q, config, rope_table_kernel<true>, p);
   } else {
     LUMINA_LAUNCH(q, config, rope_table_kernel<false>, p);

@@ -1,23 +1,11 @@
 // CUDA kernel of rope_table: a block rotates all heads of q and k of some tokens.
 #pragma once
 
-#include "cuda/lib/rope.cuh"
+#include "cuda/lib/rope_table.cuh"
 
 namespace lumina_kernels::cuda {
 
 constexpr int kRopeTableThreads = 256;
-
-// Cosines or sines, read in place: entry i of head h of token l of sample b is element
-// b * step_b + l * step_l + h * step_h + i * step. The steps of what is shared are 0.
-struct TableView {
-  Values values;
-  bool is_double;  // values.dtype does not count then
-  int64_t step_b, step_l, step_h, step;
-
-  __device__ __forceinline__ int64_t row(const Token& token, int64_t h) const {
-    return token.b * step_b + token.l * step_l + h * step_h;
-  }
-};
 
 // A thread has 8 neighbouring channels if the two of a pair are neighbours. With `half` these are
 // channels / 2 apart, and a thread has 4 channels and their partners, or 8 that are not rotated.
@@ -25,13 +13,10 @@ struct TableView {
 // values.
 struct RopeTableParams {
   HeadsView q, k, q_out, k_out;
-  TableView cos, sin;
+  TablesView tables;
   RowLayout layout;
   int64_t tokens, L;
-  int H, G, K, channels;
-  bool half, backward;
-  bool pairs;     // the tables have an entry for each pair rather than for each channel
-  bool per_head;  // and rows for each head
+  int H, G, K;
 };
 
 inline int64_t rope_table_pieces(int64_t K, int64_t channels, bool half) {
@@ -56,8 +41,8 @@ __device__ __forceinline__ RotatedPiece neighbours(int first, int end) {
 // kPlain: all channels are rotated, by tables with an entry for each, without gaps, for all heads.
 template <bool kPlain>
 __device__ __forceinline__ RotatedPiece piece_of(int number, const RopeTableParams& p) {
-  const int channels = kPlain ? p.K : p.channels, M = channels / 2;
-  if (!p.half) return neighbours(8 * number, p.K);
+  const int channels = kPlain ? p.K : p.tables.channels, M = channels / 2;
+  if (!p.tables.half) return neighbours(8 * number, p.K);
   const int first = 4 * number;
   if (kPlain || first < M) return {{first, M + first}, {M - first, M - first}};
   return neighbours(channels + 8 * (number - (M + 3) / 4), p.K);
@@ -124,24 +109,19 @@ __device__ __forceinline__ void for_pairs(bool half, F f) {
   }
 }
 
-__device__ __forceinline__ float load_entry(const TableView& table, int64_t i) {
-  if (!table.is_double) return load1(table.values, i);
-  return static_cast<float>(load_global<double>(table.values.data + 8 * i));
-}
-
 // The entries of a piece, in a row that starts at element i; of pairs that are not rotated, zeros.
 template <bool kPlain>
 __device__ __forceinline__ Float8 load_entries(const TableView& table, int64_t i,
                                                const RotatedPiece& piece,
                                                const RopeTableParams& p) {
-  if (kPlain) return load_piece(table.values, i, piece, p.half);
+  if (kPlain) return load_piece(table.values, i, piece, p.tables.half);
   Float8 out;
-  for_pairs(p.half, [&](int a, int b) {
+  for_pairs(p.tables.half, [&](int a, int b) {
     const int first = piece.channel(a), second = piece.channel(b);
-    const bool there = second < p.channels;
-    const int entry = p.pairs && !p.half ? first / 2 : first;
+    const bool there = second < p.tables.channels;
+    const int entry = p.tables.pairs && !p.tables.half ? first / 2 : first;
     out[a] = there ? load_entry(table, i + entry * table.step) : 0.0f;
-    out[b] = there && !p.pairs ? load_entry(table, i + second * table.step) : out[a];
+    out[b] = there && !p.tables.pairs ? load_entry(table, i + second * table.step) : out[a];
   });
   return out;
 }
@@ -167,20 +147,21 @@ __global__ void __launch_bounds__(kRopeTableThreads, 3) rope_table_kernel(const 
   const RotatedPiece piece = piece_of<kPlain>(at.piece, p);
   Float8 cos, sin;
   const auto load_tables = [&](int head) {
-    cos = load_entries<kPlain>(p.cos, p.cos.row(token, head), piece, p);
-    sin = load_entries<kPlain>(p.sin, p.sin.row(token, head), piece, p);
+    cos = load_entries<kPlain>(p.tables.cos, p.tables.cos.row(token, head), piece, p);
+    sin = load_entries<kPlain>(p.tables.sin, p.tables.sin.row(token, head), piece, p);
   };
-  if (kPlain || !p.per_head) load_tables(0);
+  if (kPlain || !p.tables.per_head) load_tables(0);
   for (int row = at.head; row < p.H + p.G; row += p.layout.step) {
     const bool of_q = row < p.H;
     const int head = of_q ? row : row - p.H;
-    if (!kPlain && p.per_head) load_tables(head);
+    if (!kPlain && p.tables.per_head) load_tables(head);
     const HeadsView from = select(of_q, p.q, p.k), to = select(of_q, p.q_out, p.k_out);
-    Float8 x = load_piece(from.values, from.at(token.b, token.l, head), piece, p.half);
-    for_pairs(p.half, [&](int i, int j) {
-      if (kPlain || piece.channel(j) < p.channels) rotate_values(x, i, j, cos, sin, p.backward);
+    Float8 x = load_piece(from.values, from.at(token.b, token.l, head), piece, p.tables.half);
+    for_pairs(p.tables.half, [&](int i, int j) {
+      if (kPlain || piece.channel(j) < p.tables.channels)
+        rotate_values(x, i, j, cos, sin, p.tables.backward);
     });
-    store_piece(to.values, to.at(token.b, token.l, head), piece, p.half, x);
+    store_piece(to.values, to.at(token.b, token.l, head), piece, p.tables.half, x);
   }
 }
 

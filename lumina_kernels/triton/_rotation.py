@@ -1,4 +1,4 @@
-"""Rotations of heads by angles, and how the kernels that hold whole tokens are launched.
+"""Rotations of heads by angles or tables, and how the kernels that hold whole tokens are launched.
 
 A program holds all H heads of K values of a token as a tile. Cosines and sines differ between
 tokens but not between heads, so they are computed once per token.
@@ -9,7 +9,7 @@ from functools import cache
 import triton
 import triton.language as tl
 
-from lumina_kernels.triton._tiles import blocks
+from lumina_kernels.triton._tiles import blocks, load_tile, load_vector, to_float32
 
 
 @cache
@@ -95,3 +95,64 @@ def rotate(tile, cos_sin, HS: tl.constexpr, KS: tl.constexpr):
             pairs = tl.join(a * cos - b * sin, a * sin + b * cos)
             out = out + (tl.reshape(pairs, (HS[i][1], KS[j][1])),)
     return out
+
+
+@triton.jit
+def load_table(
+    table, b, index, first, UNIT: tl.constexpr, T: tl.constexpr, N: tl.constexpr,
+    TS: tl.constexpr, HS: tl.constexpr, NS: tl.constexpr,
+):  # fmt: skip
+    """Entries `first` to `first` + N of a token's table as a tile in float32: rows for its T heads,
+    or one row for every band of HS if T is 1."""
+    ptr = table[0] + (b * table[1] + index * table[2]) * UNIT
+    if T == 1 and len(table) == 4:
+        tile = load_vector(ptr + first, N, NS)
+    else:
+        tile = ()
+        for i in tl.static_range(len(TS)):
+            h = TS[i][0] + tl.arange(0, TS[i][1])[:, None]
+            rows = ptr + h.to(tl.int64) * table[3] * UNIT
+            if len(table) == 4:
+                tile = tile + load_tile(rows, first, h < T, N, NS)
+            else:
+                for j in tl.static_range(len(NS)):
+                    n = NS[j][0] + tl.arange(0, NS[j][1])[None, :]
+                    ptrs = rows + (first + n).to(tl.int64) * table[4]
+                    tile = tile + (tl.load(ptrs, mask=(h < T) & (n < N), other=0.0),)
+        tile = to_float32(tile)
+    if T == 1:
+        row = tile
+        for _ in tl.static_range(1, len(HS)):
+            tile = tile + row
+    return tile
+
+
+@triton.jit
+def load_halves(
+    table, b, index, UNIT: tl.constexpr, T: tl.constexpr, M: tl.constexpr, TS: tl.constexpr,
+    HS: tl.constexpr, WS: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """The entries of channels j and of channels j + M; PAIRS: these share them."""
+    first = load_table(table, b, index, 0, UNIT, T, M, TS, HS, WS)
+    second = first if PAIRS else load_table(table, b, index, M, UNIT, T, M, TS, HS, WS)
+    return first, second
+
+
+@triton.jit
+def rotate_pairs(a, b, cos_a, sin_a, cos_b, sin_b, BACKWARD: tl.constexpr):
+    """(a cos_a - b sin_a, b cos_b + a sin_b); BACKWARD: with (sin_a, sin_b) -> (-sin_b, -sin_a)."""
+    if BACKWARD:
+        first, second = a * cos_a + b * sin_b, b * cos_b - a * sin_a
+    else:
+        first, second = a * cos_a - b * sin_a, b * cos_b + a * sin_b
+    return first, second
+
+
+@triton.jit
+def split_entries(entries, PAIRS: tl.constexpr):
+    """The entries of the first and of the second channels; PAIRS: these share them."""
+    if PAIRS:
+        a, b = entries, entries
+    else:
+        a, b = tl.split(tl.reshape(entries, (entries.shape[0], entries.shape[1] // 2, 2)))
+    return a, b

@@ -9,77 +9,14 @@ import triton.language as tl
 from torch import Tensor
 
 from lumina_kernels.triton._arguments import heads_of, in_units, table_heads, table_of
-from lumina_kernels.triton._rotation import token_options
-from lumina_kernels.triton._tiles import (
-    cut,
-    load_heads,
-    load_tile,
-    load_vector,
-    split_token,
-    store_heads,
-    to_float32,
+from lumina_kernels.triton._rotation import (
+    load_halves,
+    load_table,
+    rotate_pairs,
+    split_entries,
+    token_options,
 )
-
-
-@triton.jit
-def _load_table(
-    table, b, index, first, UNIT: tl.constexpr, T: tl.constexpr, N: tl.constexpr,
-    TS: tl.constexpr, HS: tl.constexpr, NS: tl.constexpr,
-):  # fmt: skip
-    """Entries `first` to `first` + N of a token's table as a tile in float32: rows for its T heads,
-    or one row for every band of HS if T is 1."""
-    ptr = table[0] + (b * table[1] + index * table[2]) * UNIT
-    if T == 1 and len(table) == 4:
-        tile = load_vector(ptr + first, N, NS)
-    else:
-        tile = ()
-        for i in tl.static_range(len(TS)):
-            h = TS[i][0] + tl.arange(0, TS[i][1])[:, None]
-            rows = ptr + h.to(tl.int64) * table[3] * UNIT
-            if len(table) == 4:
-                tile = tile + load_tile(rows, first, h < T, N, NS)
-            else:
-                for j in tl.static_range(len(NS)):
-                    n = NS[j][0] + tl.arange(0, NS[j][1])[None, :]
-                    ptrs = rows + (first + n).to(tl.int64) * table[4]
-                    tile = tile + (tl.load(ptrs, mask=(h < T) & (n < N), other=0.0),)
-        tile = to_float32(tile)
-    if T == 1:
-        row = tile
-        for _ in tl.static_range(1, len(HS)):
-            tile = tile + row
-    return tile
-
-
-@triton.jit
-def _load_halves(
-    table, b, index, UNIT: tl.constexpr, T: tl.constexpr, M: tl.constexpr, TS: tl.constexpr,
-    HS: tl.constexpr, WS: tl.constexpr, PAIRS: tl.constexpr,
-):  # fmt: skip
-    """The entries of channels j and of channels j + M; PAIRS: these share them."""
-    first = _load_table(table, b, index, 0, UNIT, T, M, TS, HS, WS)
-    second = first if PAIRS else _load_table(table, b, index, M, UNIT, T, M, TS, HS, WS)
-    return first, second
-
-
-@triton.jit
-def _rotate_pairs(a, b, cos_a, sin_a, cos_b, sin_b, BACKWARD: tl.constexpr):
-    """(a cos_a - b sin_a, b cos_b + a sin_b); BACKWARD: with (sin_a, sin_b) -> (-sin_b, -sin_a)."""
-    if BACKWARD:
-        first, second = a * cos_a + b * sin_b, b * cos_b - a * sin_a
-    else:
-        first, second = a * cos_a - b * sin_a, b * cos_b + a * sin_b
-    return first, second
-
-
-@triton.jit
-def _split_entries(entries, PAIRS: tl.constexpr):
-    """The entries of the first and of the second channels; PAIRS: these share them."""
-    if PAIRS:
-        a, b = entries, entries
-    else:
-        a, b = tl.split(tl.reshape(entries, (entries.shape[0], entries.shape[1] // 2, 2)))
-    return a, b
+from lumina_kernels.triton._tiles import cut, load_heads, split_token, store_heads
 
 
 @triton.jit
@@ -90,15 +27,15 @@ def _rotate_interleaved(
 ):  # fmt: skip
     """Pairs (2j, 2j + 1): a block is read as it lies in memory and split in registers."""
     x = load_heads(x_ptr, stride, H, C, HS, CS)
-    cos = _load_table(cos, b, index, 0, TABLE_UNIT, T, W, TS, HS, WS)
-    sin = _load_table(sin, b, index, 0, TABLE_UNIT, T, W, TS, HS, WS)
+    cos = load_table(cos, b, index, 0, TABLE_UNIT, T, W, TS, HS, WS)
+    sin = load_table(sin, b, index, 0, TABLE_UNIT, T, W, TS, HS, WS)
     out = ()
     for i in tl.static_range(len(HS)):
         for j in tl.static_range(len(CS)):
             first, second = tl.split(tl.reshape(x[i * len(CS) + j], (HS[i][1], CS[j][1] // 2, 2)))
-            cos_a, cos_b = _split_entries(cos[i * len(CS) + j], W < C)
-            sin_a, sin_b = _split_entries(sin[i * len(CS) + j], W < C)
-            first, second = _rotate_pairs(first, second, cos_a, sin_a, cos_b, sin_b, BACKWARD)
+            cos_a, cos_b = split_entries(cos[i * len(CS) + j], W < C)
+            sin_a, sin_b = split_entries(sin[i * len(CS) + j], W < C)
+            first, second = rotate_pairs(first, second, cos_a, sin_a, cos_b, sin_b, BACKWARD)
             out = out + (tl.reshape(tl.join(first, second), (HS[i][1], CS[j][1])),)
     store_heads(out_ptr, out, K, H, C, HS, CS)
 
@@ -112,12 +49,12 @@ def _rotate_halves(
     """Pairs (j, j + C/2): the two halves of the heads are two tiles."""
     M: tl.constexpr = C // 2
     x_a, x_b = load_heads(x_ptr, stride, H, M, HS, CS), load_heads(x_ptr + M, stride, H, M, HS, CS)
-    cos_a, cos_b = _load_halves(cos, b, index, TABLE_UNIT, T, M, TS, HS, WS, W < C)
-    sin_a, sin_b = _load_halves(sin, b, index, TABLE_UNIT, T, M, TS, HS, WS, W < C)
+    cos_a, cos_b = load_halves(cos, b, index, TABLE_UNIT, T, M, TS, HS, WS, W < C)
+    sin_a, sin_b = load_halves(sin, b, index, TABLE_UNIT, T, M, TS, HS, WS, W < C)
     out_a = ()
     out_b = ()
     for n in tl.static_range(len(HS) * len(CS)):
-        first, second = _rotate_pairs(
+        first, second = rotate_pairs(
             x_a[n], x_b[n], cos_a[n], sin_a[n], cos_b[n], sin_b[n], BACKWARD
         )
         out_a = out_a + (first,)

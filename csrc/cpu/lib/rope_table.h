@@ -105,8 +105,8 @@ inline void make_half(Row sin, bool backward, int64_t C, float* to) {
 }
 
 // Cosines and sines of one token and, if these differ, of its head h.
-__attribute__((flatten)) inline Rotation make_rotation(const RotaryTables& tables, int64_t b,
-                                                       int64_t l, int64_t h, float* memory) {
+inline Rotation make_rotation(const RotaryTables& tables, int64_t b, int64_t l, int64_t h,
+                              float* memory) {
   const auto [half, C] = std::tuple{tables.half, tables.C};
   float* buffer = memory + rotation_size(C);
   const Rotation rotation = rotation_in(memory, C);
@@ -133,9 +133,7 @@ LUMINA_INLINE void rotate_half(const TokenHeads& x, Rotation rotation, int64_t C
   }
 }
 
-// Flattened, as calling a loop's body for each vector would cost a third of the time.
-__attribute__((flatten)) inline void rotate_channels(const TokenHeads& x, bool half,
-                                                     Rotation rotation, int64_t C, Row out) {
+inline void rotate_channels(const TokenHeads& x, bool half, Rotation rotation, int64_t C, Row out) {
   half ? rotate_half(x, rotation, C, out) : rotate_heads(x, rotation, C, out);
 }
 
@@ -150,6 +148,16 @@ inline void rotate_by(const RotaryTables& tables, const TokenHeads& x, Rotation 
     for_whole_vectors(K - C, [&, C = C](int64_t i, int64_t count) {
       store(to + C, i, load(from + C, i, count), count);
     });
+  }
+}
+
+// The same for all heads of a token, and tables for each of them or for all.
+inline void rotate_token(const RotaryTables& tables, const TokenHeads& x, int64_t b, int64_t l,
+                         int64_t K, float* memory, Row out) {
+  if (tables.T == 1) return rotate_by(tables, x, make_rotation(tables, b, l, 0, memory), K, out);
+  for (int64_t h = 0; h * K < x.size(); ++h) {
+    const Row head = x.row + h * K / x.length * x.step + h * K % x.length;
+    rotate_by(tables, {head, 1, K, 0}, make_rotation(tables, b, l, h, memory), K, out + h * K);
   }
 }
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/lib/launch.h"
-#include "cuda/lib/rope.cuh"
+#include "cuda/lib/rope_table.cuh"
 
 namespace lumina_kernels::cuda {
 
@@ -56,6 +56,36 @@ inline AnglesView angles_of(const Tensor& positions, const Tensor& inv_freq, con
           .freq_b = f == 1 ? 0 : inv_freq.stride(0),
           .freq_pair = inv_freq.stride(f - 1),
           .axis_pair = axis.stride(0)};
+}
+
+// A table (L, W), (B or 1, L, W) or (B or 1, L, H or 1, W).
+inline TableView table_of(const Tensor& table) {
+  const int64_t dim = table.dim();
+  const auto step = [&](int64_t i) { return table.size(i) == 1 ? 0 : table.stride(i); };
+  const bool is_double = table.scalar_type() == ScalarType::Double;
+  return {.values = {.data = pointer_to<unsigned char>(table),
+                     .dtype = is_double ? Dtype::kFloat : dtype_of(table),
+                     .vectors = takes_vectors(table)},
+          .is_double = is_double,
+          .step_b = dim > 2 ? step(0) : 0,
+          .step_l = step(dim > 2 ? 1 : 0),
+          .step_h = dim > 3 ? step(2) : 0,
+          .step = table.stride(dim - 1)};
+}
+
+inline bool has_heads(const Tensor& table) { return table.dim() == 4 && table.size(2) > 1; }
+
+inline TablesView tables_of(const Tensor& cos, const Tensor& sin, const std::string& pairing,
+                            int64_t channels, bool backward) {
+  const bool half = pairing == "half";
+  STD_TORCH_CHECK(half || pairing == "interleaved", "unknown pairing ", pairing);
+  return {.cos = table_of(cos),
+          .sin = table_of(sin),
+          .channels = static_cast<int>(channels),
+          .half = half,
+          .backward = backward,
+          .pairs = cos.size(cos.dim() - 1) < channels,
+          .per_head = has_heads(cos) || has_heads(sin)};
 }
 
 // Kernels divide the indices of tokens in 32 bits.
