@@ -26,7 +26,8 @@ struct NormedBwd {
 };
 
 struct QkNormRope3dBwd {
-  Angles angles;
+  const Angles* angles;        // or null
+  const RotaryTables* tables;  // if the rotation is by tables
   Norm norm;
   int64_t L, K, tokens, chunk;
   NormedBwd sides[2];
@@ -60,13 +61,9 @@ void qk_norm_rope3d_fwd(const QkNormRope3dFwd& op, int64_t b, int64_t l, int64_t
   }
 }
 
-// With n the normalised row, d = share * dout rotated back, and g = d * weight, dx = rstd * (g -
-// mean(g) - n * mean(g * n)), without mean(g) for an RMS norm, dweight += d * n and dbias += d.
-// `row` and `grad` are buffers for the padded token.
-inline void norm_rotate_bwd(const TokenHeads& dout, float share, const TokenHeads& x,
-                            const float* weight, Norm norm, Rotation rotation, int64_t K, Row dx,
-                            float* row, float* grad, float* dweight, float* dbias) {
-  stage(x, row);
+// grad = share * dout, rotated back
+inline void rotate_back(const TokenHeads& dout, float share, Rotation rotation, int64_t K,
+                        float* grad) {
   for (int64_t n = 0; n < dout.count; ++n) {
     const Row from = dout.row + n * dout.step;
     float* piece = grad + n * dout.length;
@@ -74,6 +71,14 @@ inline void norm_rotate_bwd(const TokenHeads& dout, float share, const TokenHead
       store(piece + i, rotated(share * load(from, i, count), rotation, c), count);
     });
   }
+}
+
+// With n the normalised row, d the gradient that `grad` holds, and g = d * weight, dx = rstd * (g -
+// mean(g) - n * mean(g * n)), without mean(g) for an RMS norm, dweight += d * n and dbias += d.
+// `row` and `grad` are buffers for the padded token.
+inline void norm_bwd(const TokenHeads& x, const float* weight, Norm norm, int64_t K, Row dx,
+                     float* row, float* grad, float* dweight, float* dbias) {
+  stage(x, row);
   const int64_t size = x.size(), length = norm.per_head ? K : size;
   for (int64_t at = 0; at < size; at += length) {
     const auto [mean, rstd] = moments_of(row + at, length, norm);
@@ -102,7 +107,7 @@ inline void norm_rotate_bwd(const TokenHeads& dout, float share, const TokenHead
 // One token of q or of k. A pooled token gets its share of its window's gradient, a masked one
 // nothing.
 inline void token_bwd(const QkNormRope3dBwd& op, const NormedBwd& side, int64_t b, int64_t l,
-                      Rotation rotation, float* row, float* grad, float* dweight, float* dbias) {
+                      float* memory, float* row, float* grad, float* dweight, float* dbias) {
   const int64_t K = op.K, H = side.from.heads;
   const Row dx = side.dx + (b * op.L + l) * (H * K);
   int64_t l_out = l;
@@ -112,25 +117,29 @@ inline void token_bwd(const QkNormRope3dBwd& op, const NormedBwd& side, int64_t 
     l_out = pool->windows.of(l);
     share = 1.f / pool->counts[b * pool->windows.count() + l_out];  // at least 1: this token
   }
-  norm_rotate_bwd(heads_at(side.dout, b, l_out, H, K), share, heads_at(side.from.x, b, l, H, K),
-                  side.from.weight(), op.norm, rotation, K, dx, row, grad,
-                  side.sums > 0 ? dweight : nullptr, side.sums > 1 ? dbias : nullptr);
+  const TokenHeads dout = heads_at(side.dout, b, l_out, H, K);
+  if (op.tables != nullptr) {
+    rotate_token(*op.tables, dout, b, l, K, memory, {reinterpret_cast<char*>(grad), Dtype::kFloat});
+  } else {
+    rotate_back(dout, share, rotation_in(memory, K), K, grad);
+  }
+  norm_bwd(heads_at(side.from.x, b, l, H, K), side.from.weight(), op.norm, K, dx, row, grad,
+           side.sums > 0 ? dweight : nullptr, side.sums > 1 ? dbias : nullptr);
 }
 
 // The tokens of a chunk, and their sums of dweight and dbias.
 void qk_norm_bwd(QkNormRope3dBwd& op, int64_t chunk) {
   const int64_t K = op.K;
   const int64_t room = padded(std::max(op.sides[0].from.heads, op.sides[1].from.heads) * K);
-  float* memory = scratch(rotation_size(K) + 6 * room);
-  const Rotation rotation = rotation_in(memory, K);
-  float *row = memory + rotation_size(K), *grad = row + room, *sums = grad + room;
+  float* memory = scratch(tables_size(K) + 6 * room);
+  float *row = memory + tables_size(K), *grad = row + room, *sums = grad + room;
   std::fill(sums, sums + 4 * room, 0.f);
   const int64_t begin = chunk * op.chunk, end = std::min(begin + op.chunk, op.tokens);
   for (int64_t token = begin; token < end; ++token) {
     const int64_t b = token / op.L, l = token % op.L;
-    make_rotation(op.angles, b, l, rotation);
-    token_bwd(op, op.sides[0], b, l, rotation, row, grad, sums, sums + room);
-    token_bwd(op, op.sides[1], b, l, rotation, row, grad, sums + 2 * room, sums + 3 * room);
+    if (op.angles != nullptr) make_rotation(*op.angles, b, l, rotation_in(memory, K));
+    token_bwd(op, op.sides[0], b, l, memory, row, grad, sums, sums + room);
+    token_bwd(op, op.sides[1], b, l, memory, row, grad, sums + 2 * room, sums + 3 * room);
   }
   for (int n = 0; n < 2; ++n) {
     NormedBwd& side = op.sides[n];
@@ -235,12 +244,14 @@ NormedBwd side_of(const Tensor& dout, const Tensor& x, const OptionalTensor& wei
 SixTensors qk_norm_bwd(const Tensor& dq_out, const Tensor& dk_out, const Tensor& q, const Tensor& k,
                        const OptionalTensor& q_weight, const OptionalTensor& q_bias,
                        const OptionalTensor& k_weight, const OptionalTensor& k_bias,
-                       const Angles& angles, Norm norm, const Pool* pool) {
+                       const Angles* angles, const RotaryTables* tables, Norm norm,
+                       const Pool* pool) {
   Tensor dq = empty_as(q), dk = empty_as(k);
   const int64_t tokens = q.size(0) * q.size(1);
   const int64_t chunk = std::max(kLeastTokens, ceil_div(tokens, kMostChunks));
   const int64_t chunks = ceil_div(tokens, chunk);
   QkNormRope3dBwd op{.angles = angles,
+                     .tables = tables,
                      .norm = norm,
                      .L = q.size(1),
                      .K = q.size(3),
@@ -266,8 +277,9 @@ SixTensors qk_norm_rope3d_bwd(const Tensor& dq_out, const Tensor& dk_out, const 
                               const OptionalTensor& k_bias, const Tensor& positions,
                               const Tensor& inv_freq, const Tensor& axis, double eps,
                               const std::string& norm) {
-  return qk_norm_bwd(dq_out, dk_out, q, k, q_weight, q_bias, k_weight, k_bias,
-                     Angles(positions, inv_freq, axis, -1), Norm(norm, eps), nullptr);
+  const Angles angles(positions, inv_freq, axis, -1);
+  return qk_norm_bwd(dq_out, dk_out, q, k, q_weight, q_bias, k_weight, k_bias, &angles, nullptr,
+                     Norm(norm, eps), nullptr);
 }
 
 }  // namespace

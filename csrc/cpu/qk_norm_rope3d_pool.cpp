@@ -105,8 +105,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> qk_norm_rope3
   const Pool pool{Windows(grid, factor), Mask(key_mask),
                   static_cast<const float*>(sizes.data_ptr())};
   const Angles angles(positions, inv_freq, axis, -1);
-  const auto [dq, dk, dq_weight, dq_bias, dk_weight, dk_bias] = qk_norm_bwd(
-      dq_out, dk_out, q, k, q_weight, q_bias, k_weight, k_bias, angles, Norm(norm, eps), &pool);
+  const auto [dq, dk, dq_weight, dq_bias, dk_weight, dk_bias] =
+      qk_norm_bwd(dq_out, dk_out, q, k, q_weight, q_bias, k_weight, k_bias, &angles, nullptr,
+                  Norm(norm, eps), &pool);
   const Tensor dv = window_mean_bwd(dv_out, sizes, pool.windows, pool.mask);
   return {dq, dk, dv, dq_weight, dq_bias, dk_weight, dk_bias};
 }

@@ -3,12 +3,9 @@
 // has to read anyway.
 #pragma once
 
-#include "cuda/lib/qk_norm.cuh"
-#include "cuda/lib/window.cuh"
+#include "cuda/lib/qk_norm_bwd.cuh"
 
 namespace lumina_kernels::cuda {
-
-constexpr NormLimits kFwdLimits{4, 256, 512, 128}, kBwdLimits{2, 320, 512, 256};
 
 struct QkNormRope3dFwdParams {
   HeadsView q, k, q_out, k_out;
@@ -33,118 +30,14 @@ __global__ void __launch_bounds__(kFwdLimits.bound(N))
   load_heads(x, p.q, p.k, token, there, there, p.shape, at);
   fill_rotations(p.angles, token, 1.0f, 0, p.shape.K, layout, at, shared.rotations);
   norm_rotate(x, p.parameters, p.shape, at, shared);
-  if (!there) return;
-#pragma unroll
-  for (int n = 0; n < N; ++n) {
-    const int head = at.head + n * layout.step;
-    const bool of_q = head < p.shape.H;
-    const HeadsView to = select(of_q, p.q_out, p.k_out);
-    const int64_t start = to.at(token.b, token.l, of_q ? head : head - p.shape.H);
-    store8(to.values, start + 8 * at.piece, channels(p.shape, at, n), x[n]);
-  }
+  if (there) store_heads(x, p.q_out, p.k_out, token, p.shape, at);
 }
 
-struct QkNormRope3dBwdParams {
-  HeadsView dout, x, dx;
-  Values weight, partial;  // partial sums (blocks, sums, width), float32
-  AnglesView angles;
-  NormShape shape;  // of one tensor: G is 0
-  int sums;         // 0 for no parameter, 1 for a weight alone, 2 for weight and bias
-  int64_t width;    // of a parameter
-  int64_t tokens, L, chunk;
-  MaskedWindows windows;       // if dout is the gradient of means over windows,
-  Global<const float> counts;  // their numbers of valid tokens (B, windows); otherwise null
-  int64_t counts_b;
-};
-
-// The gradient of a row, and its contribution to those of weight and bias.
-//
-// With n the normalised row, d the gradient rotated back and g = d * weight, dweight = d * n, dbias
-// = d and dx = rstd * (g - mean(g) - n * mean(g * n)), without mean(g) for an RMS norm. x becomes n
-// and then dx; d is rotated back by shared.rotations, whose sines are negative.
-template <int N>
-__device__ __forceinline__ void norm_rotate_bwd(Float8 (&x)[N], Float8 (&d)[N],
-                                                Float8 (&dweight)[N], Float8 (&dbias)[N], bool keep,
-                                                const QkNormRope3dBwdParams& p, const RowPlace& at,
-                                                const NormShared& shared) {
-  float rstd[N], sums[2][N];
-  normalise(x, rstd, p.shape, at, shared);
-  const PieceRotation rotation = load_rotation(shared.rotations, p.shape.layout, at);
-#pragma unroll
-  for (int n = 0; n < N; ++n) {
-    rotate_piece(d[n], rotation);
-    // x may be NaN where everything is masked
-    dweight[n] += by_column([&](int i) { return keep ? d[n][i] * x[n][i] : 0.0f; });
-    dbias[n] += d[n];
-    if (is_there(p.weight)) {
-      d[n] *= load_parameter(p.weight, p.shape, at, at.head + n * p.shape.layout.step,
-                             channels(p.shape, at, n));
-    }
-    sums[0][n] = sum_of_products(d[n], x[n]);
-    sums[1][n] = 0.0f;
-    add_columns(sums[1][n], d[n]);
-  }
-  if (p.shape.norm == NormKind::kRmsPerHead) {
-    means_per_head(sums[0], p.shape, at, shared.scratch[2]);
-  } else {
-    means_across_heads(sums, p.shape, at, shared.scratch[2]);
-  }
-#pragma unroll
-  for (int n = 0; n < N; ++n) {
-    const float shift = p.shape.norm == NormKind::kLayerAcrossHeads ? sums[1][n] : 0.0f;
-    x[n] = rstd[n] * (d[n] - shift - x[n] * sums[0][n]);
-  }
-}
-
-// Shares 8 values with the other threads of the block, after they have read the previous ones.
-__device__ __forceinline__ void share_sums(const Float8& sums, Shared<float> mine) {
-  __syncthreads();
-  store_shared(mine, make_float4(sums[0], sums[1], sums[2], sums[3]));
-  store_shared(mine + 4, make_float4(sums[4], sums[5], sums[6], sums[7]));
-  __syncthreads();
-}
-
-// Adds the sums of all slots of a block, and of all heads if these share a parameter, and writes
-// them to p.partial from value `first` on.
-template <int N>
-__device__ __forceinline__ void store_sums(Float8 (&sums)[N], int64_t first,
-                                           const QkNormRope3dBwdParams& p, const RowPlace& at,
-                                           Shared<float> shared) {
-  const RowLayout& layout = p.shape.layout;
-  const Shared<float> mine = shared + 8 * threadIdx.x;
-  if (p.shape.norm == NormKind::kRmsPerHead) {
-#pragma unroll
-    for (int n = 1; n < N; ++n) sums[0] += sums[n];
-    share_sums(sums[0], mine);
-    for (int column = threadIdx.x; column < p.shape.K; column += blockDim.x) {
-      float total = 0.0f;
-      for (int slot = 0; slot < layout.slots; ++slot) {
-        for (int row = 0; row < layout.step; ++row) {
-          total += shared[8 * (slot * layout.threads + row * layout.pieces) + column];
-        }
-      }
-      store1(p.partial, first + column, total);
-    }
-    return;
-  }
-#pragma unroll
-  for (int n = 0; n < N; ++n) {
-    share_sums(sums[n], mine);
-    if (at.slot > 0) continue;
-    for (int slot = 1; slot < layout.slots; ++slot) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) sums[n][i] += mine[8 * slot * layout.threads + i];
-    }
-    const int64_t head = at.head + n * layout.step;
-    store8(p.partial, first + head * p.shape.K + 8 * at.piece, channels(p.shape, at, n), sums[n]);
-  }
-}
-
-// dx of `chunk` tokens, and the sums of dweight and dbias over them (`norm_rotate_bwd`). With
+// dx of `chunk` tokens, and the sums of dweight and dbias over them (`norm_bwd`). With
 // counts, a valid token gets its share of its window's gradient, others get nothing.
 template <int N>
 __global__ void __launch_bounds__(kBwdLimits.bound(N), N == 1 ? 2 : 1)
-    qk_norm_rope3d_bwd_kernel(const QkNormRope3dBwdParams p) {
+    qk_norm_rope3d_bwd_kernel(const QkNormBwdParams p) {
   LUMINA_DYNAMIC_SHARED(float, memory);
   const NormShared shared = norm_shared<N>(p.shape, memory);
   const RowLayout& layout = p.shape.layout;
@@ -167,7 +60,11 @@ __global__ void __launch_bounds__(kBwdLimits.bound(N), N == 1 ? 2 : 1)
       for (int n = 0; n < N; ++n) d[n] *= share;
     }
     fill_rotations(p.angles, token, -1.0f, 0, p.shape.K, layout, at, shared.rotations);
-    norm_rotate_bwd(x, d, dweight, dbias, keep, p, at, shared);
+    float rstd[N];
+    normalise(x, rstd, p.shape, at, shared);
+    const PieceRotation rotation = load_rotation(shared.rotations, layout, at);
+    norm_bwd(x, rstd, d, dweight, dbias, keep, p, at, shared,
+             [&](int n) { rotate_piece(d[n], rotation); });
 #pragma unroll
     for (int n = 0; n < N; ++n) {
       const int64_t head = at.head + n * layout.step;

@@ -10,7 +10,7 @@ from lumina_kernels.kernel_op import kernel_op, like
 from lumina_kernels.ops.norm_modulate import norm_modulate_ref
 from lumina_kernels.ops.rope3d import check_rope3d, rope3d_ref
 
-MOST_CUDA_VALUES = 8192  # of a token, kBwdLimits in csrc/cuda/qk_norm_rope3d.cuh
+MOST_CUDA_VALUES = 8192  # of a token, kBwdLimits in csrc/cuda/lib/qk_norm_bwd.cuh
 NORMS = ("layer_across_heads", "rms_per_head", "rms_across_heads")
 
 
@@ -64,6 +64,13 @@ def qk_norm_rope3d_ref(
     q, k, q_weight, q_bias, k_weight, k_bias, positions, inv_freq, axis, eps=1e-5, norm=NORMS[0]
 ):
     """The definition."""
+    rows = qk_norm_ref(q, k, q_weight, q_bias, k_weight, k_bias, eps, norm)
+    q_out, k_out = rope3d_ref(*rows, positions, inv_freq, axis)
+    return q_out.to(q.dtype), k_out.to(k.dtype)
+
+
+def qk_norm_ref(q, k, q_weight, q_bias, k_weight, k_bias, eps, norm):
+    """Queries and keys, or None, normalised, not rounded to their dtype."""
     acc = torch.promote_types(q.dtype, torch.float32)
     kind = "layer" if norm == "layer_across_heads" else "rms"
 
@@ -71,14 +78,12 @@ def qk_norm_rope3d_ref(
         row = x if norm == "rms_per_head" else x.flatten(-2)  # (B, L, heads * K)
         return norm_modulate_ref(row.to(acc), weight, bias, eps=eps, kind=kind).view(x.shape)
 
-    rows = normalise(q, q_weight, q_bias), normalise(k, k_weight, k_bias)
-    q_out, k_out = rope3d_ref(*rows, positions, inv_freq, axis)
-    return q_out.to(q.dtype), k_out.to(k.dtype)
+    return normalise(q, q_weight, q_bias), None if k is None else normalise(k, k_weight, k_bias)
 
 
 def refusals(q, k, *others: Tensor | None) -> dict[str, str]:
     """What CUDA's backward cannot hold of a token, as `backend.resolve` takes it."""
-    heads, K = max(q.shape[2], k.shape[2]), q.shape[3]
+    heads, K = max(x.shape[2] for x in (q, k) if x is not None), q.shape[3]
     held = -(-heads // 2) * 2 * -(-K // 8) * 8
     if held <= MOST_CUDA_VALUES or not wants_grad(q, k, *others):
         return {}
@@ -87,10 +92,14 @@ def refusals(q, k, *others: Tensor | None) -> dict[str, str]:
 
 
 def check_qk_norm(q, k, q_weight, q_bias, k_weight, k_bias, norm) -> None:
-    """The parameters of a norm of q, (B, L, H, K), and k, (B, L, G, K)."""
+    """The parameters of a norm of q, (B, L, H, K), and k, (B, L, G, K) or None."""
     if norm not in NORMS:
         raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
     for name, x, weight, bias in (("q", q, q_weight, q_bias), ("k", k, k_weight, k_bias)):
+        if x is None:
+            if weight is not None or bias is not None:
+                raise ValueError(f"{name}_weight and {name}_bias must be None without {name}")
+            continue
         heads, K = x.shape[2:]
         width = K if norm == "rms_per_head" else heads * K
         check_optional(f"{name}_weight", weight, q.device, (width,))

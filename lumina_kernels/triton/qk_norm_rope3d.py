@@ -104,34 +104,42 @@ def _load_parameter(
 
 
 @triton.jit
-def norm_rotate(
-    tile, parameters, cos_sin, eps, H: tl.constexpr, K: tl.constexpr,
-    HS: tl.constexpr, KS: tl.constexpr, NORM: tl.constexpr,
+def norm_tile(
+    tile, parameters, eps, H: tl.constexpr, K: tl.constexpr, HS: tl.constexpr, KS: tl.constexpr,
+    NORM: tl.constexpr,
 ):  # fmt: skip
-    """rotate(norm(tile) * weight + bias). parameters: pointers of weight and bias, each or None."""
+    """norm(tile) * weight + bias. parameters: pointers of weight and bias, each or None."""
     weight_ptr, bias_ptr = parameters
     tile, _ = _normalise(tile, eps, H, K, HS, KS, NORM)
     if weight_ptr is not None:
         tile = multiply(tile, _load_parameter(weight_ptr, H, K, HS, KS, NORM))
     if bias_ptr is not None:
         tile = add(tile, _load_parameter(bias_ptr, H, K, HS, KS, NORM))
-    return rotate(tile, cos_sin, HS, KS)
+    return tile
 
 
 @triton.jit
-def _norm_rotate_bwd(
-    dout, tile, weight_ptr, cos_sin, eps, H: tl.constexpr, K: tl.constexpr,
+def norm_rotate(
+    tile, parameters, cos_sin, eps, H: tl.constexpr, K: tl.constexpr,
     HS: tl.constexpr, KS: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the tile, and its terms in the gradients of weight and bias. cos_sin: those of
-    the opposite rotation.
+    """rotate(norm(tile) * weight + bias)"""
+    return rotate(norm_tile(tile, parameters, eps, H, K, HS, KS, NORM), cos_sin, HS, KS)
 
-    With n the normalised tile, d the gradient rotated back and g = d * weight: dweight = d * n,
-    dbias = d, dtile = rstd * (g - n * mean(g * n) - mean(g)), without mean(g) for an RMS norm.
+
+@triton.jit
+def norm_bwd(
+    d, tile, weight_ptr, eps, H: tl.constexpr, K: tl.constexpr, HS: tl.constexpr, KS: tl.constexpr,
+    NORM: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the tile, and its terms in the gradient of the weight, from d, the gradient of
+    norm(tile) * weight + bias, which is the bias' own.
+
+    With n the normalised tile and g = d * weight: dweight = d * n and dtile = rstd * (g - n *
+    mean(g * n) - mean(g)), without mean(g) for an RMS norm.
     """
-    dbias = rotate(dout, cos_sin, HS, KS)
     normed, rstd = _normalise(tile, eps, H, K, HS, KS, NORM)
-    grad = dbias
+    grad = d
     if weight_ptr is not None:
         grad = multiply(grad, _load_parameter(weight_ptr, H, K, HS, KS, NORM))
     along = _means(multiply(grad, normed), H, K, HS, KS, NORM)
@@ -145,7 +153,7 @@ def _norm_rotate_bwd(
             if NORM == "layer_across_heads":
                 t -= mean[i]
             dtile = dtile + (t * rstd[i],)
-    return dtile, multiply(dbias, normed), dbias
+    return dtile, multiply(d, normed)
 
 
 @triton.jit
@@ -196,12 +204,13 @@ def qk_norm_rope3d_bwd_kernel(
             count = tl.load(counts_ptr + b * windows + window)
             d = scale_by(d, 1.0 / tl.maximum(count, 1.0))
         cos_sin = cos_sin_of(positions, inv_freq, axis_ptr, b, index, -1, K, KS)
-        dx, dw, db = _norm_rotate_bwd(d, tile, weight_ptr, cos_sin, eps, H, K, HS, KS, NORM)
+        d = rotate(d, cos_sin, HS, KS)
+        dx, dw = norm_bwd(d, tile, weight_ptr, eps, H, K, HS, KS, NORM)
         store_token(dx_ptr, select(dx, valid), number, H, K, HS, KS)
         if SUMS > 0:
             dweight = add(dweight, select(dw, valid))
         if SUMS > 1:
-            dbias = add(dbias, db)
+            dbias = add(dbias, d)
     number = tl.program_id(0).to(tl.int64) * SUMS
     if SUMS > 0:
         store_token(partial_ptr, dweight, number, H, K, HS, KS)

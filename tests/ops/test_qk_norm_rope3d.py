@@ -49,16 +49,16 @@ def eager(
     q, k, q_weight, q_bias, k_weight, k_bias, positions, inv_freq, axis, eps=1e-5, norm=NORMS[0]
 ):
     """Torch's own norms, rounded, then complex multiplication."""
-
-    def normalise(x, weight, bias):
-        if norm == "layer_across_heads":
-            return F.layer_norm(x.flatten(2), (x.shape[2:].numel(),), weight, bias, eps).view_as(x)
-        if norm == "rms_across_heads":
-            return F.rms_norm(x.flatten(2), (x.shape[2:].numel(),), weight, eps).view_as(x)
-        return F.rms_norm(x, x.shape[-1:], weight, eps)
-
-    q, k = normalise(q, q_weight, q_bias), normalise(k, k_weight, k_bias)
+    q, k = normalise(q, q_weight, q_bias, eps, norm), normalise(k, k_weight, k_bias, eps, norm)
     return with_complex_numbers(q, k, positions, inv_freq, axis)
+
+
+def normalise(x, weight, bias, eps, norm):
+    if norm == "layer_across_heads":
+        return F.layer_norm(x.flatten(2), (x.shape[2:].numel(),), weight, bias, eps).view_as(x)
+    if norm == "rms_across_heads":
+        return F.rms_norm(x.flatten(2), (x.shape[2:].numel(),), weight, eps).view_as(x)
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -1,4 +1,4 @@
-// Shared by qk_norm_rope3d and qk_norm_rope3d_pool. Included before levels.h, as rope.h is.
+// Shared by the ops that normalise queries and keys. Included before levels.h, as rope.h is.
 #include "cpu/lib/window.h"
 
 #ifndef LUMINA_QK_NORM_ROPE3D
@@ -43,11 +43,13 @@ struct Pool {
 
 using SixTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// dq, dk and the gradients of the four parameters, empty for None.
+// dq, dk and the gradients of the four parameters, empty for None. The rotation that is undone is
+// one by angles or by tables; the other is null.
 SixTensors qk_norm_bwd(const Tensor& dq_out, const Tensor& dk_out, const Tensor& q, const Tensor& k,
                        const OptionalTensor& q_weight, const OptionalTensor& q_bias,
                        const OptionalTensor& k_weight, const OptionalTensor& k_bias,
-                       const Angles& angles, Norm norm, const Pool* pool);
+                       const Angles* angles, const RotaryTables* tables, Norm norm,
+                       const Pool* pool);
 
 }  // namespace lumina_kernels::cpu
 #endif  // LUMINA_QK_NORM_ROPE3D
@@ -88,6 +90,24 @@ LUMINA_INLINE Moments moments_of(const float* row, int64_t length, Norm norm) {
     return centred * centred;
   });
   return {mean, 1.f / std::sqrt(squares / size + norm.eps)};
+}
+
+// row = norm(x) * weight + bias, for the padded token
+LUMINA_INLINE void norm_row(const TokenHeads& x, const float* weight, const float* bias, Norm norm,
+                            int64_t K, float* row) {
+  stage(x, row);
+  const int64_t size = x.size(), length = norm.per_head ? K : size;
+  for (int64_t at = 0; at < size; at += length) {
+    const auto [mean, rstd] = moments_of(row + at, length, norm);
+    for_vectors(length, [&, mean = mean, rstd = rstd](int64_t i, int64_t count) {
+      i += at;
+      const Vec raw = load(row + i);
+      Vec y = (raw - mean) * rstd;
+      if (weight != nullptr) y = y * load(weight + i);
+      if (bias != nullptr) y = y + load(bias + i);
+      store(row + i, first(count, y, raw));
+    });
+  }
 }
 
 // out = rotate(norm(x) * weight + bias); `row` is a buffer for the padded token

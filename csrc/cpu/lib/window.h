@@ -1,6 +1,6 @@
 // Windows of factor x factor tokens in a (T, H, W) grid, and masks of tokens. Included before
 // levels.h, as rope.h is.
-#include "cpu/lib/rope.h"
+#include "cpu/lib/rope_table.h"
 
 #ifndef LUMINA_WINDOW
 #define LUMINA_WINDOW

@@ -169,6 +169,18 @@ struct NormParameters {
   Values q_weight, q_bias, k_weight, k_bias;  // each may be missing
 };
 
+// x, the normalised piece of head n, becomes x * weight + bias.
+__device__ __forceinline__ void scale_piece(Float8& x, const NormParameters& parameters,
+                                            const NormShape& shape, const RowPlace& at, int n) {
+  const int head = at.head + n * shape.layout.step, count = channels(shape, at, n);
+  const bool of_q = head < shape.H;
+  const Values weight = select(of_q, parameters.q_weight, parameters.k_weight);
+  const Values bias = select(of_q, parameters.q_bias, parameters.k_bias);
+  const int own = of_q ? head : head - shape.H;  // its index in q, or in k
+  if (is_there(weight)) x *= load_parameter(weight, shape, at, own, count);
+  if (is_there(bias)) x += load_parameter(bias, shape, at, own, count);
+}
+
 // x becomes rotate(norm(x) * weight + bias) for the heads of q and k. Contains the barrier between
 // filling the rotations and using them.
 template <int N>
@@ -180,13 +192,7 @@ __device__ __forceinline__ void norm_rotate(Float8 (&x)[N], const NormParameters
   const PieceRotation rotation = load_rotation(shared.rotations, shape.layout, at);
 #pragma unroll
   for (int n = 0; n < N; ++n) {
-    const int head = at.head + n * shape.layout.step, count = channels(shape, at, n);
-    const bool of_q = head < shape.H;
-    const Values weight = select(of_q, parameters.q_weight, parameters.k_weight);
-    const Values bias = select(of_q, parameters.q_bias, parameters.k_bias);
-    const int own = of_q ? head : head - shape.H;  // its index in q, or in k
-    if (is_there(weight)) x[n] *= load_parameter(weight, shape, at, own, count);
-    if (is_there(bias)) x[n] += load_parameter(bias, shape, at, own, count);
+    scale_piece(x[n], parameters, shape, at, n);
     rotate_piece(x[n], rotation);
   }
 }
@@ -204,6 +210,20 @@ __device__ __forceinline__ void load_heads(Float8 (&x)[N], const HeadsView& q, c
     const int64_t start = from.at(token.b, token.l, of_q ? head : head - shape.H);
     const int count = (of_q ? want_q : want_k) ? channels(shape, at, n) : 0;
     x[n] = load8(from.values, start + 8 * at.piece, count);
+  }
+}
+
+template <int N>
+__device__ __forceinline__ void store_heads(const Float8 (&x)[N], const HeadsView& q,
+                                            const HeadsView& k, const Token& token,
+                                            const NormShape& shape, const RowPlace& at) {
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    const int head = at.head + n * shape.layout.step;
+    const bool of_q = head < shape.H;
+    const HeadsView to = select(of_q, q, k);
+    const int64_t start = to.at(token.b, token.l, of_q ? head : head - shape.H);
+    store8(to.values, start + 8 * at.piece, channels(shape, at, n), x[n]);
   }
 }
 

@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "cuda/lib/qk_norm.cuh"
+#include "cuda/lib/qk_norm_bwd.cuh"
 #include "cuda/lib/rope_launch.h"
 #include "cuda/lib/window_launch.h"
 
@@ -62,7 +62,71 @@ struct CountedWindows {
   Tensor counts;
 };
 
-// dx, and the partial sums of dweight and dbias, float32 (blocks, sums * width).
+// The most blocks of the backward, whose sums the second stage adds, and the fewest tokens of a
+// block.
+constexpr int64_t kMostPartials = 512, kLeastTokens = 4;
+
+// Tokens of a block of the backward.
+inline int64_t chunk_of(int64_t tokens, int64_t slots) {
+  const int64_t least = std::max(kLeastTokens, ceil_div(tokens, kMostPartials));
+  return slots * ceil_div(least, slots);
+}
+
+// dx, and the partial sums of dweight and dbias, float32 (blocks, sums * width), as a kernel that
+// launch(heads per thread, config, parameters) launches computes them; without the rotation.
+template <class F>
+std::tuple<Tensor, Tensor> row_bwd(const Tensor& dout, const Tensor& x,
+                                   const OptionalTensor& weight, const OptionalTensor& bias,
+                                   double eps, const std::string& norm, const CountedWindows* pool,
+                                   const F& launch) {
+  Tensor dx = empty_as(x);
+  const int64_t L = x.size(1), tokens = x.size(0) * L, H = x.size(2), K = x.size(3);
+  const int64_t width = norm_of(norm) == NormKind::kRmsPerHead ? K : H * K;
+  const int sums = bias ? 2 : weight ? 1 : 0;
+  if (x.numel() == 0) return {dx, empty(x, {0, sums * width}, ScalarType::Float)};
+  check_tokens(tokens);
+  int N;
+  const NormShape shape = norm_shape(H, 0, K, eps, norm, kBwdLimits, N);
+  const int64_t chunk = chunk_of(tokens, shape.layout.slots);
+  const int64_t blocks = ceil_div(tokens, chunk);
+  Tensor partial = empty(x, {blocks, sums * width}, ScalarType::Float);
+  const Tensor douts = packed(dout), xs = packed(x);
+  const OptionalTensor weights = packed(weight);
+  Values partials = values_of(partial);
+  partials.vectors = K % 4 == 0;
+  const MaskedWindows none{.T = 1,
+                           .grid_h = 1,
+                           .grid_w = 1,
+                           .factor = 1,
+                           .rows = 1,
+                           .columns = 1,
+                           .mask = nullptr,
+                           .mask_b = 0,
+                           .mask_l = 0};
+  const QkNormBwdParams p{
+      .dout = heads_of(douts),
+      .x = heads_of(xs),
+      .dx = heads_of(dx),
+      .weight = parameter_of(weights, K),
+      .partial = partials,
+      .angles = {},
+      .shape = shape,
+      .sums = sums,
+      .width = width,
+      .tokens = tokens,
+      .L = L,
+      .chunk = chunk,
+      .windows = pool ? pool->windows : none,
+      .counts = pool ? pointer_to<const float>(pool->counts) : Global<const float>(nullptr),
+      .counts_b = pool ? pool->counts.stride(0) : 0};
+  const int64_t threads = shape.layout.slots * shape.layout.threads;
+  const int64_t floats = std::max(norm_floats(shape.layout, shape.norm, N), 8 * threads);
+  const LaunchConfig config = row_config(shape.layout, blocks, floats);
+  with_heads<kBwdLimits.heads>(N, [&](auto n) { launch(n, config, p); });
+  return {dx, partial};
+}
+
+// The same with the rotation by angles.
 std::tuple<Tensor, Tensor> row_bwd(const Tensor& dout, const Tensor& x,
                                    const OptionalTensor& weight, const OptionalTensor& bias,
                                    const AnglesView& angles, double eps, const std::string& norm,
