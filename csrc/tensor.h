@@ -66,4 +66,9 @@ inline Tensor zeros_as(const OptionalTensor& x, const Tensor& like) {
   return x ? zeros_as(*x) : nothing(like);
 }
 
+// Keys, or heads that are none where there are no keys, (B, L, 0, K).
+inline Tensor or_no_heads(const OptionalTensor& k, const Tensor& q) {
+  return k ? *k : empty(q, {q.size(0), q.size(1), 0, q.size(3)}, q.scalar_type());
+}
+
 }  // namespace lumina_kernels

@@ -16,6 +16,7 @@ from lumina_kernels.ops.guided_step import guided_step as guided_step
 from lumina_kernels.ops.norm_modulate import norm_modulate as norm_modulate
 from lumina_kernels.ops.qk_norm_rope3d import qk_norm_rope3d as qk_norm_rope3d
 from lumina_kernels.ops.qk_norm_rope3d_pool import qk_norm_rope3d_pool as qk_norm_rope3d_pool
+from lumina_kernels.ops.qk_norm_rope_table import qk_norm_rope_table as qk_norm_rope_table
 from lumina_kernels.ops.rope3d import rope3d as rope3d
 from lumina_kernels.ops.rope_table import rope_table as rope_table
 from lumina_kernels.ops.sandwich_norm import sandwich_norm as sandwich_norm
