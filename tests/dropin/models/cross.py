@@ -32,7 +32,7 @@ def pixart():
 
 def sana(**how):
     model = diffusers.SanaTransformer2DModel(
-        in_channels=4, out_channels=4, num_attention_heads=7, num_layers=2,
+        in_channels=4, out_channels=4, num_attention_heads=7, num_layers=1,
         num_cross_attention_heads=2, cross_attention_dim=224, caption_channels=32, mlp_ratio=1.0,
         sample_size=8, **how,
     )  # fmt: skip
@@ -51,7 +51,7 @@ def sana_sprint():
 
 def sana_video():
     model = diffusers.SanaVideoTransformer3DModel(
-        in_channels=4, out_channels=4, num_attention_heads=2, num_layers=2,
+        in_channels=4, out_channels=4, num_attention_heads=2, num_layers=1,
         num_cross_attention_heads=2, cross_attention_dim=224, caption_channels=32, mlp_ratio=1.0,
         sample_size=8,
     )  # fmt: skip
@@ -105,7 +105,7 @@ def transformer_2d():
 
 def dreamlite():
     model = diffusers.DreamLiteTransformer2DModel(
-        num_attention_heads=2, in_channels=176, num_layers=2, norm_num_groups=8,
+        num_attention_heads=2, in_channels=176, num_layers=1, norm_num_groups=8,
         cross_attention_dim=32,
     )  # fmt: skip
     return model, {"hidden_states": image(176, 4), "encoder_hidden_states": text()}
