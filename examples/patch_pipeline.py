@@ -10,7 +10,7 @@ import time
 import diffusers
 import torch
 
-from lumina_kernels.dropin import patch, unpatch
+from lumina_kernels import patch, unpatch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -13,7 +13,7 @@ import lumina_kernels
 from lumina_kernels.ops import OPS
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("benchmarks", "csrc", "lumina", "lumina_kernels", "tests")
+FOLDERS = ("benchmarks", "csrc", "examples", "lumina", "lumina_kernels", "tests")
 
 
 def test_ops_are_found():

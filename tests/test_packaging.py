@@ -20,7 +20,7 @@ from lumina_kernels import backend
 ROOT = Path(__file__).resolve().parent.parent
 CHOICES = ("TORCH_CUDA_ARCH_LIST", "FORCE_CUDA", "LUMINA_KERNELS_SKIP_CUDA_BUILD", "CXX")
 WASTE = shutil.ignore_patterns("__pycache__", "*.tmp", "*.so", "logs")
-FOLDERS = ("csrc", "lumina", "lumina_kernels", "tests", "benchmarks", ".ci")
+FOLDERS = ("csrc", "lumina", "lumina_kernels", "tests", "benchmarks", "examples", ".ci")
 FILES = ("setup.py", "build_backend.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "Makefile")
 FILES += ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", ".clang-format")
 

@@ -63,7 +63,7 @@ std::tuple<Tensor, Tensor> row_bwd(const Tensor& dout, const Tensor& x,
                                    const OptionalTensor& weight, const OptionalTensor& bias,
                                    const AnglesView& angles, double eps, const std::string& norm,
                                    const CountedWindows* pool) {
-  const auto launch = [&](auto n, const LaunchConfig& config, QkNormRope3dBwdParams p) {
+  const auto launch = [&](auto n, const LaunchConfig& config, QkNormBwdParams p) {
     p.angles = angles;
     LUMINA_LAUNCH(x, config, qk_norm_rope3d_bwd_kernel<n()>, p);
   };

@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kFwdLimits.bound(N))
 // counts, a valid token gets its share of its window's gradient, others get nothing.
 template <int N>
 __global__ void __launch_bounds__(kBwdLimits.bound(N), N == 1 ? 2 : 1)
-    qk_norm_rope3d_bwd_kernel(const QkNormRope3dBwdParams p) {
+    qk_norm_rope3d_bwd_kernel(const QkNormBwdParams p) {
   LUMINA_DYNAMIC_SHARED(float, memory);
   const NormShared shared = norm_shared<N>(p.shape, memory);
   const RowLayout& layout = p.shape.layout;

@@ -45,7 +45,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> qk_norm_rope_table_bw
     const OptionalTensor& k_bias, const Tensor& cos, const Tensor& sin, const std::string& pairing,
     int64_t channels, double eps, const std::string& norm) {
   const TablesView tables = tables_of(cos, sin, pairing, channels, true);
-  const auto launch = [&](auto n, LaunchConfig config, const QkNormRope3dBwdParams& rows) {
+  const auto launch = [&](auto n, LaunchConfig config, const QkNormBwdParams& rows) {
     const QkNormRopeTableBwdParams p{rows, tables};
     const NormShape& shape = rows.shape;
     config.shared_bytes = 4 * table_floats(shape.layout, shape.norm, n(), tables.per_head);

@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kFwdLimits.bound(N))
 }
 
 struct QkNormRopeTableBwdParams {
-  QkNormRope3dBwdParams rows;  // without angles and windows
+  QkNormBwdParams rows;  // without angles and windows
   TablesView tables;
 };
 
@@ -151,7 +151,7 @@ template <int N>
 __global__ void __launch_bounds__(kBwdLimits.bound(N), N == 1 ? 2 : 1)
     qk_norm_rope_table_bwd_kernel(const QkNormRopeTableBwdParams params) {
   LUMINA_DYNAMIC_SHARED(float, memory);
-  const QkNormRope3dBwdParams& p = params.rows;
+  const QkNormBwdParams& p = params.rows;
   const RowLayout& layout = p.shape.layout;
   const RowPlace at = row_place(layout);
   const TableShared shared = table_shared<N>(p.shape, params.tables.per_head, at, memory);

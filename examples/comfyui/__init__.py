@@ -13,7 +13,7 @@ from functools import partial
 from comfy.ldm.modules import attention as comfy_attention
 
 from lumina_kernels import gqa_attention
-from lumina_kernels.dropin.masks import key_mask_and_bias
+from lumina_kernels.attention_masks import key_mask_and_bias
 from lumina_kernels.ops.gqa_attention import MAX_HEAD_DIM
 
 OVERRIDE = "optimized_attention_override"

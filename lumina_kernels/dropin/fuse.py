@@ -44,8 +44,7 @@ class _Rewriting:
 
     def __init__(self, graph: Graph, backend: str | None, exact: bool):
         self.graph, self.backend, self.exact = graph, backend, exact
-        self.sites: list[Site] = []
-        self.refused: dict[Node, Site] = {}
+        self.sites, self.refused, self.erased = [], {}, set()
         self.writes = [node for node in graph.nodes if mutates(node)]
 
     def replace(self, match: Match) -> None:
@@ -75,7 +74,9 @@ class _Rewriting:
     def _erase(self, nodes: list[Node]) -> None:
         """Erase nodes that nothing uses, and what they alone used."""
         for node in nodes:
-            if not node.users and node.op == "call_function" and not mutates(node):
+            is_dead = not node.users and node.op == "call_function" and not mutates(node)
+            if is_dead and node not in self.erased:
+                self.erased.add(node)
                 inputs = node.all_input_nodes
                 self.graph.erase_node(node)
                 self._erase(inputs)

@@ -146,8 +146,9 @@ def residual_of(node: Node) -> Residual | None:
     for a, b in g.operands(node, aten.add):
         ways += [(a, *pair) for pair in g.operands(g.bare(b), aten.mul)] + [(a, b, None)]
     for residual, y, gate in ways if val(node).ndim == 3 else ():
-        is_gate = gate is None or (_broadcasts(gate, y) and val(gate).ndim > 1)
-        if g.is_like(residual, node) and g.is_like(y, node) and is_gate:
+        if not g.is_like(residual, node) or not g.is_like(y, node):
+            continue
+        if gate is None or (_broadcasts(gate, y) and val(gate).ndim > 1):
             norm, tanh = norm_of(y), packet(g.bare(gate)) is aten.tanh
             if norm and norm.kind == "rms" and norm.bias is norm.scale is norm.shift is None:
                 return Residual(residual, y, g.bare(gate).args[0] if tanh else gate, norm, tanh)

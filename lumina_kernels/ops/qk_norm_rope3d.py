@@ -10,7 +10,7 @@ from lumina_kernels.kernel_op import kernel_op, like
 from lumina_kernels.ops.norm_modulate import norm_modulate_ref
 from lumina_kernels.ops.rope3d import check_rope3d, rope3d_ref
 
-MOST_CUDA_VALUES = 8192  # of a token, kBwdLimits in csrc/cuda/qk_norm_rope3d.cuh
+MOST_CUDA_VALUES = 8192  # of a token, kBwdLimits in csrc/cuda/lib/qk_norm_bwd.cuh
 NORMS = ("layer_across_heads", "rms_per_head", "rms_across_heads")
 
 

@@ -229,7 +229,7 @@ def qk_norm_rope_table_bwd(
         return *empties, *zeros_of(*parameters)
     table = cos, sin, pairing, channels, eps, norm
     dq, q_partial = _heads_bwd(dq_out, q, q_weight, q_bias, *table)
-    dk, k_partial = None, q_partial
+    dk, k_partial = None, q_partial  # a pointer that is not read
     if k is not None:
         dk, k_partial = _heads_bwd(dk_out, k, k_weight, k_bias, *table)
     return dq, dk, *parameter_grads(q_partial, k_partial, parameters, H, G, K, norm)

@@ -12,8 +12,8 @@ import transformers
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
-from lumina_kernels.dropin import attention_interface
-from lumina_kernels.dropin.attention_interface import lumina_attention
+from lumina_kernels import attention_interface
+from lumina_kernels.attention_interface import lumina_attention
 
 ROOT = Path(__file__).parents[2]
 SMALL = dict(
@@ -302,5 +302,5 @@ def test_compiles_whole():
 
 
 def test_transformers_is_not_imported():
-    program = "import lumina_kernels.dropin, sys; sys.exit('transformers' in sys.modules)"
+    program = "import lumina_kernels, sys; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0

@@ -10,7 +10,7 @@ namespace lumina_kernels::cuda {
 
 constexpr NormLimits kFwdLimits{4, 256, 512, 128}, kBwdLimits{2, 320, 512, 256};
 
-struct QkNormRope3dBwdParams {
+struct QkNormBwdParams {
   HeadsView dout, x, dx;
   Values weight, partial;  // partial sums (blocks, sums, width), float32
   AnglesView angles;
@@ -31,7 +31,7 @@ struct QkNormRope3dBwdParams {
 template <int N, class F>
 __device__ __forceinline__ void norm_bwd(Float8 (&x)[N], const float (&rstd)[N], Float8 (&d)[N],
                                          Float8 (&dweight)[N], Float8 (&dbias)[N], bool keep,
-                                         const QkNormRope3dBwdParams& p, const RowPlace& at,
+                                         const QkNormBwdParams& p, const RowPlace& at,
                                          const NormShared& shared, F rotate_back) {
   float sums[2][N];
 #pragma unroll
@@ -72,7 +72,7 @@ __device__ __forceinline__ void share_sums(const Float8& sums, Shared<float> min
 // them to p.partial from value `first` on.
 template <int N>
 __device__ __forceinline__ void store_sums(Float8 (&sums)[N], int64_t first,
-                                           const QkNormRope3dBwdParams& p, const RowPlace& at,
+                                           const QkNormBwdParams& p, const RowPlace& at,
                                            Shared<float> shared) {
   const RowLayout& layout = p.shape.layout;
   const Shared<float> mine = shared + 8 * threadIdx.x;

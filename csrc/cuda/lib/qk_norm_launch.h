@@ -103,7 +103,7 @@ std::tuple<Tensor, Tensor> row_bwd(const Tensor& dout, const Tensor& x,
                            .mask = nullptr,
                            .mask_b = 0,
                            .mask_l = 0};
-  const QkNormRope3dBwdParams p{
+  const QkNormBwdParams p{
       .dout = heads_of(douts),
       .x = heads_of(xs),
       .dx = heads_of(dx),

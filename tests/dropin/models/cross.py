@@ -32,12 +32,12 @@ def pixart():
 
 def sana(**how):
     model = diffusers.SanaTransformer2DModel(
-        in_channels=4, out_channels=4, num_attention_heads=7, num_layers=2,
+        in_channels=16, out_channels=16, num_attention_heads=7, num_layers=1,
         num_cross_attention_heads=2, cross_attention_dim=224, caption_channels=32, mlp_ratio=1.0,
         sample_size=8, **how,
     )  # fmt: skip
     return model, {
-        "hidden_states": image(side=4),
+        "hidden_states": image(16, 4),
         "encoder_hidden_states": text(),
         "timestep": STEPS,
         "encoder_attention_mask": MASK,
@@ -51,7 +51,7 @@ def sana_sprint():
 
 def sana_video():
     model = diffusers.SanaVideoTransformer3DModel(
-        in_channels=4, out_channels=4, num_attention_heads=2, num_layers=2,
+        in_channels=4, out_channels=4, num_attention_heads=2, num_layers=1,
         num_cross_attention_heads=2, cross_attention_dim=224, caption_channels=32, mlp_ratio=1.0,
         sample_size=8,
     )  # fmt: skip
@@ -105,7 +105,7 @@ def transformer_2d():
 
 def dreamlite():
     model = diffusers.DreamLiteTransformer2DModel(
-        num_attention_heads=2, in_channels=176, num_layers=2, norm_num_groups=8,
+        num_attention_heads=2, in_channels=176, num_layers=1, norm_num_groups=8,
         cross_attention_dim=32,
     )  # fmt: skip
     return model, {"hidden_states": image(176, 4), "encoder_hidden_states": text()}
@@ -120,13 +120,13 @@ def transformer_temporal():
 
 def prior():
     model = diffusers.PriorTransformer(
-        num_attention_heads=2, num_layers=2, embedding_dim=32, num_embeddings=7
+        num_attention_heads=2, num_layers=2, embedding_dim=128, num_embeddings=7
     )
     return model, {
-        "hidden_states": randn(2, 32),
+        "hidden_states": randn(2, 128),
         "timestep": STEPS,
-        "proj_embedding": randn(2, 32),
-        "encoder_hidden_states": text(),
+        "proj_embedding": randn(2, 128),
+        "encoder_hidden_states": text(128),
         "attention_mask": MASK,
     }
 

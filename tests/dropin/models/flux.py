@@ -24,11 +24,11 @@ def flux():
 
 def flux2():
     model = diffusers.Flux2Transformer2DModel(
-        in_channels=4, num_layers=1, num_single_layers=1, num_attention_heads=2,
+        in_channels=16, num_layers=1, num_single_layers=1, num_attention_heads=2,
         joint_attention_dim=32, timestep_guidance_channels=32,
     )  # fmt: skip
     return model, {
-        "hidden_states": randn(2, 16, 4),
+        "hidden_states": randn(2, 16, 16),
         "encoder_hidden_states": text(),
         "timestep": TIMES,
         "img_ids": grid(1, 4, 4, 1),
@@ -39,16 +39,16 @@ def flux2():
 
 def flux3():
     model = diffusers.Flux3Transformer2DModel(
-        in_channels=4, cond_in_channels=4, num_layers=1, num_single_layers=1,
+        in_channels=16, cond_in_channels=16, num_layers=1, num_single_layers=1,
         num_attention_heads=2, joint_attention_dim=32, timestep_channels=32,
     )  # fmt: skip
     return model, {
-        "hidden_states": randn(2, 16, 4),
+        "hidden_states": randn(2, 16, 16),
         "encoder_hidden_states": text(),
         "timestep": TIMES,
         "img_ids": grid(1, 4, 4, 1),
         "txt_ids": grid(1, 1, 1, 7),
-        "image_cond_hidden_states": randn(2, 4, 4),
+        "image_cond_hidden_states": randn(2, 4, 16),
         "image_cond_ids": grid(1, 2, 2, 1),
     }
 
@@ -56,12 +56,12 @@ def flux3():
 def chroma():
     """Its mask has rows of queries too."""
     model = diffusers.ChromaTransformer2DModel(
-        in_channels=4, num_layers=1, num_single_layers=1, num_attention_heads=2,
+        in_channels=16, num_layers=1, num_single_layers=1, num_attention_heads=2,
         joint_attention_dim=32, approximator_num_channels=64, approximator_hidden_dim=32,
         approximator_layers=1,
     )  # fmt: skip
     return model, {
-        "hidden_states": randn(2, 16, 4),
+        "hidden_states": randn(2, 16, 16),
         "encoder_hidden_states": text(),
         "timestep": TIMES,
         "img_ids": grid(1, 4, 4),
@@ -78,11 +78,11 @@ def chroma_float():
 
 def bria():
     model = diffusers.BriaTransformer2DModel(
-        in_channels=4, num_layers=1, num_single_layers=1, num_attention_heads=2,
+        in_channels=16, num_layers=1, num_single_layers=1, num_attention_heads=2,
         joint_attention_dim=32,
     )  # fmt: skip
     return model, {
-        "hidden_states": randn(2, 16, 4),
+        "hidden_states": randn(2, 16, 16),
         "encoder_hidden_states": text(),
         "timestep": TIMES,
         "img_ids": grid(1, 4, 4),
@@ -92,11 +92,11 @@ def bria():
 
 def bria_fibo():
     model = diffusers.BriaFiboTransformer2DModel(
-        in_channels=4, num_layers=1, num_single_layers=1, num_attention_heads=2,
+        in_channels=16, num_layers=1, num_single_layers=1, num_attention_heads=2,
         joint_attention_dim=32, text_encoder_dim=16,
     )  # fmt: skip
     return model, {
-        "hidden_states": randn(2, 16, 4),
+        "hidden_states": randn(2, 16, 16),
         "encoder_hidden_states": text(),
         "text_encoder_layers": [text(16) for _ in range(2)],
         "timestep": TIMES,
@@ -107,11 +107,11 @@ def bria_fibo():
 
 def ovis():
     model = diffusers.OvisImageTransformer2DModel(
-        in_channels=4, out_channels=4, num_layers=1, num_single_layers=1, num_attention_heads=2,
+        in_channels=16, out_channels=16, num_layers=1, num_single_layers=1, num_attention_heads=2,
         joint_attention_dim=32,
     )  # fmt: skip
     return model, {
-        "hidden_states": randn(2, 16, 4),
+        "hidden_states": randn(2, 16, 16),
         "encoder_hidden_states": text(),
         "timestep": TIMES,
         "img_ids": grid(1, 4, 4),
@@ -121,11 +121,11 @@ def ovis():
 
 def longcat_image():
     model = diffusers.LongCatImageTransformer2DModel(
-        in_channels=4, num_layers=1, num_single_layers=1, num_attention_heads=2,
+        in_channels=16, num_layers=1, num_single_layers=1, num_attention_heads=2,
         joint_attention_dim=32, pooled_projection_dim=32,
     )  # fmt: skip
     return model, {
-        "hidden_states": randn(2, 16, 4),
+        "hidden_states": randn(2, 16, 16),
         "encoder_hidden_states": text(),
         "timestep": TIMES,
         "img_ids": grid(1, 4, 4),
@@ -135,11 +135,11 @@ def longcat_image():
 
 def hunyuan_image():
     model = diffusers.HunyuanImageTransformer2DModel(
-        in_channels=4, out_channels=4, num_attention_heads=2, num_layers=1, num_single_layers=1,
+        in_channels=16, out_channels=16, num_attention_heads=2, num_layers=1, num_single_layers=1,
         num_refiner_layers=1, text_embed_dim=32, text_embed_2_dim=16,
     )  # fmt: skip
     return model, {
-        "hidden_states": image(side=4),
+        "hidden_states": image(16, 4),
         "timestep": STEPS.float(),
         "encoder_hidden_states": text(),
         "encoder_attention_mask": MASK,
@@ -194,11 +194,11 @@ def hunyuan_video_framepack():
 
 def hunyuan_video15():
     model = diffusers.HunyuanVideo15Transformer3DModel(
-        in_channels=4, out_channels=4, num_attention_heads=2, num_layers=1, num_refiner_layers=1,
+        in_channels=16, out_channels=16, num_attention_heads=2, num_layers=1, num_refiner_layers=1,
         text_embed_dim=32, text_embed_2_dim=16, image_embed_dim=16,
     )  # fmt: skip
     return model, {
-        "hidden_states": video(side=4),
+        "hidden_states": video(16, side=4),
         "timestep": STEPS.float(),
         "encoder_hidden_states": text(),
         "encoder_attention_mask": MASK,

@@ -48,11 +48,11 @@ def qwen_image_edit():
 
 def qwen_image21():
     model = diffusers.QwenImage21Transformer2DModel(
-        in_channels=4, out_channels=4, num_layers=2, num_attention_heads=2, context_in_dim=32,
+        in_channels=16, out_channels=16, num_layers=2, num_attention_heads=2, context_in_dim=32,
         mlp_ratio=1,
     )  # fmt: skip
     return model, {
-        "hidden_states": randn(2, 16, 4),
+        "hidden_states": randn(2, 16, 16),
         "encoder_hidden_states": text(),
         "timestep": TIMES,
         "img_shapes": [[(1, 4, 4)]] * 2,
@@ -161,11 +161,11 @@ def krea2():
 
 def ernie_image():
     model = diffusers.ErnieImageTransformer2DModel(
-        hidden_size=256, num_attention_heads=2, num_layers=2, ffn_hidden_size=32, in_channels=4,
-        out_channels=4, text_in_dim=32,
+        hidden_size=256, num_attention_heads=2, num_layers=2, ffn_hidden_size=32, in_channels=16,
+        out_channels=16, text_in_dim=32,
     )  # fmt: skip
     return model, {
-        "hidden_states": image(side=4),
+        "hidden_states": image(16, 4),
         "timestep": STEPS,
         "text_bth": text(),
         "text_lens": torch.tensor([7, 4]),

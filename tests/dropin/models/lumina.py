@@ -89,12 +89,12 @@ def bria_fibo2_edit():
 
 def ideogram4():
     model = diffusers.Ideogram4Transformer2DModel(
-        in_channels=4, num_layers=2, num_attention_heads=2, intermediate_size=64, adaln_dim=32,
+        in_channels=16, num_layers=2, num_attention_heads=2, intermediate_size=64, adaln_dim=32,
         llm_features_dim=32,
     )  # fmt: skip
     sequence = torch.arange(23)
     return model, {  # 7 of text, 16 of image, one sample shorter by a segment of its own
-        "hidden_states": randn(2, 23, 4),
+        "hidden_states": randn(2, 23, 16),
         "timestep": TIMES,
         "encoder_hidden_states": randn(2, 23, 32),
         "position_ids": sequence.view(1, -1, 1).expand(2, -1, 3),

@@ -11,12 +11,12 @@ from models.inputs import MASK, STEPS, TIMES, image, text
 
 def stable_audio():
     model = diffusers.StableAudioDiTModel(
-        sample_size=16, in_channels=4, num_layers=2, num_attention_heads=2,
-        num_key_value_attention_heads=1, out_channels=4, cross_attention_dim=64, time_proj_dim=32,
+        sample_size=16, in_channels=16, num_layers=2, num_attention_heads=2,
+        num_key_value_attention_heads=1, out_channels=16, cross_attention_dim=64, time_proj_dim=32,
         global_states_input_dim=128, cross_attention_input_dim=32,
     )  # fmt: skip
     return model, {
-        "hidden_states": randn(2, 4, 16),
+        "hidden_states": randn(2, 16, 16),
         "timestep": STEPS.float(),
         "encoder_hidden_states": text(),
         "global_hidden_states": randn(2, 1, 128),
@@ -27,11 +27,11 @@ def stable_audio():
 
 def stable_audio3():
     model = diffusers.StableAudio3DiTModel(
-        io_channels=4, embed_dim=128, depth=2, num_heads=2, cond_token_dim=32, global_cond_dim=32,
+        io_channels=16, embed_dim=128, depth=2, num_heads=2, cond_token_dim=32, global_cond_dim=32,
         local_add_cond_dim=5, timestep_features_dim=32, ff_mult=1.0, num_memory_tokens=3,
     )  # fmt: skip
     return model, {
-        "hidden_states": randn(2, 4, 16),
+        "hidden_states": randn(2, 16, 16),
         "timestep": TIMES,
         "encoder_hidden_states": text(),
         "global_hidden_states": randn(2, 32),
@@ -58,15 +58,15 @@ def ace_step():
 
 def longcat_audio():
     model = diffusers.LongCatAudioDiTTransformer(
-        dit_dim=128, dit_depth=2, dit_heads=2, dit_text_dim=32, latent_dim=4, ff_mult=1.0
+        dit_dim=128, dit_depth=2, dit_heads=2, dit_text_dim=32, latent_dim=16, ff_mult=1.0
     )
     return model, {
-        "hidden_states": randn(2, 16, 4),
+        "hidden_states": randn(2, 16, 16),
         "encoder_hidden_states": text(),
         "encoder_attention_mask": MASK,
         "timestep": TIMES,
         "attention_mask": torch.arange(16) < torch.tensor([[16], [11]]),
-        "latent_cond": randn(2, 16, 4),
+        "latent_cond": randn(2, 16, 16),
     }
 
 
@@ -94,11 +94,11 @@ def minimax_h3():
 
 def minimax_music3():
     model = diffusers.MiniMaxMusic3Transformer1DModel(
-        in_channels=4, condition_dim=16, num_layers=2, num_attention_heads=2, ff_inner_dim=64,
+        in_channels=16, condition_dim=16, num_layers=2, num_attention_heads=2, ff_inner_dim=64,
         fourier_embedding_dim=32,
     )  # fmt: skip
     return model, {
-        "hidden_states": randn(2, 4, 16),
+        "hidden_states": randn(2, 16, 16),
         "timestep": TIMES,
         "encoder_hidden_states": randn(2, 16, 16),
     }
@@ -114,11 +114,11 @@ def minimax_music3_decoder():
 
 def t5_film():
     model = diffusers.T5FilmDecoder(
-        input_dims=4, targets_length=16, d_model=32, num_layers=2, num_heads=2, d_ff=64
+        input_dims=16, targets_length=16, d_model=32, num_layers=2, num_heads=2, d_ff=64
     )
     return model, {
         "encodings_and_masks": [[text(), MASK.float()]],
-        "decoder_input_tokens": randn(2, 16, 4),
+        "decoder_input_tokens": randn(2, 16, 16),
         "decoder_noise_time": TIMES,
     }
 

@@ -11,7 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 
 from lumina_kernels import gqa_attention
-from lumina_kernels.dropin.masks import key_mask_and_bias
+from lumina_kernels.attention_masks import key_mask_and_bias
 from lumina_kernels.ops.gqa_attention import MAX_HEAD_DIM
 
 
