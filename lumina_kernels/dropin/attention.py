@@ -76,13 +76,13 @@ def _tokens_first(call: g.Calls, x: Node) -> Node:
 
 def _keys(call: g.Calls, a: dict) -> tuple[Node, Node]:
     """Keys and values (B, L_kv, G, K), before their heads were repeated for groups of queries."""
-    k, v = (_unrepeated(a[name]) for name in ("key", "value"))
+    k, v = (unrepeated(a[name]) for name in ("key", "value"))
     if k and v and val(k).shape[2] == val(v).shape[2]:
         return k, v
     return _tokens_first(call, a["key"]), _tokens_first(call, a["value"])
 
 
-def _unrepeated(node: Node) -> Node | None:
+def unrepeated(node: Node) -> Node | None:
     """(B, L, G, K) that repeated heads (B, H, L, K) were made of, G < H."""
     source, (_, H, L, _) = node, val(node).shape
     while packet(source) in {*VIEWS, aten.repeat, aten.repeat_interleave}:

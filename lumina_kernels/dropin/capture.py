@@ -67,6 +67,7 @@ def _is_idle(node: Node) -> bool:
     if packet(node) is aten.dropout:
         return not node.args[2] or node.args[1] == 0
     may_be = packet(node) in (aten.to, aten.type_as, aten.slice, aten.expand)
+    may_be |= packet(node) is aten.div and node.args[1] == 1 and is_tensor(node.args[0])
     if not may_be or True in (*node.args[2:], *node.kwargs.values()):  # copy=True
         return False
     x, y = val(node.args[0]), val(node)

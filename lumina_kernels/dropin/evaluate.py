@@ -17,6 +17,7 @@ VIEWS = {
     aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten, aten.unsqueeze,
     aten.squeeze, aten.transpose, aten.permute, aten.expand, aten.unbind, aten.chunk, aten.split,
     aten.split_with_sizes, aten.select, aten.slice, aten.expand_as, aten.view_as, aten.movedim,
+    aten.swapaxes, aten.swapdims, aten.narrow, aten.unsafe_chunk, aten.unsafe_split, aten.mT,
     aten.view_as_complex, aten.view_as_real, aten.real, aten.imag, operator.getitem, *CASTS,
     *COPIES,
 }  # fmt: skip
@@ -42,7 +43,7 @@ def _values(root: Node, leaves: Iterable[Node], many) -> dict[Node, Tensor]:
 
     def size(n):  # as a number, without a promise that it stays so
         n, tokens = (int(x.node.hint) if isinstance(x, torch.SymInt) else x for x in (n, many))
-        return TOKENS if type(n) is int and n == tokens else n
+        return TOKENS if type(n) is int and TOKENS < n == tokens else n
 
     def of(node):
         if not isinstance(node, Node):

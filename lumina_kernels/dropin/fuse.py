@@ -108,7 +108,9 @@ class _Rewriting:
         sites = [s for n, s in self.refused.items() if n.users and s.kind not in KINDS.values()]
         for node in self.graph.nodes:
             kind, below = KINDS.get(packet(node)), [node]
-            if not kind or (kind == "glu" and aten.mul not in map(packet, node.users)):
+            users = {packet(user) for n in (node, *node.users) for user in n.users}
+            needed = {"glu": aten.mul, "softmax": aten.matmul}.get(kind)
+            if not kind or needed not in (None, *users):
                 continue
             for n in below:  # the match that it was part of
                 below += [user for user in n.users if len(below) < 20]

@@ -12,7 +12,7 @@ from torch.fx import Graph, Node
 from lumina_kernels import qk_norm_rope_table, rope_table
 
 from . import graph as g
-from .attention import arguments
+from .attention import arguments, unrepeated
 from .evaluate import MOVES, VIEWS, evaluate
 from .graph import aten, packet, val
 from .rows import Norm, norm_of, vector
@@ -30,9 +30,11 @@ Rotation = namedtuple("Rotation", "root out x heads table")
 
 def rotations(graph: Graph) -> Iterator[g.Match]:
     for node in g.live(graph):
-        a, found = arguments(node), []
-        parts = [part for name in ("query", "key") for part in _parts(a[name], SWAP)] if a else []
-        for root, out in dict(parts).items():
+        a, found, parts = arguments(node), [], {}
+        for operand in (a["query"], a["key"]) if a else ():
+            single = unrepeated(operand)
+            parts |= _parts(single, ()) if single else _parts(operand, SWAP)
+        for root, out in parts.items():
             if r := _rotation_of(root, out):
                 found.append(r)
             elif norm_of(root) is None and aten.mul in map(packet, _cone(root)[1]):
@@ -52,7 +54,7 @@ def _unknown(call: g.Calls) -> None:
     raise NotImplementedError("no tables of which it is the rotation")
 
 
-def _parts(node: Node, out: Views) -> Iterator[tuple[Node, Views]]:
+def _parts(node: Node, out: Views) -> dict[Node, Views]:
     """What may be rotations on the way to an attention's query or key, and how each is seen as
     (B, L, H, K): all of it, or each of what is joined along the tokens."""
     inner, tokens = g.bare(node), 2 if out else 1
@@ -64,11 +66,10 @@ def _parts(node: Node, out: Views) -> Iterator[tuple[Node, Views]]:
     elif op is aten.slice and inner.args[1] == tokens:
         joined = inner.args[:1]
     if g.is_swap(inner):
-        yield from _parts(inner.args[0], () if out else SWAP)
-    elif joined and val(inner).ndim == 4:
-        yield from (found for part in joined for found in _parts(part, out))
-    elif g.is_tensor(node) and val(node).ndim == 4:
-        yield g.unwidened(node), out
+        return _parts(inner.args[0], () if out else SWAP)
+    if joined and val(inner).ndim == 4:
+        return {root: how for part in joined for root, how in _parts(part, out).items()}
+    return {g.unwidened(node): out} if g.is_tensor(node) and val(node).ndim == 4 else {}
 
 
 def _cone(root: Node, leaves: Iterable[Node] = ()) -> tuple[list[Node], set[Node]]:

@@ -80,7 +80,8 @@ def _scaled(n: Norm | None, factor) -> Norm | None:
     for one, scale in g.operands(g.bare(factor), aten.add):
         if one == 1 and n.scale is None and _broadcasts(scale, n.x):
             return n._replace(scale=scale)
-    return None
+    is_row = _broadcasts(factor, n.x) and val(factor).shape[-2:-1] == (1,) and val(n.x).ndim == 3
+    return n._replace(scale=(factor,)) if is_row and n.scale is None else None
 
 
 def _shifted(n: Norm | None, term) -> Norm | None:
@@ -131,6 +132,10 @@ def _modulation(call: g.Calls, node: Node | None, like: Node) -> Node | None:
     """What broadcasts to (B, L, D) as (B, 1, D) or (B, L, D), without a copy."""
     if node is None:
         return None
+    if isinstance(node, tuple):  # the whole factor
+        node = call(aten.sub.Tensor, *node, 1)
+    if val(like).ndim != 3:
+        raise NotImplementedError("a modulation of what is not (B, L, D)")
     while val(node).ndim < 3:
         node = call(aten.unsqueeze.default, node, 0)
     if not g.same(val(node).shape[0], val(like).shape[0]):
@@ -145,6 +150,7 @@ def residual_of(node: Node) -> Residual | None:
         ways = [node.args, (node.args[0], *node.args[:0:-1])]
     for a, b in g.operands(node, aten.add):
         ways += [(a, *pair) for pair in g.operands(g.bare(b), aten.mul)] + [(a, b, None)]
+    ways.sort(key=lambda way: way[2] is None)
     for residual, y, gate in ways if val(node).ndim == 3 else ():
         if not g.is_like(residual, node) or not g.is_like(y, node):
             continue
