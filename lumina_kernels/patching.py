@@ -4,8 +4,8 @@ import copy
 import itertools
 import types
 import warnings
-import weakref
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,6 @@ from lumina_kernels.backend import BEST_FIRST, resolve
 from lumina_kernels.patch_report import Captured, Report, Site
 from lumina_kernels.when_imported import when_imported
 
-_PATCHED: weakref.WeakKeyDictionary[nn.Module, "_Patch"] = weakref.WeakKeyDictionary()
 COMPILE = 'torch.compile(model, backend="lumina_kernels")'
 
 
@@ -52,27 +51,37 @@ def patch(
             block in float32 at most 1.15 times the original's.
     """
     networks, way = _networks(model), (backend, exact, verify)
-    report = next((_PATCHED[m].report for m in networks.values() if m in _PATCHED), Report())
-    if any(_PATCHED[m].way != way for m in networks.values() if m in _PATCHED):
+    patches = {prefix: _patch_of(network) for prefix, network in networks.items()}
+    report = next((patched.report for patched in patches.values() if patched), Report())
+    if any(patched and patched.way != way for patched in patches.values()):
         raise ValueError("the model is patched with other options: call unpatch first")
     for prefix, network in networks.items():
         if backend is not None:
             resolve(backend, BEST_FIRST, next(network.parameters()))
-        if network not in _PATCHED:
-            _PATCHED[network] = _Patch(network, prefix, way, report)
+        if not patches[prefix]:
+            if any(module._compiled_call_impl for module in network.modules()):
+                raise ValueError(f"the model is compiled: patch it before, or use {COMPILE}")
+            _Patch(network, prefix, way, report)
     return report
 
 
 def unpatch(model) -> None:
     """Undo `patch`; nothing happens to a model that is not patched."""
     for network in _networks(model).values():
-        if patched := _PATCHED.pop(network, None):
-            for block in (network, *patched.blocks.values()):
-                block._compiled_call_impl = None
+        if patched := _patch_of(network):
+            for module in network.modules():
+                if getattr(module._compiled_call_impl, "patched", None) is patched:
+                    module._compiled_call_impl = None
             for module, name, own in patched.shared:
                 with torch.no_grad():
                     own.copy_(getattr(module, name))
                 setattr(module, name, own)
+
+
+def _patch_of(network: nn.Module) -> "_Patch | None":
+    """What a model is patched by. Only its modules hold it: nothing outlives the model."""
+    entries = (module._compiled_call_impl for module in network.modules())
+    return next((entry.patched for entry in entries if hasattr(entry, "patched")), None)
 
 
 def compile_backend(gm: GraphModule, inputs: list, **options) -> Callable:
@@ -135,12 +144,15 @@ class _Patch:
 
     def __init__(self, network: nn.Module, prefix: str, way: tuple, report: Report):
         self.way, self.report, self.current = way, report, ""
-        self.blocks, self.functions = repeated_blocks(network), {}
-        self.shared = [pair for block in self.blocks.values() for pair in _share_equal(block)]
-        report.blocks += [prefix + path for path in self.blocks]
-        for path, block in self.blocks.items():
-            block._compiled_call_impl = self._entry(prefix + path, block)
-        network._compiled_call_impl = types.MethodType(_call_network, network)
+        self.functions, blocks = {}, repeated_blocks(network)
+        self.shared = [pair for block in blocks.values() for pair in _share_equal(block)]
+        report.blocks += [prefix + path for path in blocks]
+        for path, block in blocks.items():
+            self._enter(block, self._entry(prefix + path, block))
+        self._enter(network, partial(_call_network, network))
+
+    def _enter(self, module: nn.Module, entry: Callable) -> None:
+        entry.patched, module._compiled_call_impl = self, entry
 
     def _entry(self, path: str, block: nn.Module) -> Callable:
         kind = type(block)

@@ -22,7 +22,7 @@ def arguments(node) -> dict | None:
     return dict.fromkeys((*NAMES, "scale", "enable_gqa")) | given
 
 
-def attentions(graph: Graph) -> Iterator[g.Match]:
+def attentions(graph: Graph) -> Iterator[tuple]:
     for node in g.live(graph):
         if found := _gated_text_of(node):
             yield "attention and text", [node], _emit, *found
@@ -107,7 +107,7 @@ def _masks(call: g.Calls, mask: Node | None, q: Node) -> tuple[Node | None, Node
         return None, mask
     if val(mask).shape[1] == val(mask).shape[2] == 1:
         keys = call(aten.flatten.using_ints, mask, 0, 2)
-        return call(aten.expand.default, keys, [g.size_of(call, q, 0), -1]), None
+        return call(aten.expand.default, keys, [call(aten.sym_size.int, q, 0), -1]), None
     zeros = call(aten.zeros_like.default, mask, dtype=val(q).dtype)
     off = call(aten.logical_not.default, mask)
     return None, call(aten.masked_fill.Scalar, zeros, off, float("-inf"))

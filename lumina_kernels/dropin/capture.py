@@ -1,12 +1,11 @@
-"""From the graph that Dynamo hands to a backend to one of whole ATen ops, without what computes
-nothing, nothing twice, and few writes in place."""
+"""From the graph that Dynamo hands to a backend to one of whole ATen ops, and to one of kernels."""
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .graph import Calls, aten, is_tensor, live, packet, same, val
+from .graph import Calls, aten, is_tensor, live, memory, packet, same, val
 
 
 def capture(gm: GraphModule) -> GraphModule:
@@ -39,8 +38,7 @@ def _traced(gm: GraphModule, name: str) -> GraphModule:
 
 
 def clean(graph: Graph) -> None:
-    """Drop what computes nothing, compute once what is computed twice, and make new tensors of
-    those that are written to in place, where nobody can tell."""
+    """Drop what computes nothing or a second time, and writes in place that nobody can tell."""
     for node in live(graph):
         if _is_idle(node):
             node.replace_all_uses_with(node.args[0])
@@ -66,7 +64,7 @@ def _is_idle(node: Node) -> bool:
     """Whether a node returns what it was given."""
     if packet(node) is aten.dropout:
         return not node.args[2] or node.args[1] == 0
-    may_be = packet(node) in (aten.to, aten.type_as, aten.slice, aten.expand)
+    may_be = packet(node) in (aten.to, aten.type_as, aten.slice, aten.expand, aten.flatten)
     may_be |= packet(node) is aten.div and node.args[1] == 1 and is_tensor(node.args[0])
     if not may_be or True in (*node.args[2:], *node.kwargs.values()):  # copy=True
         return False
@@ -117,11 +115,9 @@ def _without_underscore(op):
 
 def _is_private(place: dict[Node, int], base: Node, writes: list[Node]) -> bool:
     """Whether what is written is read by users of `base` alone, and after the last write."""
-    first, last = place[writes[0]], place[writes[-1]]
-    views, storage = {write.args[0] for write in writes}, val(base).untyped_storage()._cdata
-    names = [n for n in place if is_tensor(n) and val(n).untyped_storage()._cdata == storage]
-    others = [node for node in names if node not in views and place[node] <= last]
-    return all(node.op == "call_function" for node in others) and not any(
+    first, last, views = place[writes[0]], place[writes[-1]], {write.args[0] for write in writes}
+    names = [n for n in place if n not in views and place[n] <= last and memory(n) == memory(base)]
+    return all(node.op == "call_function" for node in names) and not any(
         place[user] > first and user not in views and not (node is base and place[user] > last)
-        for node in others for user in node.users
+        for node in names for user in node.users
     )  # fmt: skip

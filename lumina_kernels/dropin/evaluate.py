@@ -18,12 +18,11 @@ VIEWS = {
     aten.squeeze, aten.transpose, aten.permute, aten.expand, aten.unbind, aten.chunk, aten.split,
     aten.split_with_sizes, aten.select, aten.slice, aten.expand_as, aten.view_as, aten.movedim,
     aten.swapaxes, aten.swapdims, aten.narrow, aten.unsafe_chunk, aten.unsafe_split, aten.mT,
-    aten.view_as_complex, aten.view_as_real, aten.real, aten.imag, operator.getitem, *CASTS,
-    *COPIES,
+    aten.view_as_complex, aten.view_as_real, aten.real, operator.getitem, *CASTS, *COPIES,
 }  # fmt: skip
 MOVES = {  # exact in every dtype, as are views
-    *VIEWS, aten.neg, aten.stack, aten.cat, aten.concat, aten.complex, aten.slice_scatter,
-    aten.roll, aten.sym_size, aten.empty_like, aten.zeros_like,
+    *VIEWS, aten.imag, aten.neg, aten.stack, aten.cat, aten.concat, aten.complex, aten.roll,
+    aten.slice_scatter, aten.sym_size, aten.empty_like, aten.zeros_like,
 }  # fmt: skip
 
 
@@ -59,8 +58,9 @@ def _values(root: Node, leaves: Iterable[Node], many) -> dict[Node, Tensor]:
                 values[node] = node.target(*args, **kwargs)
         return values[node]
 
+    own = {"generator": torch.Generator().manual_seed(0), "device": "cpu"}  # not the user's
     for node in filter(is_tensor, leaves):
         dtype = torch.complex128 if val(node).is_complex() else torch.float64
-        values[node] = torch.randn([size(n) for n in val(node).shape], dtype=dtype)
+        values[node] = torch.randn([size(n) for n in val(node).shape], dtype=dtype, **own)
     of(root)
     return values

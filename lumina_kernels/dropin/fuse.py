@@ -1,6 +1,6 @@
 """The pass: which parts of a graph become ops, in which order, and where they go."""
 
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import replace
 
 from torch.fx import Graph, GraphModule, Node
@@ -10,14 +10,14 @@ from lumina_kernels.patch_report import Site
 from .attention import attentions
 from .capture import clean, flat, mutates
 from .evaluate import MOVES
-from .graph import CASTS, Calls, Match, aten, is_op, is_tensor, narrowed, narrows, packet, same, val
+from .graph import CASTS, Calls, aten, is_tensor, memory, narrowed, narrows, packet, same, val
 from .rotations import rotations
 from .rows import activations, norms, residuals
 
 # What is named as left where nothing took its place; an rsqrt is the one of a norm written out.
 KINDS = {
     aten.scaled_dot_product_attention: "attention", aten.layer_norm: "norm", aten.rms_norm: "norm",
-    aten.rsqrt: "norm", aten.gelu: "gelu", aten.silu: "glu",
+    aten.rsqrt: "norm", aten.gelu: "gelu", aten.silu: "glu", aten.softmax: "softmax",
 }  # fmt: skip
 
 
@@ -29,7 +29,7 @@ def fuse(gm: GraphModule, backend: str | None = None, exact: bool = False) -> tu
     rewriting = _Rewriting(graph, backend, exact)
     for find in (rotations, attentions, residuals, norms, activations):
         for match in find(graph):
-            rewriting.replace(match)
+            rewriting.replace(*match)
         if not rewriting.writes:
             _in_order(graph)
     graph.lint()
@@ -47,16 +47,14 @@ class _Rewriting:
         self.sites, self.refused, self.erased = [], {}, set()
         self.writes = [node for node in graph.nodes if mutates(node)]
 
-    def replace(self, match: Match) -> None:
-        """Put what a match makes before the first of its roots in their place, if it may be."""
-        kind, roots, emit, *arguments = match
+    def replace(self, kind: str, roots: list[Node], emit: Callable, *arguments) -> None:
+        """Put what `emit` makes before the first of some nodes in their place, if it may be."""
         call = Calls(self.graph, self.backend)
         with self.graph.inserting_before(min(roots)):
             try:
                 outs = emit(call, *arguments)
                 outs = [outs] if isinstance(outs, Node) else outs
-                dtypes = [val(root).dtype for root in roots]
-                outs = [narrowed(call, *pair) for pair in zip(outs, dtypes, strict=True)]
+                outs = [narrowed(call, *pair) for pair in zip(outs, roots, strict=True)]
                 reason = self._refusal(kind, roots, call.made, outs)
             except (ValueError, TypeError, RuntimeError) as error:  # the op does not take these
                 reason = str(error).partition("\n")[0]
@@ -67,7 +65,7 @@ class _Rewriting:
             return
         for root, out in zip(roots, outs, strict=True):
             root.replace_all_uses_with(out)
-        op = next((node for node in reversed(call.made) if is_op(node.target)), outs[0])
+        op = next((node for node in call.made if "backend" in node.kwargs), outs[0])
         self.sites.append(Site(kind, roots[0].name, op.target.__name__.partition(".")[0], None))
         self._erase(roots)
 
@@ -97,11 +95,9 @@ class _Rewriting:
             return "exact=True, and eager rounds more than once"
         if self.writes and any(n > min(roots) for n in read):
             return "its inputs come later, beside a write in place"
-        storages = {val(n).untyped_storage()._cdata for n in read if is_tensor(n)}
-        written = (n for w in self.writes if w < max(roots) for n in w.all_input_nodes)
-        if any(is_tensor(n) and val(n).untyped_storage()._cdata in storages for n in written):
-            return "written to in place"
-        return None
+        written = {n for w in self.writes if w < max(roots) for n in w.all_input_nodes}
+        is_hit = any(memory(n) == memory(w) for n in read for w in written if is_tensor(w))
+        return "written to in place" if is_hit else None
 
     def left(self) -> list[Site]:
         """What is still there."""

@@ -12,10 +12,6 @@ aten = torch.ops.aten
 CASTS = {aten.to, aten._to_copy, aten.type_as}
 COPIES = {aten.contiguous, aten.clone, aten.detach, aten.alias}
 
-# What a pattern finds: what is there ("norm", "rotation", ...), the nodes that an op can take the
-# place of, the function that makes what replaces them, and its arguments after `Calls`.
-Match = tuple
-
 
 @dataclass(frozen=True)
 class Calls:
@@ -26,17 +22,13 @@ class Calls:
     made: list[Node] = field(default_factory=list)
 
     def __call__(self, target: Callable, *args, **kwargs) -> Node:
-        if is_op(target):
+        if getattr(target, "__module__", "").startswith("lumina_kernels.ops."):
             kwargs["backend"] = self.backend
         node = self.graph.call_function(target, args, kwargs)
         args, kwargs = torch.fx.node.map_arg((args, kwargs), val)
         self.made.append(node)
         node.meta["val"] = target(*args, **kwargs)
         return node
-
-
-def is_op(target) -> bool:
-    return getattr(target, "__module__", "").startswith("lumina_kernels.ops.")
 
 
 def live(graph: Graph) -> Iterator[Node]:
@@ -59,6 +51,11 @@ def val(node: Node) -> Tensor:
 
 def is_tensor(node) -> bool:
     return isinstance(node, Node) and isinstance(node.meta.get("val"), Tensor)
+
+
+def memory(node: Node):
+    """What views share."""
+    return val(node).untyped_storage()._cdata if is_tensor(node) else None
 
 
 def is_cast(node) -> bool:
@@ -103,9 +100,10 @@ def in_dtype(call: Calls, node: Node, dtype: torch.dtype) -> Node:
     return call(aten.to.dtype, node, dtype) if is_narrower else node
 
 
-def narrowed(call: Calls, node: Node, dtype: torch.dtype) -> Node:
-    """What was computed in a wider dtype in this one."""
-    is_wider = torch.promote_types(val(node).dtype, dtype) == val(node).dtype != dtype
+def narrowed(call: Calls, node: Node, like: Node) -> Node:
+    """What was computed in a wider dtype in that of another node."""
+    wide, dtype = val(node).dtype, val(like).dtype
+    is_wider = torch.promote_types(wide, dtype) == wide != dtype
     return call(aten.to.dtype, node, dtype) if is_wider else node
 
 
@@ -124,8 +122,3 @@ def same(a, b) -> bool:
 
 def is_like(node, other: Node) -> bool:
     return is_tensor(node) and same(val(node).shape, val(other).shape)
-
-
-def size_of(call: Calls, node: Node, dim: int):
-    size = val(node).shape[dim]
-    return size if isinstance(size, int) else call(aten.sym_size.int, node, dim)

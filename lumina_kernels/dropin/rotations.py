@@ -15,7 +15,7 @@ from . import graph as g
 from .attention import arguments, unrepeated
 from .evaluate import MOVES, VIEWS, evaluate
 from .graph import aten, packet, val
-from .rows import Norm, norm_of, vector
+from .rows import Norm, norm_of
 
 Views = tuple[tuple, ...]  # ATen ops with their further arguments, one after the other
 SWAP, FIRST = ((aten.transpose.int, 1, 2),), ((aten.unsqueeze.default, 0),)
@@ -28,7 +28,7 @@ ARITHMETIC = {aten.mul, aten.add, aten.sub, aten.addcmul, aten.sum}
 Rotation = namedtuple("Rotation", "root out x heads table")
 
 
-def rotations(graph: Graph) -> Iterator[g.Match]:
+def rotations(graph: Graph) -> Iterator[tuple]:
     for node in g.live(graph):
         a, found, parts = arguments(node), [], {}
         for operand in (a["query"], a["key"]) if a else ():
@@ -38,7 +38,7 @@ def rotations(graph: Graph) -> Iterator[g.Match]:
             if r := _rotation_of(root, out):
                 found.append(r)
             elif norm_of(root) is None and aten.mul in map(packet, _cone(root)[1]):
-                yield "rotation", [root], _unknown
+                yield "rotation", [root], _emit, [], []
         while found:
             r = found.pop(0)
             pair = [r, *[other for other in found if other.table == r.table][:1]]
@@ -48,10 +48,6 @@ def rotations(graph: Graph) -> Iterator[g.Match]:
                     kind = "norm and rotation" if norms else "rotation"
                     yield kind, [one.root for one in rs], _emit, rs, norms
             found = [other for other in found if other.root.users]
-
-
-def _unknown(call: g.Calls) -> None:
-    raise NotImplementedError("no tables of which it is the rotation")
 
 
 def _parts(node: Node, out: Views) -> dict[Node, Views]:
@@ -73,8 +69,7 @@ def _parts(node: Node, out: Views) -> dict[Node, Views]:
 
 
 def _cone(root: Node, leaves: Iterable[Node] = ()) -> tuple[list[Node], set[Node]]:
-    """What `root` is computed from down to the `leaves` and what no rotation computes, which come
-    first."""
+    """What is not computed by a rotation's arithmetic, or in `leaves`, above a root; what is."""
     found, inside, stack = [], set(), [root]
     while stack:
         node = stack.pop()
@@ -87,11 +82,9 @@ def _cone(root: Node, leaves: Iterable[Node] = ()) -> tuple[list[Node], set[Node
 
 
 def _is_inside(node: Node) -> bool:
-    op = packet(node)
-    if op in (aten.cat, aten.concat, aten.slice_scatter):  # of tokens: their parts are turned
-        dim = (*node.args, 0)[1 if op is not aten.slice_scatter else 2]
-        return dim % val(node).ndim == val(node).ndim - 1
-    return op in MOVES or (op in ARITHMETIC and norm_of(node) is None)
+    if packet(node) in (aten.cat, aten.concat):  # of tokens: their parts are turned
+        return (*node.args, 0)[1] % val(node).ndim == val(node).ndim - 1
+    return packet(node) in MOVES or (packet(node) in ARITHMETIC and norm_of(node) is None)
 
 
 def _rotation_of(root: Node, out: Views) -> Rotation | None:
@@ -114,9 +107,8 @@ def _heads(root: Node, out: Views, x: Node) -> Views | None:
     """How to see x as (B, L, H, K), if it has the numbers of `root`."""
     B, L, H, K = shape = _seen(val(root), out).shape
     flat = {str(K): FIRST, str(H * K): ((aten.unflatten.int, -1, (H, K)),)}
-    flat = flat.get(str(val(x).shape[-1]), ())
-    ways = {4: (out, () if out else SWAP), 3: (flat,)}.get(val(x).ndim, ())
-    fits = (how for how in ways if g.same(_seen(val(x), how).shape, shape))
+    ways = {4: (out, () if out else SWAP), 3: (flat.get(str(val(x).shape[-1]), ()),)}
+    fits = (how for how in ways.get(val(x).ndim, ()) if g.same(_seen(val(x), how).shape, shape))
     return next(fits, None) if val(x).is_floating_point() else None
 
 
@@ -191,8 +183,9 @@ def _seen(x, views: Views, call: Callable = lambda op, *args: op(*args)):
 
 
 def _emit(call: g.Calls, pair: list[Rotation], norms: list[Norm]) -> list[Node]:
-    """One call for one or two rotations by the same table, maybe with the norms before them, and
-    what takes the place of each."""
+    """What takes the place of one or two rotations by the same table, maybe after norms."""
+    if not pair:
+        raise NotImplementedError("no tables of which it is the rotation")
     sources, xs = [n.x for n in norms] or [r.x for r in pair], []
     for x, r in zip(sources, pair, strict=True):
         xs += [_seen(g.in_dtype(call, x, val(r.root).dtype), r.heads, call)]
@@ -203,7 +196,9 @@ def _emit(call: g.Calls, pair: list[Rotation], norms: list[Norm]) -> list[Node]:
         (kind, eps, modulated), *others = {(n.kind, n.eps, n.scale or n.shift) for n in norms}
         if others or modulated:
             raise NotImplementedError("norms of different kinds")
-        parameters = [vector(call, p) for n in norms for p in (n.weight, n.bias)] + [None] * 2
+        parameters = [p and call(FLAT[0], p) for n in norms for p in (n.weight, n.bias)] + [
+            None
+        ] * 2
         last = *table, eps, f"{kind}_{'across_heads' if across else 'per_head'}"
         turned = call(qk_norm_rope_table, *(*xs, None)[:2], *parameters[:4], *last)
     else:

@@ -13,6 +13,8 @@ from . import graph as g
 from .evaluate import evaluate
 from .graph import aten, packet, val
 
+FLAT = aten.flatten.using_ints
+
 # (norm(x) * weight + bias) * (1 + scale) + shift, each term a node or None.
 Norm = namedtuple("Norm", "x kind eps weight bias scale shift", defaults=(None,) * 4)
 
@@ -106,7 +108,7 @@ def _broadcasts(node, like: Node) -> bool:
     return fits and all(g.same(a, b) or g.same(a, 1) for a, b in zip(shape, full, strict=False))
 
 
-def norms(graph: Graph) -> Iterator[g.Match]:
+def norms(graph: Graph) -> Iterator[tuple]:
     for node in reversed(list(g.live(graph))):  # the largest first
         if node.users and g.unwidened(node) is node and (n := norm_of(node)):
             yield "norm", [node], _emit_norm, node, n
@@ -117,15 +119,10 @@ def _emit_norm(call: g.Calls, node: Node, n: Norm) -> Node:
     while val(x).ndim < 3:
         x = call(aten.unsqueeze.default, x, 0)
     rows = x if val(x).ndim == 3 else call(aten.flatten.using_ints, x, 1, val(x).ndim - 2)
-    parameters = vector(call, n.weight), vector(call, n.bias)
-    modulation = _modulation(call, n.scale, x), _modulation(call, n.shift, x)
-    out = call(ops.norm_modulate, rows, *parameters, *modulation, n.eps, n.kind)
+    terms = [p and call(FLAT, p) for p in (n.weight, n.bias)]
+    terms += [_modulation(call, m, x) for m in (n.scale, n.shift)]
+    out = call(ops.norm_modulate, rows, *terms, n.eps, n.kind)
     return out if g.is_like(node, out) else call(aten.view_as.default, out, n.x)
-
-
-def vector(call: g.Calls, node: Node | None) -> Node | None:
-    """One number for each channel as (D,)."""
-    return call(aten.flatten.using_ints, node) if node and val(node).ndim > 1 else node
 
 
 def _modulation(call: g.Calls, node: Node | None, like: Node) -> Node | None:
@@ -139,7 +136,7 @@ def _modulation(call: g.Calls, node: Node | None, like: Node) -> Node | None:
     while val(node).ndim < 3:
         node = call(aten.unsqueeze.default, node, 0)
     if not g.same(val(node).shape[0], val(like).shape[0]):
-        node = call(aten.expand.default, node, [g.size_of(call, like, 0), -1, -1])
+        node = call(aten.expand.default, node, [call(aten.sym_size.int, like, 0), -1, -1])
     return node
 
 
@@ -162,7 +159,7 @@ def residual_of(node: Node) -> Residual | None:
     return found
 
 
-def residuals(graph: Graph) -> Iterator[g.Match]:
+def residuals(graph: Graph) -> Iterator[tuple]:
     following = {}
     for node in g.live(graph):
         if (n := norm_of(node)) and g.unwidened(node) is node and val(node).ndim == 3:
@@ -183,11 +180,12 @@ def _emit_residual(call: g.Calls, node: Node, r: Residual, n: Norm | None = None
             raise NotImplementedError("dtypes differ")
         gate = call(aten.expand_as.default, r.gate, r.y)  # fakes of symbolic sizes do not broadcast
         return call(aten.addcmul.default, residual, gate, r.y)
-    weight, gate = vector(call, r.norm and r.norm.weight), _modulation(call, r.gate, residual)
+    weight = r.norm and r.norm.weight and call(FLAT, r.norm.weight)
+    gate = _modulation(call, r.gate, residual)
     if n is None:
         return call(ops.sandwich_norm, r.norm.x, residual, weight, gate, r.norm.eps, r.tanh)
     scale, shift = (_modulation(call, m, residual) for m in (n.scale, n.shift))
-    following, bias = vector(call, n.weight), vector(call, n.bias)
+    following, bias = (p and call(FLAT, p) for p in (n.weight, n.bias))
     if r.norm is None:
         last = following, bias, scale, shift, n.eps, n.kind
         pair = call(ops.gate_residual_norm, r.y, residual, gate, *last)
@@ -199,7 +197,7 @@ def _emit_residual(call: g.Calls, node: Node, r: Residual, n: Norm | None = None
     return [call(operator.getitem, pair, i) for i in range(2)]
 
 
-def activations(graph: Graph) -> Iterator[g.Match]:
+def activations(graph: Graph) -> Iterator[tuple]:
     for node in g.live(graph):
         if packet(node) is aten.gelu:
             how = node.kwargs.get("approximate", "none")
