@@ -56,8 +56,9 @@ def patch(
     if any(patched and patched.way != way for patched in patches.values()):
         raise ValueError("the model is patched with other options: call unpatch first")
     for prefix, network in networks.items():
-        if backend is not None:
-            resolve(backend, BEST_FIRST, next(network.parameters()))
+        here = (p for p in network.parameters() if not p.is_meta)
+        if backend is not None and (parameter := next(here, None)) is not None:
+            resolve(backend, BEST_FIRST, parameter)
         if not patches[prefix]:
             if any(module._compiled_call_impl for module in network.modules()):
                 raise ValueError(f"the model is compiled: patch it before, or use {COMPILE}")
