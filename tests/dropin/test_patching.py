@@ -1,6 +1,8 @@
 """`patch`, `unpatch` and the Dynamo backend: what they change, refuse and report."""
 
+import gc
 import warnings
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -113,6 +115,16 @@ def test_patching_twice_and_back():
     assert torch.equal(output(model, inputs), want) and report.fused == 6
     assert all(a is b for (_, a), (_, b) in zip(owned, model.named_parameters(), strict=True))
     assert patch(model, backend="torch") is not report
+
+
+@torch.no_grad()
+def test_a_patched_model_is_freed_with_its_last_name():
+    model, inputs = Small(), Small.inputs()
+    assert run(model, inputs, patch(model))[1] == 6
+    alive = weakref.ref(model), weakref.ref(model.layers[0])
+    del model
+    gc.collect()
+    assert [ref() for ref in alive] == [None, None]
 
 
 @torch.no_grad()
