@@ -21,12 +21,15 @@ from benchmarks.harness.case import Unavailable, variant_names
 from benchmarks.harness.machine import describe
 from benchmarks.harness.measure import columns, measure
 from benchmarks.harness.memory import keep_freed_memory
+from benchmarks.harness.timing import MIN_BATCHES
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("lumina benchmarks")
     group.addoption("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     group.addoption("--seconds", type=float, default=2.0, help="of a case's rounds (default: 2)")
+    group.addoption("--batches", type=int, default=MIN_BATCHES, help="of rounds, at least")
+    group.addoption("--no-compile", action="store_true", help="leave out torch.compile, it is slow")
     group.addoption("--budget", type=float, help="seconds after which the rest is skipped")
     group.addoption("--rows", help="append the outcome of every test to this file, as JSON lines")
 
@@ -42,14 +45,14 @@ def pytest_generate_tests(metafunc):
     """A test for each shape of this device and each variant, grouped by shape."""
     if "compare" not in metafunc.fixturenames:
         return
-    device, module = metafunc.config.option.device, metafunc.module
+    option, module = metafunc.config.option, metafunc.module
     metafunc.parametrize(
         ("shape", "variant"),
         [
             pytest.param(shape, variant, id=f"{shape}-{variant}", marks=marks(shape))
             for shape in module.SHAPES
-            if device in shape.devices
-            for variant in variants_of(module, shape, device)
+            if option.device in shape.devices
+            for variant in variants_of(module, shape, option)
         ],
     )
 
@@ -71,12 +74,15 @@ def pytest_collection_modifyitems(items):
     )
 
 
-def variants_of(module, shape, device) -> tuple[str, ...]:
+def variants_of(module, shape, option) -> tuple[str, ...]:
     """The file's own `variants`, if it compares something other than implementations, or the usual
     ones."""
     if hasattr(module, "variants"):
         return module.variants(shape)
-    return variant_names(device, module.PEERS, shape.quick)
+    names = variant_names(option.device, module.PEERS, shape.quick)
+    is_slow = shape.quick and getattr(module, "SLOW_TO_COMPILE", False)
+    skip = option.no_compile or is_slow
+    return tuple(name for name in names if not (skip and "compile" in name))
 
 
 def marks(shape) -> list:
@@ -106,7 +112,7 @@ measured = {}  # only the last case: (file, shape) -> the case and its rows by v
 def compare(request, benchmark, shape, variant):
     """A function that takes the file's `case` and hands this variant's row to pytest-benchmark."""
     option, key = request.config.option, (request.path, shape)
-    names = variants_of(request.module, shape, option.device)
+    names = variants_of(request.module, shape, option)
 
     def check(make_case):
         if key not in measured:
@@ -117,7 +123,10 @@ def compare(request, benchmark, shape, variant):
             torch.manual_seed(0)
             try:
                 case = make_case(shape, option.device)
-                rows = measure(case, option.device, option.seconds, shape.quick)
+                rows = measure(
+                    case, option.device, option.seconds, shape.quick,
+                    names=names, batches=option.batches,
+                )  # fmt: skip
                 measured[key] = case, rows
             except Exception as error:  # every variant of the case fails with it
                 measured[key] = None, dict.fromkeys(names, error)

@@ -43,6 +43,7 @@ def main() -> int:
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), help="default: cuda where there is one"
     )
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
     parser.add_argument("--budget", type=float, help="seconds after which the rest is skipped")
     parser.add_argument("--seconds", type=float, help="of measurement for each case")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
@@ -59,6 +60,7 @@ def main() -> int:
     arguments = ["benchmarks/ops", "benchmarks/models"]
     arguments += ["--device", device, "--seconds", str(seconds)]
     arguments += ["-k", "quick"] if args.quick else []
+    arguments += ["--no-compile"] if args.no_compile else []
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # writes the report, as Ctrl-C does
     report = run(arguments, args.out, budget)
     report["command"] = shlex.join(["python", "-m", "benchmarks.report", *sys.argv[1:]])

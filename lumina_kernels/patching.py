@@ -190,8 +190,8 @@ class _Patch:
         if not self.report.unfused:
             kind = type(block).__name__
             warnings.warn(
-                f"{kind} has run with more kinds of inputs than Dynamo keeps graphs for "
-                "(torch._dynamo.config.recompile_limit) and runs unfused now",
+                f"{kind} runs unfused: Dynamo keeps no more graphs of it, see "
+                "torch._dynamo.config.recompile_limit, or does not run here",
                 stacklevel=5,
             )
         self.report.unfused[self.current] += 1

@@ -39,6 +39,7 @@ class Case:
         model: a whole network. It is timed as a user calls it, not as a replayed CUDA graph.
         backward: include the gradients of all floating-point inputs.
         compiled: whether `torch.compile` of eager is a variant.
+        threads: of PyTorch on the CPU while the case is measured; None leaves their number.
         info: more columns for every row.
         variant_info: variant -> more columns for its row.
     """
@@ -53,6 +54,7 @@ class Case:
     model: bool = False
     backward: bool = False
     compiled: bool = True
+    threads: int | None = None
     info: dict = field(default_factory=dict)
     variant_info: dict[str, dict] = field(default_factory=dict)
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import gc
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 
 import torch
 
 from benchmarks.harness.case import Case, caller, compile_modes, difference
 from benchmarks.harness.memory import peak_bytes, release_freed_memory
-from benchmarks.harness.timing import CLONE, MATMUL, matmul_size, time_variants
+from benchmarks.harness.timing import CLONE, MATMUL, MIN_BATCHES, matmul_size, time_variants
 
 
 @dataclass
@@ -33,7 +33,13 @@ class Row:
 
 
 def measure(
-    case: Case, device: str, seconds: float, autotune: bool = False
+    case: Case,
+    device: str,
+    seconds: float,
+    autotune: bool = False,
+    *,
+    names: Container[str] | None = None,
+    batches: int = MIN_BATCHES,
 ) -> dict[str, Row | Exception]:
     """Every variant -> its row, or what it raised: Unavailable or ImportError where it cannot run.
 
@@ -42,12 +48,28 @@ def measure(
         device: "cpu" or "cuda", where its inputs are.
         seconds: what the rounds should take together; a slow case takes longer, see `timing`.
         autotune: on a GPU also `torch.compile` with its longest search.
+        names: the variants to measure; None: all.
+        batches: of rounds, at least.
     """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(case.threads or threads)
+    try:
+        makers = function_makers(case, device, autotune)
+        chosen = {name: make for name, make in makers.items() if names is None or name in names}
+        return measure_variants(case, chosen, device, seconds, batches)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def measure_variants(
+    case: Case, makers: dict[str, Callable], device: str, seconds: float, batches: int
+) -> dict[str, Row | Exception]:
+    """`measure`, of functions that make the variants' functions."""
     torch._dynamo.reset()
     release_freed_memory()
     functions, peaks, differences, raised, expected = {}, {}, {}, {}, None
     with torch.set_grad_enabled(case.backward):
-        for name, make in function_makers(case, device, autotune).items():
+        for name, make in makers.items():
             try:
                 function = make()
                 call = caller(function, case, case.inputs)
@@ -65,10 +87,10 @@ def measure(
         gc.collect()
         gc.disable()
         try:
-            batches, ceilings = time_variants(case, functions, device, seconds)
+            times, ceilings = time_variants(case, functions, device, seconds, batches)
         finally:
             gc.enable()
-    rows = {name: Row(batches[name], peaks[name], differences[name], ceilings) for name in batches}
+    rows = {name: Row(times[name], peaks[name], differences[name], ceilings) for name in times}
     return rows | raised
 
 

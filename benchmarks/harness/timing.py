@@ -33,7 +33,11 @@ CLONE, MATMUL = "clone", "matmul"
 
 
 def time_variants(
-    case: Case, functions: dict[str, Callable], device: str, seconds: float
+    case: Case,
+    functions: dict[str, Callable],
+    device: str,
+    seconds: float,
+    min_batches: int = MIN_BATCHES,
 ) -> tuple[dict[str, list[list[float]]], dict[str, list[float]]]:
     """Seconds of every call by variant and batch, and by ceiling the median of each batch.
 
@@ -41,10 +45,11 @@ def time_variants(
         case: what is timed.
         functions: variant -> function of the case's inputs.
         device: "cpu" or "cuda", where the inputs are.
-        seconds: what all rounds should take together; there are at least MIN_BATCHES.
+        seconds: what all rounds should take together.
+        min_batches: as many batches there are at least, however long they take.
     """
     time_calls = cuda_rounds if device == "cuda" else cpu_rounds
-    batches, done, count, rounds = {}, 0, MIN_BATCHES, 1
+    batches, done, count, rounds = {}, 0, min_batches, 1
     while done < count:
         gap = torch.ones(random.randrange(MAX_GAP), dtype=torch.uint8, device=device)
         inputs = [
@@ -59,7 +64,7 @@ def time_variants(
             time_calls(calls, 1)  # warm up: the first call allocates
         else:
             once = sum(times[-1] for times in time_calls(calls, 2).values())
-            count = min(MAX_BATCHES[device], max(MIN_BATCHES, round(seconds / once)))
+            count = min(MAX_BATCHES[device], max(min_batches, round(seconds / once)))
             rounds = min(MAX_ROUNDS[device], max(1, round(seconds / once / count)))
         for name, times in time_calls(calls, rounds).items():
             batches.setdefault(name, []).append(times)

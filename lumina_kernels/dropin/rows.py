@@ -77,11 +77,11 @@ def _eps(node: Node, x: Node) -> float | None:
 def _scaled(n: Norm | None, factor) -> Norm | None:
     if n is None or n.shift is not None or not g.is_tensor(factor):
         return None
+    for one, scale in g.operands(g.bare(factor), aten.add):
+        if one == 1 and n.scale is None and _broadcasts(scale, n.x) and val(scale).ndim > 1:
+            return n._replace(scale=scale)
     if n.weight is n.bias is n.scale is None and _is_vector(factor, n):
         return n._replace(weight=factor)
-    for one, scale in g.operands(g.bare(factor), aten.add):
-        if one == 1 and n.scale is None and _broadcasts(scale, n.x):
-            return n._replace(scale=scale)
     is_row = _broadcasts(factor, n.x) and val(factor).shape[-2:-1] == (1,) and val(n.x).ndim == 3
     return n._replace(scale=(factor,)) if is_row and n.scale is None else None
 
