@@ -171,6 +171,14 @@ def test_verify(dtype, monkeypatch):
     assert "norm_modulate" in str(report)
 
 
+@torch.no_grad()
+def test_verify_knows_that_autocast_rounds():
+    model, inputs = Small(), Small.inputs()
+    report = patch(model, verify=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert run(model, inputs, report)[1] >= 8
+
+
 class Alone(nn.Module):
     """A function of one module, as a block."""
 
