@@ -171,12 +171,13 @@ def test_verify(dtype, monkeypatch):
     assert "norm_modulate" in str(report)
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 @torch.no_grad()
 def test_verify_knows_that_autocast_rounds():
-    model, inputs = Small(), Small.inputs()
+    model, inputs = make("wan")
     report = patch(model, verify=True)
     with torch.autocast("cpu", torch.bfloat16):
-        assert run(model, inputs, report)[1] >= 8
+        assert run(model, inputs, report)[1] >= 32
 
 
 class Alone(nn.Module):
