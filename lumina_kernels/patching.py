@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lumina_kernels.backend import BEST_FIRST, resolve
+from lumina_kernels.backend import BEST_FIRST, DEVICES, resolve
 from lumina_kernels.patch_report import Captured, Report, Site
 from lumina_kernels.when_imported import when_imported
 
@@ -55,10 +55,11 @@ def patch(
     report = next((patched.report for patched in patches.values() if patched), Report())
     if any(patched and patched.way != way for patched in patches.values()):
         raise ValueError("the model is patched with other options: call unpatch first")
+    if backend is not None:
+        # Where the model will run: the weights of an offloaded one are on "cpu" or "meta".
+        is_gpu = torch.cuda.is_available() and DEVICES.get(backend) == "cuda"
+        resolve(backend, BEST_FIRST, torch.empty(0, device="cuda" if is_gpu else "cpu"))
     for prefix, network in networks.items():
-        here = (p for p in network.parameters() if not p.is_meta)
-        if backend is not None and (parameter := next(here, None)) is not None:
-            resolve(backend, BEST_FIRST, parameter)
         if not patches[prefix]:
             if any(module._compiled_call_impl for module in network.modules()):
                 raise ValueError(f"the model is compiled: patch it before, or use {COMPILE}")
@@ -85,13 +86,17 @@ def _patch_of(network: nn.Module) -> "_Patch | None":
     return next((entry.patched for entry in entries if hasattr(entry, "patched")), None)
 
 
-def compile_backend(gm: GraphModule, inputs: list, **options) -> Callable:
+def compile_backend(
+    gm: GraphModule, inputs: list, mode: str | None = None, options: dict | None = None
+) -> Callable:
     """`torch.compile(model, backend="lumina_kernels")`: the pass over whole graphs, then Inductor.
 
-    Gradients come from the ops' own backward. `options` are Inductor's."""
+    Gradients come from the ops' own backward. `mode` and `options` are Inductor's."""
+    from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(_fused(gm)[0], inputs, **options)
+    settings = (list_mode_options(mode) if mode else {}) | (options or {})
+    return compile_fx(_fused(gm)[0], inputs, config_patches=settings)
 
 
 def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -214,7 +219,7 @@ def _warn_of_compile() -> None:
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     compiler = InstructionTranslator.current_tx().output.compiler_fn
-    if getattr(compiler, "compiler_name", "") != "lumina_kernels":
+    if getattr(compiler, "compiler_fn", compiler) is not compile_backend:
         warnings.warn(
             "torch.compile of a patched model compiles its blocks as they were, without the ops. "
             f"Compile it with {COMPILE}, which has them",
@@ -233,10 +238,15 @@ def _verify(path: str, block: nn.Module, run: Callable, args: tuple, kwargs: dic
         a, k = tree_map(lambda x: _copied(x, dtype), (args, kwargs))
         return [x.double() for x in tree_leaves(of(*a, **k)) if isinstance(x, Tensor)]
 
+    if any("forward" in vars(module) for module in block.modules()):
+        raise ValueError("verify=True needs blocks without hooks: add them after the first forward")
+    device = next((x.device.type for x in block.parameters()), "cpu")
+    narrow = any(p.is_floating_point() and p.itemsize < 4 for p in block.parameters())
+    narrow = narrow or torch.is_autocast_enabled(device)
     with torch.no_grad():
         own, got = outputs(block._call_impl), outputs(run)
-        narrow = any(p.is_floating_point() and p.itemsize < 4 for p in block.parameters())
-        truth = outputs(copy.deepcopy(block).float(), torch.float32) if narrow else own
+        with torch.autocast(device, enabled=False):
+            truth = outputs(copy.deepcopy(block).float(), torch.float32) if narrow else own
     for before, after, exact in zip(own, got, truth, strict=True):
         rms, error = exact.square().mean().sqrt(), (after - exact).abs().max()
         allowed = 2e-5 * rms

@@ -95,11 +95,15 @@ def _rotation_of(root: Node, out: Views) -> Rotation | None:
         for node in seen:
             seen += [n for n in node.users if n in inside - {*seen} and packet(n) in VIEWS]
         for x in filter(g.is_tensor, seen):
-            heads = None if x is root else _heads(root, out, x)
-            tables = [t for t in _cone(root, (x,))[0] if t is not x and g.is_tensor(t)]
-            if heads is not None and tables and (source is x or source not in tables):
-                if table := _by_trial(root, out, x, heads, tables):
-                    return Rotation(root, out, x, heads, table)
+            heads, turned = None if x is root else _heads(root, out, x), [x]
+            for node in turned:  # what is computed of x; tables are what it is computed with
+                turned += [n for n in node.users if n in inside - {*turned}]
+            last = dict.fromkeys(n for node in turned[1:] for n in node.all_input_nodes)
+            for tables in (_cone(root, (x,))[0], [n for n in last if n not in turned]):
+                tables = [t for t in tables if t is not x and g.is_tensor(t)]
+                if heads is not None and tables and (source is x or source not in tables):
+                    if table := _by_trial(root, out, x, heads, tables):
+                        return Rotation(root, out, x, heads, table)
     return None
 
 
