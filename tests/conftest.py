@@ -14,24 +14,9 @@ def pytest_configure(config):
     # A worker of pytest-xdist ignores Ctrl-C, and so would the programs that tests start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if os.environ.get("TRITON_INTERPRET") == "1":
-        _halve_the_time_of_the_interpreter()
+        import interpreter
 
-
-def _halve_the_time_of_the_interpreter():
-    """Triton's interpreter prepares triton.language for a kernel, and then again for every call of
-    another function in it: skip the second."""
-    from triton.runtime import interpreter
-
-    prepared = set()
-
-    def call(self, *args, **kwargs):
-        module = self.fn.__module__
-        if module.startswith("triton.") and module not in prepared:  # the others have the kernel's
-            interpreter._patch_lang(self.fn)
-            prepared.add(module)
-        return self.rewrite()(*args, **kwargs)
-
-    interpreter.InterpretedFunction.__call__ = call
+        interpreter.hasten()
 
 
 @pytest.fixture(autouse=True)

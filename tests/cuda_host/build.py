@@ -1,6 +1,7 @@
 """Builds and loads the CUDA sources for the host; `cuda_host.h` says what it checks."""
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import re
@@ -88,15 +89,17 @@ def _compile(source, csrc, cache, common):
 
 
 def _run(path, command):
-    """Run a compiler that writes `path`, unless the file already exists."""
-    if path.exists():
-        return
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=path.suffix, delete=False) as part:
-        done = subprocess.run([*command, "-o", part.name], capture_output=True, text=True)
-    if done.returncode != 0:
-        Path(part.name).unlink(missing_ok=True)
-        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
-    Path(part.name).rename(path)
+    """Run a compiler that writes `path`, unless the file exists. Of several processes one does."""
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists():
+            return
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=path.suffix, delete=False) as part:
+            done = subprocess.run([*command, "-o", part.name], capture_output=True, text=True)
+        if done.returncode != 0:
+            Path(part.name).unlink(missing_ok=True)
+            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+        Path(part.name).rename(path)
 
 
 def _digest(*parts):

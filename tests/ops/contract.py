@@ -9,6 +9,7 @@ import torch
 from common import (
     BACKENDS,
     DEVICE,
+    NATIVE,
     assert_as_accurate,
     cast,
     is_float,
@@ -39,9 +40,11 @@ def every(calls):
 
 
 every_call = every(CALLS)
-# For what PyTorch does around a kernel, whichever it is. Triton is slow in its interpreter.
+# Triton is slow in its interpreter.
+every_quick_call = every([call for call in CALLS if call[2] in NATIVE or call[1] == FIRST[call[0]]])
+# For what PyTorch does around a kernel, whichever it is: every example on one backend.
 every_registration = every(
-    [call for call in CALLS if "triton" not in call or call[1] == FIRST[call[0]]]
+    [call for call in CALLS if call[2] == NATIVE[0] or call[1] == FIRST[call[0]]]
 )
 every_op = pytest.mark.parametrize(
     "op, name", [(op, name) for op in OPS for name in examples(op, SIZES)]

@@ -27,6 +27,7 @@ from contract import (
     differentiated,
     every_call,
     every_op,
+    every_quick_call,
     every_registration,
     expected,
     forward,
@@ -116,7 +117,7 @@ def test_mixed_dtypes(op, name, backend):
         assert_as_definition(results(op, backend, inputs), inputs, op, backend, label, low)
 
 
-@every_call
+@every_registration
 def test_autocast_changes_nothing(op, name, backend):
     with torch.autocast(DEVICE, torch.bfloat16):
         found = results(op, backend, arguments(op, name))
@@ -129,18 +130,32 @@ def test_float64_is_refused(op, name, backend):
     raises(TypeError, "takes no float64", call(op, backend), inputs)
 
 
-@every_registration
-def test_registrations_pass_opcheck(op, name, backend):
+def registered_calls(op, name, backend):
     wrt = differentiated(op, backend)
     with Calls(with_gradient=bool(wrt)) as calls:
         results(op, backend, arguments(op, name))
     assert len(calls.made) == (2 if wrt else 1)
-    for overload, args in calls.made:
-        torch.library.opcheck(overload, args)
-    if wrt:  # a gradient of statistics, counts and the like would be silently dropped
-        outs = calls.made[0][0](*calls.made[0][1])
+    return calls.made
+
+
+@every_quick_call
+def test_kernels_keep_to_their_declarations(op, name, backend):
+    """The first half of opcheck: no aliases, no input changed, results as the fake has them."""
+    for overload, args in registered_calls(op, name, backend):
+        torch.library.opcheck(overload, args, test_utils=("test_schema", "test_faketensor"))
+
+
+@every_registration
+def test_registrations_pass_opcheck(op, name, backend):
+    """The second half: derivatives, and AOTAutograd's graphs."""
+    utils = ("test_autograd_registration", "test_aot_dispatch_dynamic")
+    made = registered_calls(op, name, backend)
+    for overload, args in made:
+        torch.library.opcheck(overload, args, test_utils=utils)
+    if len(made) == 2:  # a gradient of statistics, counts and the like would be silently dropped
+        outs = made[0][0](*made[0][1])
         outs = outs if isinstance(outs, tuple) else (outs,)
-        taken = {argument.name for argument in calls.made[1][0]._schema.arguments}
+        taken = {argument.name for argument in made[1][0]._schema.arguments}
         for key, x in zip(forward(op).outputs, outs, strict=True):
             assert x.requires_grad == (f"d{key}" in taken), key
 

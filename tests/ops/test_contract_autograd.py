@@ -97,7 +97,7 @@ def test_forward_mode_takes_the_definition(op, name):
             assert torch.equal(found, want), only
 
 
-@every_call
+@every_registration
 def test_a_gradient_of_a_gradient_is_refused(op, name, backend):
     wrt = differentiated(op, backend)
     if not wrt:
