@@ -139,6 +139,7 @@ def test_written_out(how, eps):
 OTHER_NORMS = {
     "normalize": lambda x: F.normalize(x, dim=-1, eps=0.5) * D**0.5,
     "clamped": lambda x: x * x.pow(2).mean(-1, keepdim=True).clamp(min=0.02).rsqrt(),
+    "bounded": lambda x: x / x.pow(2).mean(-1, keepdim=True).sqrt().clamp_min(1e-12),
     "absolute": lambda x: x / (x.abs().mean(-1, keepdim=True) + 0.01),
     "eps outside": lambda x: x / (x.pow(2).mean(-1, keepdim=True).sqrt() + 0.1),
     "variance": lambda x: x * torch.rsqrt(x.var(-1, keepdim=True) + 1e-6),
@@ -153,6 +154,7 @@ OTHER_NORMS = {
 def test_no_rms_norm(how):
     x = 0.1 * randn(B, L, D)
     x[0, 0] *= 1e-3  # where a bound would be reached
+    x[1, 2] = 0
     check(lambda p, x: OTHER_NORMS[how](x), x)
 
 
@@ -278,7 +280,7 @@ def test_two_norms_of_one_residual():
         return h, layer(h) * (1 + g), root(h) * p["w"], h + g * root(h)
 
     found = check(function, randn(B, L, D), randn(B, L, D), randn(B, 1, D), **vectors("w"))
-    assert "gate_residual_norm" in found
+    assert "norm_modulate" in found
 
 
 def test_norm_of_a_part_of_the_residual():
@@ -356,6 +358,21 @@ def row_of_the_residual(p, x, y, g):
     h = x + g * y
     h[:, 0].zero_()
     return h, root(h) * (1 + g)
+
+
+def row_of_the_norm(p, x, y, g):
+    """Between it and its modulation."""
+    n = layer(x)
+    n[:, 0].zero_()
+    return n * (1 + g)
+
+
+def row_of_the_rotated(p, x, y, g):
+    """Between the norm and the rotation."""
+    q = root(x)[:, None]
+    q[:, :, 1].zero_()
+    q = q * g[:, None] + half(q) * g[:, None].roll(1, -1)
+    return F.scaled_dot_product_attention(q, q, y[:, None])
 
 
 def slice_of_the_residual(p, x, y, g):
@@ -436,6 +453,7 @@ def in_turns(p, x, y, g):
 
 WRITES = (
     before_the_use, view_of_the_input, base_of_a_view, residual_then_norm, row_of_the_residual,
+    row_of_the_norm, row_of_the_rotated,
     slice_of_the_residual, slice_before_the_norm, gate_between, filled, read_while_filled,
     filled_by_another_name, overlapping, of_the_copy, result_is_written, dropped, in_turns,
 )  # fmt: skip
@@ -483,7 +501,6 @@ def written_pairs(x, cos, sin):
 
 
 def partly(x, cos, sin):
-    n = 2 * cos.shape[-1] - K  # of three quarters
     return torch.cat((of_halves(x[..., : K - 2], cos[..., :3], sin[..., :3]), x[..., K - 2 :]), -1)
 
 
@@ -502,7 +519,7 @@ ROTATIONS = {
     "not turned": (lambda x, c, s: x * c + x * s, K, False),
     "one sign": (lambda x, c, s: x * c + half(x).abs() * s, K, False),
     "of itself": (lambda x, c, s: x * c + half(x * c) * s, K, False),
-    "twice": (lambda x, c, s: (y := x * c + half(x) * s) * c + half(y) * s, K, True),
+    "twice": (lambda x, c, s: (y := x * c + half(x) * s) * c + half(y) * s, K, False),
 }
 
 
@@ -575,7 +592,7 @@ def test_norm_and_rotation(norm, across):
     n = H * K if across else K
     qkv = 0.1 * randn(3, B, L, H * K)
     found = check(function, *qkv, *randn(2, L, K), q=randn(n), k=randn(n))
-    assert "qk_norm_rope_table" in found
+    assert ("qk_norm_rope_table" in found) == (across or norm is root)  # it has no other
 
 
 # Attentions
