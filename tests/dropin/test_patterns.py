@@ -501,7 +501,7 @@ def written_pairs(x, cos, sin):
 
 
 def partly(x, cos, sin):
-    return torch.cat((of_halves(x[..., : K - 2], cos[..., :3], sin[..., :3]), x[..., K - 2 :]), -1)
+    return torch.cat((of_halves(x[..., : K - 2], cos, sin), x[..., K - 2 :]), -1)
 
 
 # name: rotation, width of its tables, whether there is an op for it
@@ -512,7 +512,7 @@ ROTATIONS = {
     "even and odd": (of_pairs, K // 2, True),
     "complex": (complex_pairs, K // 2, True),
     "written": (written_pairs, K // 2, True),
-    "partly": (partly, K // 2, True),
+    "partly": (partly, K // 2 - 1, True),
     "other sign": (lambda x, c, s: x * c - half(x) * s, K, False),
     "swapped": (lambda x, c, s: x * s + half(x) * c, K, True),
     "half of pairs": (lambda x, c, s: x * c + half(pairs(x)) * s, K, False),
