@@ -84,7 +84,9 @@ def _cone(root: Node, leaves: Iterable[Node] = ()) -> tuple[list[Node], set[Node
 def _is_inside(node: Node) -> bool:
     if packet(node) in (aten.cat, aten.concat):  # of tokens: their parts are turned
         return (*node.args, 0)[1] % val(node).ndim == val(node).ndim - 1
-    return packet(node) in MOVES or (packet(node) in ARITHMETIC and norm_of(node) is None)
+    n = norm_of(node) if packet(node) in ARITHMETIC else None
+    is_norm = n is not None and not isinstance(n.scale, tuple)  # or cos, taken for a factor
+    return packet(node) in MOVES | ARITHMETIC and not is_norm
 
 
 def _rotation_of(root: Node, out: Views) -> Rotation | None:
