@@ -40,9 +40,11 @@ def evaluate(root: Node, leaves: Iterable[Node], tokens: int) -> dict[Node, Tens
 def _values(root: Node, leaves: Iterable[Node], many) -> dict[Node, Tensor]:
     values = {}
 
-    def size(n):  # as a number, without a promise that it stays so
-        n, tokens = (int(x.node.hint) if isinstance(x, torch.SymInt) else x for x in (n, many))
-        return TOKENS if type(n) is int and TOKENS < n == tokens else n
+    def hint(n):  # as a number, without a promise that it stays so
+        return int(n.node.hint) if isinstance(n, torch.SymInt) else n
+
+    def size(n):
+        return TOKENS if type(hint(n)) is int and TOKENS < hint(n) == hint(many) else hint(n)
 
     def of(node):
         if not isinstance(node, Node):
@@ -60,7 +62,10 @@ def _values(root: Node, leaves: Iterable[Node], many) -> dict[Node, Tensor]:
 
     own = {"generator": torch.Generator().manual_seed(0), "device": "cpu"}  # not the user's
     for node in filter(is_tensor, leaves):
-        dtype = torch.complex128 if val(node).is_complex() else torch.float64
-        values[node] = torch.randn([size(n) for n in val(node).shape], dtype=dtype, **own)
+        *rows, channels = val(node).shape or (1,)
+        dtype, shape = torch.float64, [*map(size, rows), hint(channels)]
+        scale = 10 ** (-4 * torch.rand((*shape[:-1], 1), dtype=dtype, **own))  # where bounds act
+        dtype = torch.complex128 if val(node).is_complex() else dtype
+        values[node] = torch.randn(shape, dtype=dtype, **own) * scale
     of(root)
     return values

@@ -96,7 +96,8 @@ class _Rewriting:
         if self.writes and any(n > min(roots) for n in read):
             return "its inputs come later, beside a write in place"
         written = {n for w in self.writes if w < max(roots) for n in w.all_input_nodes}
-        is_hit = any(memory(n) == memory(w) for n in read for w in written if is_tensor(w))
+        touched = {memory(n) for n in {*read, *inside, *roots}}
+        is_hit = any(memory(w) in touched for w in written if is_tensor(w))
         return "written to in place" if is_hit else None
 
     def left(self) -> list[Site]:

@@ -54,7 +54,6 @@ def is_tensor(node) -> bool:
 
 
 def memory(node: Node):
-    """What views share."""
     return val(node).untyped_storage()._cdata if is_tensor(node) else None
 
 

@@ -31,7 +31,7 @@ Rotation = namedtuple("Rotation", "root out x heads table")
 def rotations(graph: Graph) -> Iterator[tuple]:
     for node in g.live(graph):
         a, found, parts = arguments(node), [], {}
-        for operand in (a["query"], a["key"]) if a else ():
+        for operand in (a["query"], a["key"]) if a and val(a["query"]).ndim == 4 else ():
             single = unrepeated(operand)
             parts |= _parts(single, ()) if single else _parts(operand, SWAP)
         for root, out in parts.items():
@@ -55,7 +55,7 @@ def _parts(node: Node, out: Views) -> dict[Node, Views]:
     (B, L, H, K): all of it, or each of what is joined along the tokens."""
     inner, tokens = g.bare(node), 2 if out else 1
     op, joined = packet(inner), ()
-    if op in (aten.cat, aten.concat):
+    if op in (aten.cat, aten.concat) and (*inner.args, 0)[1] % val(inner).ndim == tokens:
         joined = inner.args[0]
     elif op is aten.slice_scatter and inner.args[2] % 4 == tokens:
         joined = inner.args[:2]
@@ -131,7 +131,7 @@ def _by_trial(root: Node, out: Views, x: Node, heads: Views, tables: list[Node])
             entries = [_seen(values[node], how) for node, how in pair]
             widths = {entries[0].shape[-1], 2 * entries[0].shape[-1]}
             for channels, pairing in itertools.product(widths, ("interleaved", "half")):
-                if channels <= q.shape[-1] and channels % 2 == q.shape[-1] % 2 == 0:
+                if channels % 2 == q.shape[-1] % 2 == 0 < channels <= q.shape[-1]:
                     want, _ = rope_table(q, None, *entries, pairing, channels, backend="torch")
                     if torch.allclose(want, turned, rtol=1e-9, atol=1e-9):
                         return *pair, pairing, channels

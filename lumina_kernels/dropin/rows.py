@@ -13,8 +13,6 @@ from . import graph as g
 from .evaluate import evaluate
 from .graph import aten, packet, val
 
-FLAT = aten.flatten.using_ints
-
 # (norm(x) * weight + bias) * (1 + scale) + shift, each term a node or None.
 Norm = namedtuple("Norm", "x kind eps weight bias scale shift", defaults=(None,) * 4)
 
@@ -70,8 +68,8 @@ def _eps(node: Node, x: Node) -> float | None:
     mean = values[x].square().mean(-1, keepdim=True)
     eps = ((values[x] / values[node]).square() - mean).median().item()
     want = values[x] * torch.rsqrt(mean + eps)
-    is_norm = -1e-12 < eps < 0.1 and torch.allclose(values[node], want, rtol=1e-9)
-    return float(f"{max(eps, 0):.7g}") if is_norm else None
+    is_norm = 1e-13 < eps < 0.1 and torch.allclose(values[node], want, rtol=1e-9)
+    return float(f"{eps:.7g}") if is_norm else None
 
 
 def _scaled(n: Norm | None, factor) -> Norm | None:
@@ -119,7 +117,7 @@ def _emit_norm(call: g.Calls, node: Node, n: Norm) -> Node:
     while val(x).ndim < 3:
         x = call(aten.unsqueeze.default, x, 0)
     rows = x if val(x).ndim == 3 else call(aten.flatten.using_ints, x, 1, val(x).ndim - 2)
-    terms = [p and call(FLAT, p) for p in (n.weight, n.bias)]
+    terms = [p and call(aten.flatten.using_ints, p) for p in (n.weight, n.bias)]
     terms += [_modulation(call, m, x) for m in (n.scale, n.shift)]
     out = call(ops.norm_modulate, rows, *terms, n.eps, n.kind)
     return out if g.is_like(node, out) else call(aten.view_as.default, out, n.x)
@@ -180,12 +178,12 @@ def _emit_residual(call: g.Calls, node: Node, r: Residual, n: Norm | None = None
             raise NotImplementedError("dtypes differ")
         gate = call(aten.expand_as.default, r.gate, r.y)  # fakes of symbolic sizes do not broadcast
         return call(aten.addcmul.default, residual, gate, r.y)
-    weight = r.norm and r.norm.weight and call(FLAT, r.norm.weight)
+    weight = r.norm and r.norm.weight and call(aten.flatten.using_ints, r.norm.weight)
     gate = _modulation(call, r.gate, residual)
     if n is None:
         return call(ops.sandwich_norm, r.norm.x, residual, weight, gate, r.norm.eps, r.tanh)
     scale, shift = (_modulation(call, m, residual) for m in (n.scale, n.shift))
-    following, bias = (p and call(FLAT, p) for p in (n.weight, n.bias))
+    following, bias = (p and call(aten.flatten.using_ints, p) for p in (n.weight, n.bias))
     if r.norm is None:
         last = following, bias, scale, shift, n.eps, n.kind
         pair = call(ops.gate_residual_norm, r.y, residual, gate, *last)
