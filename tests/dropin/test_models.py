@@ -43,15 +43,6 @@ FEW = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch._dynamo.reset()
-    yield
-    torch.set_num_threads(threads)
-
-
 def tensors(model, inputs):
     return [x for x in tree_leaves(model(**inputs)) if isinstance(x, torch.Tensor)]
 
