@@ -29,9 +29,11 @@ def patch(
     rotations, attentions, gates and activations are replaced by ops of this package where these
     compute the same, and the rewritten graph runs from then on, without a compiler. What does not
     match stays as it is. State dict, class names and hooks are untouched, and so are parameters,
-    but for one case: where two attentions of a block have equal query projections (Lumina-Next),
-    they share them. Copies and pickles of the model are unpatched. A second call returns the same
-    report. A model that is compiled as a whole has `compile_backend` instead.
+    but for one case: where two attentions of a block have equal query projections (Lumina-Next) and
+    the model is not in training mode, they share them until `unpatch`, which has to come before
+    `save_pretrained` (safetensors refuses what is shared). Copies and pickles of the model are
+    unpatched. A second call returns the same report. A model that is compiled as a whole has
+    `compile_backend` instead.
 
     Args:
         model: an nn.Module, or a pipeline, whose components named transformer... are patched.
@@ -151,7 +153,9 @@ class _Patch:
     def __init__(self, network: nn.Module, prefix: str, way: tuple, report: Report):
         self.way, self.report, self.current = way, report, ""
         self.functions, blocks = {}, repeated_blocks(network)
-        self.shared = [pair for block in blocks.values() for pair in _share_equal(block)]
+        self.shared = []  # an optimizer has the parameters of a model that is trained
+        for block in blocks.values() if not network.training else ():
+            self.shared += _share_equal(block)
         report.blocks += [prefix + path for path in blocks]
         for path, block in blocks.items():
             self._enter(block, self._entry(prefix + path, block))

@@ -248,3 +248,16 @@ def test_more_kinds_of_inputs_than_dynamo_keeps_graphs_for():
         assert run(model, kinds[0], report)[1] == 6  # its graphs are still there
     assert report.unfused == {"layers.0": 2, "layers.1": 2}
     assert "2 calls of layers.0 ran it unfused" in str(report)
+
+
+def test_a_model_in_training_keeps_its_parameters():
+    """An optimizer may have them: what is shared for inference stays apart, and gets gradients."""
+    shared, inputs = make("lumina_next_shared")
+    model, _ = make("lumina_next", seed=1)
+    model.load_state_dict(shared.state_dict())
+    model.train()
+    owned, want = dict(model.named_parameters()), gradients(model, inputs)
+    report = patch(model)
+    got = gradients(model, inputs)
+    assert report.fused and largest_deviation(got, want) <= 1e-5
+    assert all(owned[name] is parameter for name, parameter in model.named_parameters())
