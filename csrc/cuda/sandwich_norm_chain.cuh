@@ -42,6 +42,7 @@ __global__ void __launch_bounds__(row_threads(kPieces))
     load_span(p.y.values, p.y.row(b, l), base, p.D, y);
   };
   const float rstd = norm_statistics<kWide>(load_y, p.D, p.eps, false, sum, x).y;
+  if (threadIdx.x == 0) p.rstd[row] = rstd;
   const auto make_new_residual = [&](int base, Float8(&y)[kPieces]) {
     if (kWide) load_y(base, y);  // otherwise it is still there
     for_pieces<kPieces>([&](int j) { y[j] *= rstd; });
@@ -49,15 +50,13 @@ __global__ void __launch_bounds__(row_threads(kPieces))
     store_span(p.new_residual, row * p.D, base, p.D, y);
   };
   const float next_rstd = norm_statistics<kWide>(make_new_residual, p.D, p.eps, false, sum, x).y;
+  if (threadIdx.x == 0) p.next_rstd[row] = next_rstd;
   for (int base = 0; base < spans.end; base += spans.size) {
     if (kWide) make_new_residual(base, x);
     for_pieces<kPieces>([&](int j) { x[j] *= next_rstd; });
     modulate(p.next, b, l, base, p.D, x);
     store_span(p.normed, row * p.D, base, p.D, x);
   }
-  if (threadIdx.x != 0) return;
-  p.rstd[row] = rstd;
-  p.next_rstd[row] = next_rstd;
 }
 
 // dresidual is dnew_residual plus the gradient of the next norm's input, and dy follows from it as
