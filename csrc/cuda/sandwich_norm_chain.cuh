@@ -27,6 +27,14 @@ struct SandwichNormChainBwdParams {
   RowChunks chunks;
 };
 
+// When the statistics of a row are stored: with four pieces and no tanh a register spills otherwise,
+// on sm_90 if it is early, from sm_100 on if it is late.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr bool kStoresEarly = true;
+#else
+constexpr bool kStoresEarly = false;
+#endif
+
 // new_residual = residual + tanh(gate) * y * rstd * weight,
 // normed = new_residual * next_rstd * next_weight * (1 + next_scale)
 template <int kPieces, bool kWide, bool kTanh>
@@ -42,7 +50,7 @@ __global__ void __launch_bounds__(row_threads(kPieces))
     load_span(p.y.values, p.y.row(b, l), base, p.D, y);
   };
   const float rstd = norm_statistics<kWide>(load_y, p.D, p.eps, false, sum, x).y;
-  if (threadIdx.x == 0) p.rstd[row] = rstd;
+  if (kStoresEarly && threadIdx.x == 0) p.rstd[row] = rstd;
   const auto make_new_residual = [&](int base, Float8(&y)[kPieces]) {
     if (kWide) load_y(base, y);  // otherwise it is still there
     for_pieces<kPieces>([&](int j) { y[j] *= rstd; });
@@ -50,13 +58,16 @@ __global__ void __launch_bounds__(row_threads(kPieces))
     store_span(p.new_residual, row * p.D, base, p.D, y);
   };
   const float next_rstd = norm_statistics<kWide>(make_new_residual, p.D, p.eps, false, sum, x).y;
-  if (threadIdx.x == 0) p.next_rstd[row] = next_rstd;
+  if (kStoresEarly && threadIdx.x == 0) p.next_rstd[row] = next_rstd;
   for (int base = 0; base < spans.end; base += spans.size) {
     if (kWide) make_new_residual(base, x);
     for_pieces<kPieces>([&](int j) { x[j] *= next_rstd; });
     modulate(p.next, b, l, base, p.D, x);
     store_span(p.normed, row * p.D, base, p.D, x);
   }
+  if (kStoresEarly || threadIdx.x != 0) return;
+  p.rstd[row] = rstd;
+  p.next_rstd[row] = next_rstd;
 }
 
 // dresidual is dnew_residual plus the gradient of the next norm's input, and dy follows from it as
