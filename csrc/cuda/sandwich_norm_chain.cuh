@@ -27,8 +27,8 @@ struct SandwichNormChainBwdParams {
   RowChunks chunks;
 };
 
-// When the statistics of a row are stored: with four pieces and no tanh a register spills otherwise,
-// on sm_90 if it is early, from sm_100 on if it is late.
+// When the statistics of a row are stored: with four pieces and no tanh a register spills
+// otherwise, on sm_90 if it is early, from sm_100 on if it is late.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr bool kStoresEarly = true;
 #else
