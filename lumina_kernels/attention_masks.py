@@ -11,11 +11,11 @@ def key_mask_and_bias(mask: Tensor, q: Tensor) -> tuple[Tensor | None, Tensor | 
     Args:
         mask: bool or floating, 4 dimensions. A bool one that no head or query changes becomes a
             key mask, which costs nothing; any other a bias of 0 and -inf.
-        q: queries of batch size B, whose dtype and device the bias gets.
+        q: queries of batch size B, whose dtype the bias gets.
     """
     if mask.dtype != torch.bool:
         return None, mask
     if mask.shape[1] == mask.shape[2] == 1:
         return mask[:, 0, 0].expand(q.shape[0], -1), None
-    zeros = torch.zeros(mask.shape, dtype=q.dtype, device=q.device)
+    zeros = torch.zeros_like(mask, dtype=q.dtype)
     return None, zeros.masked_fill(~mask, -torch.inf)

@@ -171,20 +171,20 @@ class _Patch:
             # of a piece of code, and gives up after eight, whoever runs it.
             own = types.FunctionType(_call_block.__code__.replace(co_name=kind.__name__), globals())
             self.functions[kind] = torch.compile(own, backend=self._rewrite)
-        compiled, is_new = self.functions[kind], self.way[2]
+        compiled, is_new = self.functions[kind], True
 
         def run(*args, **kwargs):
             self.current = path
             return compiled(self, block, args, kwargs)
 
-        def call(*args, **kwargs):
+        def verified(*args, **kwargs):
             nonlocal is_new
             if is_new:
                 _verify(path, block, run, args, kwargs)
                 is_new = False
             return run(*args, **kwargs)
 
-        return call
+        return verified if self.way[2] else run
 
     def _rewrite(self, gm: GraphModule, inputs: list) -> Callable:
         fused, captured = _fused(gm, *self.way[:2])

@@ -1,16 +1,19 @@
 """scaled_dot_product_attention as `gqa_attention`, with its masks and repeated heads."""
 
+import operator
 from collections.abc import Iterator
 
 import torch
 from torch.fx import Graph, Node
 
 from lumina_kernels import gqa_attention
+from lumina_kernels.attention_masks import key_mask_and_bias
 
 from . import graph as g
 from .evaluate import VIEWS, evaluate
 from .graph import aten, packet, val
 
+REPEATS = {*VIEWS, aten.repeat, aten.repeat_interleave}
 NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
@@ -85,7 +88,7 @@ def _keys(call: g.Calls, a: dict) -> tuple[Node, Node]:
 def unrepeated(node: Node) -> Node | None:
     """(B, L, G, K) that repeated heads (B, H, L, K) were made of, G < H."""
     source, (_, H, L, _) = node, val(node).shape
-    while packet(source) in {*VIEWS, aten.repeat, aten.repeat_interleave}:
+    while packet(source) in REPEATS:
         source = source.args[0]
         G = val(source).shape[2] if g.is_tensor(source) and val(source).ndim == 4 else H
         if isinstance(G, int) and G < H and H % G == 0 and (v := evaluate(node, [source], L)):
@@ -103,11 +106,7 @@ def _masks(call: g.Calls, mask: Node | None, q: Node) -> tuple[Node | None, Node
     for dim in (1, 2):  # what is expanded counts as one
         if val(mask).stride(dim) == 0 and val(mask).shape[dim] != 1:
             mask = call(aten.slice.Tensor, mask, dim, 0, 1)
-    if val(mask).dtype != torch.bool:
-        return None, mask
-    if val(mask).shape[1] == val(mask).shape[2] == 1:
-        keys = call(aten.flatten.using_ints, mask, 0, 2)
-        return call(aten.expand.default, keys, [call(aten.sym_size.int, q, 0), -1]), None
-    zeros = call(aten.zeros_like.default, mask, dtype=val(q).dtype)
-    off = call(aten.logical_not.default, mask)
-    return None, call(aten.masked_fill.Scalar, zeros, off, float("-inf"))
+    pair = call(key_mask_and_bias, mask, q)
+    return tuple(
+        call(operator.getitem, pair, i) if x is not None else None for i, x in enumerate(val(pair))
+    )

@@ -104,10 +104,10 @@ class _Rewriting:
         """What is still there."""
         sites = [s for n, s in self.refused.items() if n.users and s.kind not in KINDS.values()]
         for node in self.graph.nodes:
-            kind, below = KINDS.get(packet(node)), [node]
-            users = {packet(user) for n in (node, *node.users) for user in n.users}
-            needed = {"glu": aten.mul, "softmax": aten.matmul}.get(kind)
-            if not kind or needed not in (None, *users):
+            if (kind := KINDS.get(packet(node))) is None:
+                continue
+            below, users = [node], {packet(u) for n in (node, *node.users) for u in n.users}
+            if {"glu": aten.mul, "softmax": aten.matmul}.get(kind) not in (None, *users):
                 continue
             for n in below:  # the match that it was part of
                 below += [user for user in n.users if len(below) < 20]

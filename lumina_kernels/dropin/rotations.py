@@ -95,15 +95,17 @@ def _rotation_of(root: Node, out: Views) -> Rotation | None:
     for source in sources:
         seen = [source]  # and what is made of it by views and casts
         for node in seen:
-            seen += [n for n in node.users if n in inside - {*seen} and packet(n) in VIEWS]
+            seen += [n for n in node.users if n in inside and n not in seen and packet(n) in VIEWS]
         for x in filter(g.is_tensor, seen):
             heads, turned = None if x is root else _heads(root, out, x), [x]
+            if heads is None:
+                continue
             for node in turned:  # what is computed of x; tables are what it is computed with
-                turned += [n for n in node.users if n in inside - {*turned}]
+                turned += [n for n in node.users if n in inside and n not in turned]
             last = dict.fromkeys(n for node in turned[1:] for n in node.all_input_nodes)
             for tables in (_cone(root, (x,))[0], [n for n in last if n not in turned]):
                 tables = [t for t in tables if t is not x and g.is_tensor(t)]
-                if heads is not None and tables and (source is x or source not in tables):
+                if tables and (source is x or source not in tables):
                     if table := _by_trial(root, out, x, heads, tables):
                         return Rotation(root, out, x, heads, table)
     return None
@@ -202,11 +204,9 @@ def _emit(call: g.Calls, pair: list[Rotation], norms: list[Norm]) -> list[Node]:
         (kind, eps, modulated), *others = {(n.kind, n.eps, n.scale or n.shift) for n in norms}
         if others or modulated:
             raise NotImplementedError("norms of different kinds")
-        parameters = [p and call(FLAT[0], p) for n in norms for p in (n.weight, n.bias)] + [
-            None
-        ] * 2
+        terms = [p and call(FLAT[0], p) for n in norms for p in (n.weight, n.bias)]
         last = *table, eps, f"{kind}_{'across_heads' if across else 'per_head'}"
-        turned = call(qk_norm_rope_table, *(*xs, None)[:2], *parameters[:4], *last)
+        turned = call(qk_norm_rope_table, *(*xs, None)[:2], *(*terms, None, None)[:4], *last)
     else:
         turned = call(rope_table, *(*xs, None)[:2], *table)
     return [_seen(call(operator.getitem, turned, i), r.out, call) for i, r in enumerate(pair)]
