@@ -7,6 +7,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+from common import needs_kernels
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,7 +20,6 @@ from benchmarks.harness.case import (
     is_floating_tensor,
     ours,
 )
-from lumina_kernels.backend import MISSING
 from lumina_kernels.ops import OPS
 from lumina_kernels.ops.gqa_attention import gqa_attention_ref
 
@@ -48,7 +48,6 @@ def small_shapes(op) -> list:
 cases = pytest.mark.parametrize(
     ("op", "shape"), [param for op in BENCHED for param in small_shapes(op)]
 )
-needs_kernels = pytest.mark.skipif("cpu" in MISSING, reason="the C++ kernels are not built")
 
 
 def test_every_op_has_a_benchmark():

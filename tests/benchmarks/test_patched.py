@@ -6,17 +6,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from common import needs_kernels
 
 from benchmarks import conftest, patched
 from benchmarks.harness.case import Case, as_tuple, difference
 from benchmarks.harness.measure import measure
 from benchmarks.models import bench_patched, bench_patched_block
 from benchmarks.models.diffusers_networks import MODELS, network
-from lumina_kernels.backend import MISSING
 
 BLOCKS = {shape.model: shape.but(dtype="float32") for shape in bench_patched_block.NARROW}
 NETWORKS = {model: BLOCKS[model] for model in (shape.model for shape in MODELS)}
-needs_kernels = pytest.mark.skipif("cpu" in MISSING, reason="the C++ kernels are not built")
 
 
 @pytest.fixture(autouse=True)

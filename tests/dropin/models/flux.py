@@ -7,6 +7,17 @@ from torch import randn
 from models.inputs import MASK, STEPS, TIMES, grid, image, text, video
 
 
+def tokens():
+    """What most of them take."""
+    return {
+        "hidden_states": randn(2, 16, 16),
+        "encoder_hidden_states": text(),
+        "timestep": TIMES,
+        "img_ids": grid(1, 4, 4),
+        "txt_ids": torch.zeros(7, 3),
+    }
+
+
 def flux():
     model = diffusers.FluxTransformer2DModel(
         in_channels=4, num_layers=2, num_single_layers=2, attention_head_dim=128,
@@ -60,14 +71,8 @@ def chroma():
         joint_attention_dim=32, approximator_num_channels=64, approximator_hidden_dim=32,
         approximator_layers=1,
     )  # fmt: skip
-    return model, {
-        "hidden_states": randn(2, 16, 16),
-        "encoder_hidden_states": text(),
-        "timestep": TIMES,
-        "img_ids": grid(1, 4, 4),
-        "txt_ids": torch.zeros(7, 3),
-        "attention_mask": torch.cat((MASK, torch.ones(2, 16, dtype=torch.bool)), 1),
-    }
+    mask = torch.cat((MASK, torch.ones(2, 16, dtype=torch.bool)), 1)
+    return model, tokens() | {"attention_mask": mask}
 
 
 def chroma_float():
@@ -81,13 +86,7 @@ def bria():
         in_channels=16, num_layers=1, num_single_layers=1, num_attention_heads=2,
         joint_attention_dim=32,
     )  # fmt: skip
-    return model, {
-        "hidden_states": randn(2, 16, 16),
-        "encoder_hidden_states": text(),
-        "timestep": TIMES,
-        "img_ids": grid(1, 4, 4),
-        "txt_ids": torch.zeros(7, 3),
-    }
+    return model, tokens()
 
 
 def bria_fibo():
@@ -95,14 +94,7 @@ def bria_fibo():
         in_channels=16, num_layers=1, num_single_layers=1, num_attention_heads=2,
         joint_attention_dim=32, text_encoder_dim=16,
     )  # fmt: skip
-    return model, {
-        "hidden_states": randn(2, 16, 16),
-        "encoder_hidden_states": text(),
-        "text_encoder_layers": [text(16) for _ in range(2)],
-        "timestep": TIMES,
-        "img_ids": grid(1, 4, 4),
-        "txt_ids": torch.zeros(7, 3),
-    }
+    return model, tokens() | {"text_encoder_layers": [text(16) for _ in range(2)]}
 
 
 def ovis():
@@ -110,13 +102,7 @@ def ovis():
         in_channels=16, out_channels=16, num_layers=1, num_single_layers=1, num_attention_heads=2,
         joint_attention_dim=32,
     )  # fmt: skip
-    return model, {
-        "hidden_states": randn(2, 16, 16),
-        "encoder_hidden_states": text(),
-        "timestep": TIMES,
-        "img_ids": grid(1, 4, 4),
-        "txt_ids": torch.zeros(7, 3),
-    }
+    return model, tokens()
 
 
 def longcat_image():
@@ -124,13 +110,7 @@ def longcat_image():
         in_channels=16, num_layers=1, num_single_layers=1, num_attention_heads=2,
         joint_attention_dim=32, pooled_projection_dim=32,
     )  # fmt: skip
-    return model, {
-        "hidden_states": randn(2, 16, 16),
-        "encoder_hidden_states": text(),
-        "timestep": TIMES,
-        "img_ids": grid(1, 4, 4),
-        "txt_ids": torch.zeros(7, 3),
-    }
+    return model, tokens()
 
 
 def hunyuan_image():

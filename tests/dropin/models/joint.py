@@ -6,6 +6,12 @@ from torch import randn
 
 from models.inputs import MASK, STEPS, TIMES, grid, image, text
 
+CROP = {
+    "original_size": torch.tensor([[64.0, 64.0]] * 2),
+    "target_size": torch.tensor([[64.0, 64.0]] * 2),
+    "crop_coords": torch.tensor([[0.0, 0.0]] * 2),
+}
+
 
 def sd3(**how):
     model = diffusers.SD3Transformer2DModel(
@@ -103,9 +109,7 @@ def cogview3():
         "hidden_states": image(),
         "encoder_hidden_states": text(),
         "timestep": STEPS,
-        "original_size": torch.tensor([[64.0, 64.0]] * 2),
-        "target_size": torch.tensor([[64.0, 64.0]] * 2),
-        "crop_coords": torch.tensor([[0.0, 0.0]] * 2),
+        **CROP,
     }
 
 
@@ -119,9 +123,7 @@ def cogview4():
         "hidden_states": image(),
         "encoder_hidden_states": text(),
         "timestep": STEPS,
-        "original_size": torch.tensor([[64.0, 64.0]] * 2),
-        "target_size": torch.tensor([[64.0, 64.0]] * 2),
-        "crop_coords": torch.tensor([[0.0, 0.0]] * 2),
+        **CROP,
         "attention_mask": MASK,
     }
 
