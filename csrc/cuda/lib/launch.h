@@ -68,7 +68,7 @@ inline cudaStream_t current_stream(int32_t device) {
   }();
   STD_TORCH_CHECK(get_stream != nullptr, "this torch has no CUDA (libtorch_cuda.so is not loaded)");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(get_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(get_stream(device, &stream));
   return static_cast<cudaStream_t>(stream);
 }
 
