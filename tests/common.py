@@ -40,6 +40,8 @@ IMPLEMENTATIONS = [
     ),
 ]
 
+# Of GPUs that the test makes up, on which fake tensors are placed.
+without_gpus = pytest.mark.skipif(torch.cuda.is_available(), reason="there are real GPUs")
 needs_kernels = pytest.mark.skipif("cpu" in MISSING, reason="the C++ kernels are not built")
 
 

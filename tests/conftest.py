@@ -3,10 +3,16 @@ import signal
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 # Before any kernel is imported: without a GPU Triton's interpreter runs the kernels.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+# A loaded machine is slow, which says nothing about the code.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 def pytest_configure(config):

@@ -35,7 +35,7 @@ def randomise(model, dtype=torch.float64):
             noise /= math.sqrt(p.shape[1])
         elif "norm" in name and name.endswith("weight") or name == "cap_embedder.0.weight":
             noise = 1 + 0.3 * noise
-        p.data = noise.to(dtype).double()
+        p.data = noise.to(p.device, dtype).double()
     return model
 
 

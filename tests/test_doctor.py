@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from common import CPU_LEVELS
+from common import CPU_LEVELS, without_gpus
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lumina_kernels
@@ -44,6 +44,7 @@ def section(text, title):
     return dict(line.split(maxsplit=1) for line in lines)
 
 
+@without_gpus
 def test_it_says_what_each_op_takes_and_why_not_another(monkeypatch):
     monkeypatch.setattr(backend, "DEFAULT", None)
     monkeypatch.setattr(backend, "EMULATED", set())
@@ -74,6 +75,7 @@ def test_it_says_which_instructions_the_cpu_kernels_use():
     assert f"cpu kernels     {CPU_LEVELS[-1]}, of {', '.join(CPU_LEVELS)}\n" in doctor.report()
 
 
+@without_gpus
 def test_it_compares_each_gpu_with_what_was_built(gpus, monkeypatch):
     monkeypatch.setattr(backend, "DEFAULT", None)
     monkeypatch.setattr(backend, "MISSING", {})

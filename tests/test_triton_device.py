@@ -3,7 +3,7 @@ driver of several GPUs that records launches."""
 
 import pytest
 import torch
-from common import DEVICE
+from common import DEVICE, without_gpus
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.runtime import driver, interpreter, jit
 from triton.runtime.errors import OutOfResources
@@ -67,6 +67,7 @@ def forward(device, K=72, dtype=torch.bfloat16):
     gqa_attention_fwd._run(q, k, v, None, 0.1, *[None] * 5, False, "triton")
 
 
+@without_gpus
 def test_a_kernel_runs_on_the_device_of_its_tensors_with_the_tiles_of_that_device(machine):
     with FakeTensorMode():
         forward("cuda:1")
@@ -78,6 +79,7 @@ def test_a_kernel_runs_on_the_device_of_its_tensors_with_the_tiles_of_that_devic
     assert there["BLOCK_N"] == 128 and here["BLOCK_N"] == 64
 
 
+@without_gpus
 def test_an_error_leaves_the_device_as_it_was(machine, monkeypatch):
     def fail(*args, **kwargs):
         raise ValueError("a launcher's")
@@ -89,6 +91,7 @@ def test_an_error_leaves_the_device_as_it_was(machine, monkeypatch):
     assert (machine.current, machine.switches) == (0, 2)
 
 
+@without_gpus
 def test_tiles_that_do_not_fit_are_refused_by_name(machine, monkeypatch):
     def fail(*args, **kwargs):
         raise OutOfResources(262144, 232448, "shared memory")
@@ -174,6 +177,7 @@ def test_a_product_that_is_compiled_wrong_is_refused(on_trial, monkeypatch):
         )
 
 
+@without_gpus
 def test_only_gpus_of_that_kind_are_tried(machine, monkeypatch):
     tried = []
     monkeypatch.setattr(attention, "prove", lambda *args: tried.append(machine.current))

@@ -64,9 +64,10 @@ def guided_step_ref(x, v, weight, dt, channels=None):
 
 
 def _tensor_and_value(number: float | Tensor, device: torch.device) -> tuple[Tensor | None, float]:
-    """A tensor on the device stays there, so that the host does not wait for its value."""
-    if isinstance(number, Tensor) and number.device == device:
-        return number, 0.0
+    """A tensor on the device stays there, so that the host does not wait for its value. A graph has
+    no value of a tensor on the CPU: it is copied."""
+    if isinstance(number, Tensor) and (number.device == device or torch.compiler.is_compiling()):
+        return number.to(device), 0.0
     return None, float(number)
 
 

@@ -77,7 +77,6 @@ def gqa_attention_bwd(
     """
     B, L, H, K = q.shape
     G, L_kv = k.shape[2], k.shape[1]
-    T = 0 if text_k is None else text_k.shape[1]
     dq, dk, dv, dtext_k, dtext_v = (
         None if x is None else x.new_empty(x.shape) for x in (q, k, v, text_k, text_v)
     )
@@ -101,29 +100,33 @@ def gqa_attention_bwd(
         dout, q, k, v, text_k, text_v = heads
         tokens = _branch(k, v, key_mask, scale, bias)
         text = _branch(text_k, text_v, text_mask, K**-0.5)
-        heads = dout, q, tokens, text
         constants = {"R": H // G, "UNIT": unit}
         options = _options("dq", K, dq.dtype, bias is not None, _has_two_layouts(tokens))
 
         def launch_dq(options):
             grid = (blocks(L * H // G, options["BLOCK_M"]) * G * B,)
             gqa_attention_dq_kernel[grid](
-                *heads, text_gate, added, out, error if error.numel() else None, stats, text_stats,
+                dout, q, tokens, text, text_gate, added,
+                out, error if error.numel() else None, stats, text_stats,
                 dq, delta, text_delta, text_weight, dbias, L, G, **constants, **options,
             )  # fmt: skip
 
         _launch("dq", options, launch_dq, dq, L_kv)
-        options = _options("dkv", K, dq.dtype, bias is not None, T == 0)
+        branches = [(tokens, added, stats, delta, None, dk, dv)]
+        if text is not None:
+            rest = text_stats, text_delta, text_weight, dtext_k, dtext_v
+            branches.append((text, None, *rest))
+        for branch, *rest in branches:
+            options = _options("dkv", K, dq.dtype, rest[0] is not None)
 
-        def launch_dkv(options):
-            tiles = blocks(L_kv, options["BLOCK_N"]) + blocks(T, options["BLOCK_N"])
-            gqa_attention_dkv_kernel[(tiles * G * B,)](
-                *heads, added, stats, text_stats, delta, text_delta, text_weight,
-                dk, dv, dtext_k, dtext_v, L, G, **constants, **options,
-            )  # fmt: skip
+            def launch_dkv(options, branch=branch, rest=rest):
+                grid = (blocks(branch[3], options["BLOCK_N"]) * G * B,)
+                gqa_attention_dkv_kernel[grid](
+                    dout, q, branch, *rest, L, G, **constants, **options
+                )
 
-        if L_kv + T > 0:
-            _launch("dkv", options, launch_dkv, dq, L_kv)
+            if branch[3] > 0:
+                _launch("dkv", options, launch_dkv, dq, branch[3])
     dgate = None if text_gate is None else _dgate(text_gate, text_delta)
     if dbias is not None:
         dbias = dbias.sum_to_size(bias.shape).to(bias.dtype)
@@ -208,7 +211,7 @@ def head_cuts(K: int) -> tuple[tuple[int, int], ...]:
     return (0, low), (low, max(16, 1 << (K - low - 1).bit_length()))
 
 
-def _options(kind: str, K: int, dtype: torch.dtype, bias: bool, more: bool) -> dict:
+def _options(kind: str, K: int, dtype: torch.dtype, bias: bool, more: bool = False) -> dict:
     """Tile sizes and launch options of a kernel, "fwd", "dq" or "dkv", chosen so that no register
     is spilled. `more`: it takes more registers, for another reason than a bias."""
     return _options_on(_arch(), kind, K, dtype, bias, more)
@@ -294,7 +297,7 @@ def _group_tiles(kind: str, K: int, arch: int, bias: bool, more: bool) -> Tiles:
         return Tiles(128, keys, warps=8, stages=2, edge=edge)
     if K > 128 and arch >= 100:  # dk and dv of 128 keys do not fit into tensor memory
         return Tiles(32, 64, warps=4, stages=2)
-    rows = 16 if K > 128 or bias and K > 80 else 32 if K > 96 or bias or more and K > 80 else 64
+    rows = 16 if K > 128 or bias and K > 80 else 32 if K > 80 or bias else 64
     return Tiles(rows, 128, warps=8, stages=2)
 
 
@@ -314,8 +317,4 @@ def _warp_tiles(kind: str, K: int, arch: int, bias: bool, more: bool) -> Tiles:
         return Tiles(128, 32, warps=8, stages=2, edge=16)
     if wide:
         return Tiles(64, 64, warps=8, stages=2) if K == 128 else Tiles(32, 32, warps=4, stages=2)
-    if bias or more:
-        return Tiles(16, 64, warps=4, stages=1)
-    if arch < 90:
-        return Tiles(32, 64, warps=4, stages=2)
-    return Tiles(32 if K <= 64 else 16, 64, warps=4, stages=1)
+    return Tiles(16, 64, warps=4, stages=1)

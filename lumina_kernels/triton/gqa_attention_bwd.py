@@ -189,41 +189,21 @@ def _add_dq(
 
 @triton.jit
 def gqa_attention_dkv_kernel(
-    dout, q, tokens, text, bias,  # as for dq
-    stats_ptr, text_stats_ptr, delta_ptr, text_delta_ptr, text_weight_ptr,
-    dk_ptr, dv_ptr, dtext_k_ptr, dtext_v_ptr,  # (B, L_kv, G, K), (B, T, G, K)
+    dout, q, branch, bias,  # as for dq; of one branch
+    stats_ptr, delta_ptr, weight_ptr,  # that branch's; the weight of the text or None
+    dk_ptr, dv_ptr,  # (B, keys, G, K)
     L, G, K: tl.constexpr, KS: tl.constexpr, R: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of one tile of keys, of the text (first) or of the tokens."""
-    text_blocks = 0
-    if text is not None:
-        text_blocks = tl.cdiv(text[3], BLOCK_N)
-    block, g, b = program_block(text_blocks + tl.cdiv(tokens[3], BLOCK_N), G)
-    if block < text_blocks:
-        if text is not None:
-            _dkv(
-                dout, q, text, None, text_weight_ptr, text_stats_ptr, text_delta_ptr, dtext_k_ptr,
-                dtext_v_ptr, block, b, g, G, L * R, K, KS, R, UNIT, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
-    else:
-        _dkv(
-            dout, q, tokens, bias, None, stats_ptr, delta_ptr, dk_ptr, dv_ptr,
-            block - text_blocks, b, g, G, L * R, K, KS, R, UNIT, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
+    """dk and dv of one tile of keys of the tokens or of the text, in a loop over all rows that read
+    them. Both branches in one kernel would make ptxas wait for every product.
 
-
-@triton.jit
-def _dkv(
-    dout, q, branch, bias, weight_ptr, stats_ptr, delta_ptr, dk_ptr, dv_ptr, block, b, g, G, n_rows,
-    K: tl.constexpr, KS: tl.constexpr, R: tl.constexpr, UNIT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """The loop over all rows that read these keys. Scores are transposed here, (keys, rows).
-
-    What a masked key gets stays within its own row of dk and dv, so the loop does no masking: the
-    result is replaced by 0 at the end. A tile without a valid key skips the loop."""
+    Scores are transposed here, (keys, rows). What a masked key gets stays within its own row of dk
+    and dv, so the loop does no masking: the result is replaced by 0 at the end. A tile without a
+    valid key skips the loop."""
     _, _, mask, n_keys, scales = branch
+    n_rows = L * R
+    block, g, b = program_block(tl.cdiv(n_keys, BLOCK_N), G)
     before = scales[3]
     columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = columns < n_keys

@@ -179,7 +179,7 @@ def qk_norm_rope3d_kernel(
 @triton.jit
 def qk_norm_rope3d_bwd_kernel(
     dout, x, weight_ptr, positions, inv_freq, axis_ptr, dx_ptr, partial_ptr, eps,
-    counts_ptr, pool,  # pointer or None; (windows of a sample, grid, factor) or None
+    counts_ptr, windows, grid, factor,  # of a sample; None without windows
     key_mask, L, tokens, chunk,
     UNIT: tl.constexpr, H: tl.constexpr, K: tl.constexpr, HS: tl.constexpr, KS: tl.constexpr,
     NORM: tl.constexpr, SUMS: tl.constexpr,
@@ -198,7 +198,6 @@ def qk_norm_rope3d_bwd_kernel(
         if counts_ptr is None:
             d = load_token(dout, b, index, UNIT, H, K, HS, KS, valid)
         else:
-            windows, grid, factor = pool
             window = window_of(index.to(tl.int32), grid, factor)
             d = load_token(dout, b, window, UNIT, H, K, HS, KS, valid)
             count = tl.load(counts_ptr + b * windows + window)
@@ -285,14 +284,13 @@ def heads_bwd(
     sums = 0 if weight is None and bias is None else 1 if bias is None else 2
     dx = x.new_empty(x.shape)
     partial = x.new_empty(blocks(B * L, chunk), sums * H * K, dtype=torch.float32)
-    counts = key_mask = None
-    if pool is not None:
-        counts, grid, factor, key_mask = pool
-        pool = counts.shape[1], tuple(grid), factor
+    counts, grid, factor, key_mask = pool or (None,) * 4
+    windows, grid = (None, None) if pool is None else (counts.shape[1], tuple(grid))
     (dout, x), unit = in_units(heads_of(dout), heads_of(x))
     qk_norm_rope3d_bwd_kernel[(len(partial),)](
         dout, x, contiguous(weight), positions_of(positions), frequencies_of(inv_freq),
-        axis.contiguous(), dx, partial, eps, counts, pool, mask_of(key_mask), L, B * L, chunk,
+        axis.contiguous(), dx, partial, eps, counts, windows, grid, factor, mask_of(key_mask),
+        L, B * L, chunk,
         UNIT=unit, H=H, K=K, HS=cut(H), KS=cut(K), NORM=norm, SUMS=sums,
         **loop_options(H * K, BWD_PER_LANE),
     )  # fmt: skip

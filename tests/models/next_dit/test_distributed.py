@@ -78,7 +78,8 @@ def worker(rank, folder):
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
-def test_wrapped_networks_train_and_draw_as_one():
+def test_wrapped_networks_train_and_draw_as_one(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # gloo, on the CPU
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(worker, (folder,), nprocs=WORLD)
 

@@ -59,7 +59,8 @@ def subclass(norm):
 
 
 def prune_weight(norm):
-    prune.custom_from_mask(norm, "weight", (torch.arange(len(norm.weight)) % 3 > 0))
+    mask = torch.arange(len(norm.weight), device=norm.weight.device) % 3 > 0
+    prune.custom_from_mask(norm, "weight", mask)
 
 
 def set_eps(norm):
