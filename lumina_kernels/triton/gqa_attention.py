@@ -121,9 +121,7 @@ def gqa_attention_bwd(
 
             def launch_dkv(options, branch=branch, rest=rest):
                 grid = (blocks(branch[3], options["BLOCK_N"]) * G * B,)
-                gqa_attention_dkv_kernel[grid](
-                    dout, q, branch, *rest, L, G, **constants, **options
-                )
+                gqa_attention_dkv_kernel[grid](dout, q, branch, *rest, L, G, **constants, **options)
 
             if branch[3] > 0:
                 _launch("dkv", options, launch_dkv, dq, branch[3])
@@ -135,7 +133,7 @@ def gqa_attention_bwd(
 
 def _dgate(gate: Tensor, text_delta: Tensor) -> Tensor:
     """(1 - tanh²) times the sum over all rows of dout . (P v), text_delta (B, G, L, R)."""
-    total = text_delta.sum((0, 2)).flatten()
+    total = text_delta.sum((0, 2), dtype=torch.float64).flatten()
     return ((1 - gate.float().tanh().square()) * total).to(gate.dtype)
 
 
