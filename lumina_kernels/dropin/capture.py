@@ -1,6 +1,7 @@
 """From the graph that Dynamo hands to a backend to one of whole ATen ops, and to one of kernels."""
 
 import torch
+from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -32,8 +33,8 @@ def flat(gm: GraphModule) -> tuple[GraphModule, dict[str, str]]:
 
 def _traced(gm: GraphModule, name: str) -> GraphModule:
     inputs = [n.meta.get(name) for n in gm.graph.nodes if n.op == "placeholder"]
-    # That of these values, not the fresh one which Dynamo has ready for backends.
-    with next(x.fake_mode for x in inputs if isinstance(x, FakeTensor)):
+    mode = next(x.fake_mode for x in inputs if isinstance(x, FakeTensor))
+    with mode, tracing(TracingContext(mode)):  # not the fresh one that Dynamo has for backends
         return make_fx(gm, pre_dispatch=True)(*inputs)
 
 
