@@ -40,6 +40,7 @@ def main() -> int:
         "python -m benchmarks.report", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--quick", action="store_true", help="one small shape of everything")
+    parser.add_argument("-k", metavar="EXPRESSION", help="of pytest: only these tests")
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), help="default: cuda where there is one"
     )
@@ -59,7 +60,8 @@ def main() -> int:
     # The ops first: a network takes as long as many of them.
     arguments = ["benchmarks/ops", "benchmarks/models"]
     arguments += ["--device", device, "--seconds", str(seconds)]
-    arguments += ["-k", "quick"] if args.quick else []
+    chosen = " and ".join(["quick"] * args.quick + [f"({args.k})"] * bool(args.k))
+    arguments += ["-k", chosen] if chosen else []
     arguments += ["--no-compile"] if args.no_compile else []
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # writes the report, as Ctrl-C does
     report = run(arguments, args.out, budget)
