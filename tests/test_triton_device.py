@@ -76,7 +76,7 @@ def test_a_kernel_runs_on_the_device_of_its_tensors_with_the_tiles_of_that_devic
         assert machine.switches == 2  # it was current
     (first, _, there), (second, _, here) = machine.launches
     assert (first, second) == (1, 0)
-    assert there["BLOCK_N"] == 128 and here["BLOCK_N"] == 64
+    assert there["num_stages"] == 3 and here["num_stages"] == 2
 
 
 @without_gpus
