@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kRope3dThreads, 3) rope3d_kernel(const Rope3dP
       const int head = first + n * p.layout.step;
       const HeadsView from = select(head < p.H, p.q, p.k);
       const int64_t start = from.at(token.b, token.l, head < p.H ? head : head - p.H);
-      load8(from.values, start + column, head < heads ? count : 0, x[n]);
+      x[n] = load8(from.values, start + column, head < heads ? static_cast<int>(count) : 0);
     }
   };
   load(at.head);
