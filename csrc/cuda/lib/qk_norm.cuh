@@ -177,12 +177,9 @@ __device__ __forceinline__ void scale_piece(Float8& x, const NormParameters& par
   const Values weight = select(of_q, parameters.q_weight, parameters.k_weight);
   const Values bias = select(of_q, parameters.q_bias, parameters.k_bias);
   const int own = of_q ? head : head - shape.H;  // its index in q, or in k
-  Bits8 weight_bits, bias_bits;
   const int64_t start = parameter_at(shape, at, own);
-  if (is_there(weight)) weight_bits = load_bits8(weight, start, count);
-  if (is_there(bias)) bias_bits = load_bits8(bias, start, count);
-  if (is_there(weight)) x *= to_float8(weight_bits, weight.dtype);
-  if (is_there(bias)) x += to_float8(bias_bits, bias.dtype);
+  if (is_there(weight)) x *= load8(weight, start, count);
+  if (is_there(bias)) x += load8(bias, start, count);
 }
 
 // x becomes rotate(norm(x) * weight + bias) for the heads of q and k. Contains the barrier between
@@ -228,13 +225,20 @@ __device__ __forceinline__ void convert_heads(const Bits8 (&bits)[N], Float8 (&x
   }
 }
 
+// At once, for kernels that go over several tokens and are short of registers.
 template <int N>
 __device__ __forceinline__ void load_heads(Float8 (&x)[N], const HeadsView& q, const HeadsView& k,
                                            const Token& token, bool want_q, bool want_k,
                                            const NormShape& shape, const RowPlace& at) {
-  Bits8 bits[N];
-  load_heads(bits, q, k, token, want_q, want_k, shape, at);
-  convert_heads(bits, x, q, k, shape, at);
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    const int head = at.head + n * shape.layout.step;
+    const bool of_q = head < shape.H;
+    const HeadsView from = select(of_q, q, k);
+    const int64_t start = from.at(token.b, token.l, of_q ? head : head - shape.H);
+    const int count = (of_q ? want_q : want_k) ? channels(shape, at, n) : 0;
+    x[n] = load8(from.values, start + 8 * at.piece, count);
+  }
 }
 
 template <int N>
