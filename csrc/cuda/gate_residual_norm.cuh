@@ -30,15 +30,20 @@ struct GateResidualNormBwdParams {
   bool layer;
 };
 
+struct GateResidualAhead {
+  uint4 residual, gate;
+};
+
 // y becomes residual + gate * y; without a gate, residual + y.
-template <int kPieces>
+template <bool kAhead, int kPieces>
 __device__ __forceinline__ void gate_residual(const RowsView& residual, const RowsView& gate,
-                                              int64_t b, int64_t l, int base, int D,
-                                              Float8 (&y)[kPieces]) {
+                                              const GateResidualAhead& ahead, int64_t b, int64_t l,
+                                              int base, int D, Float8 (&y)[kPieces]) {
   for_pieces<kPieces>([&](int j) {
     const int column = column_of(base, j);
-    with_parameter(gate, b, l, column, D, [&](const Float8& g) { y[j] *= g; });
-    with_parameter(residual, b, l, column, D, [&](const Float8& x) { y[j] += x; });
+    with_parameter<kAhead>(gate, ahead.gate, b, l, column, D, [&](const Float8& g) { y[j] *= g; });
+    with_parameter<kAhead>(residual, ahead.residual, b, l, column, D,
+                           [&](const Float8& x) { y[j] += x; });
   });
 }
 
@@ -51,9 +56,18 @@ __global__ void __launch_bounds__(row_threads(kPieces))
   if (row >= p.B * p.L) return;
   const int64_t b = divide(row, p.L), l = row - b * p.L;
   const Spans spans = column_spans<kPieces, kWide>(p.D);
+  constexpr bool kAhead = kLoadsAhead<kPieces, kWide>;
   const auto make_new_residual = [&](int base, Float8(&y)[kPieces]) {
-    load_span(p.y.values, p.y.row(b, l), base, p.D, y);
-    gate_residual(p.residual, p.gate, b, l, base, p.D, y);
+    GateResidualAhead ahead;
+    if constexpr (kAhead) {
+      const int column = column_of(base, 0);
+      const Bits8 bits = load_bits8(p.y.values, p.y.row(b, l) + column, p.D - column);
+      ahead = {load_ahead(p.residual, b, l, column, p.D), load_ahead(p.gate, b, l, column, p.D)};
+      y[0] = to_float8(bits, p.y.values.dtype);
+    } else {
+      load_span(p.y.values, p.y.row(b, l), base, p.D, y);
+    }
+    gate_residual<kAhead>(p.residual, p.gate, ahead, b, l, base, p.D, y);
     store_span(p.new_residual, row * p.D, base, p.D, y);
   };
   RowSum sum;
@@ -117,7 +131,7 @@ __global__ void __launch_bounds__(row_threads(kPieces))
     const float mean = p.layer ? p.statistics[p.chunks.B * p.chunks.L + row] : 0.0f;
     const auto gradient = [&](int base) {
       load_span(p.y.values, p.y.row(b, l), base, D, n);
-      gate_residual(p.residual, p.gate, b, l, base, D, n);
+      gate_residual<false>(p.residual, p.gate, {}, b, l, base, D, n);
       for_pieces<kPieces>([&](int j) { n[j] = (n[j] - mean) * rstd; });
       load_span(p.dnormed.values, p.dnormed.row(b, l), base, D, d);
       modulate_bwd(p.modulation, p.dscale, b, l, row, base, D, n, d, dn_sum, d_sum);

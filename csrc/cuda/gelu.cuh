@@ -56,8 +56,9 @@ __global__ void __launch_bounds__(kFlatThreads) gelu_bwd_kernel(const GeluBwdPar
   flat_place(p.rows, p.F, row, column);
   if (row >= p.rows) return;
   const int count = static_cast<int>(min(p.F - column, int64_t{8}));
-  const Float8 dout = load8(p.dout, row * p.dout_step + column, count);
-  const Float8 x = load8(p.x, row * p.x_step + column, count);
+  const Bits8 dout_bits = load_bits8(p.dout, row * p.dout_step + column, count);
+  const Bits8 x_bits = load_bits8(p.x, row * p.x_step + column, count);
+  const Float8 dout = to_float8(dout_bits, p.dout.dtype), x = to_float8(x_bits, p.x.dtype);
   store8(p.dx, row * p.F + column, count, by_column([&](int k) {
            const GeluGate gate = gelu_gate<kTanh>(x[k]);
            return dout[k] * (gate.value + x[k] * gate.slope);

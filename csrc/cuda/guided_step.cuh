@@ -30,9 +30,11 @@ __global__ void __launch_bounds__(kGuidedStepThreads)
   const int64_t pieces = ceil_div(p.N, 8), b = divide(i, pieces), first = (i - b * pieces) * 8;
   if (b >= p.B) return;
   const int count = static_cast<int>(min(p.N - first, int64_t{8}));
-  const Float8 x = load8(p.x, b * p.N + first, count);
-  const Float8 cond = load8(p.v, b * p.N + first, count);
-  const Float8 uncond = load8(p.v, (p.B + b) * p.N + first, count);
+  const Bits8 x_bits = load_bits8(p.x, b * p.N + first, count);
+  const Bits8 cond_bits = load_bits8(p.v, b * p.N + first, count);
+  const Bits8 uncond_bits = load_bits8(p.v, (p.B + b) * p.N + first, count);
+  const Float8 x = to_float8(x_bits, p.x.dtype);
+  const Float8 cond = to_float8(cond_bits, p.v.dtype), uncond = to_float8(uncond_bits, p.v.dtype);
   const float weight = is_there(p.weight) ? load1(p.weight, 0) : p.weight_value;
   const float dt = is_there(p.dt) ? load1(p.dt, 0) : p.dt_value;
   const Float8 guidance = uncond + weight * (cond - uncond);

@@ -26,9 +26,11 @@ __global__ void __launch_bounds__(kFwdLimits.bound(N))
   const int64_t number = static_cast<int64_t>(blockIdx.x) * layout.slots + at.slot;
   const bool there = number < p.tokens;
   const Token token = token_of(there ? number : p.tokens - 1, p.L);
-  Float8 x[N];
-  load_heads(x, p.q, p.k, token, there, there, p.shape, at);
+  Bits8 bits[N];
+  load_heads(bits, p.q, p.k, token, there, there, p.shape, at);
   fill_rotations(p.angles, token, 1.0f, 0, p.shape.K, layout, at, shared.rotations);
+  Float8 x[N];
+  convert_heads(bits, x, p.q, p.k, p.shape, at);
   norm_rotate(x, p.parameters, p.shape, at, shared);
   if (there) store_heads(x, p.q_out, p.k_out, token, p.shape, at);
 }

@@ -55,8 +55,12 @@ __device__ __forceinline__ void fill_entry(const TablesView& tables, const Token
   const int pair = tables.half ? min(channel, partner) : channel / 2;
   const int cos = tables.pairs ? pair : channel;
   const int sin = tables.pairs ? pair : tables.backward ? partner : channel;
-  const float value = load_entry(tables.sin, tables.sin.row(token, head) + sin * tables.sin.step);
-  to[channel % 8] = load_entry(tables.cos, tables.cos.row(token, head) + cos * tables.cos.step);
+  const uint64_t sin_bits =
+      load_entry_bits(tables.sin, tables.sin.row(token, head) + sin * tables.sin.step);
+  const uint64_t cos_bits =
+      load_entry_bits(tables.cos, tables.cos.row(token, head) + cos * tables.cos.step);
+  const float value = entry_of(sin_bits, tables.sin);
+  to[channel % 8] = entry_of(cos_bits, tables.cos);
   to[8 + channel % 8] = (channel < partner) == tables.backward ? value : -value;
 }
 
@@ -128,9 +132,11 @@ __global__ void __launch_bounds__(kFwdLimits.bound(N))
   const int64_t number = static_cast<int64_t>(blockIdx.x) * layout.slots + at.slot;
   const bool there = number < p.tokens;
   const Token token = token_of(there ? number : p.tokens - 1, p.L);
-  Float8 x[N];
-  load_heads(x, p.q, p.k, token, there, there, p.shape, at);
+  Bits8 bits[N];
+  load_heads(bits, p.q, p.k, token, there, there, p.shape, at);
   fill_entries(p.tables, token, layout, at, shared);
+  Float8 x[N];
+  convert_heads(bits, x, p.q, p.k, p.shape, at);
   float rstd[N];
   normalise(x, rstd, p.shape, at, shared.norm);
 #pragma unroll

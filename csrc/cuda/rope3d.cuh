@@ -30,8 +30,8 @@ __global__ void __launch_bounds__(kRope3dThreads, 3) rope3d_kernel(const Rope3dP
   const Token token = token_of(number < p.tokens ? number : p.tokens - 1, p.L);
   const int heads = number < p.tokens ? p.H + p.G : 0;
   const int first_piece = static_cast<int>(blockIdx.y) * p.layout.pieces;
-  const int64_t column = 8 * (first_piece + at.piece), count = p.K - column;
-  Float8 x[kRope3dHeads];
+  const int column = 8 * (first_piece + at.piece), count = p.K - column;
+  Bits8 bits[kRope3dHeads];
 
   auto load = [&](int first) {
 #pragma unroll
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kRope3dThreads, 3) rope3d_kernel(const Rope3dP
       const int head = first + n * p.layout.step;
       const HeadsView from = select(head < p.H, p.q, p.k);
       const int64_t start = from.at(token.b, token.l, head < p.H ? head : head - p.H);
-      load8(from.values, start + column, head < heads ? count : 0, x[n]);
+      bits[n] = load_bits8(from.values, start + column, head < heads ? count : 0);
     }
   };
   load(at.head);
@@ -51,10 +51,11 @@ __global__ void __launch_bounds__(kRope3dThreads, 3) rope3d_kernel(const Rope3dP
     for (int n = 0; n < kRope3dHeads; ++n) {
       const int head = first + n * p.layout.step;
       if (head >= heads) break;
-      rotate_piece(x[n], rotation);
+      Float8 x = to_float8(bits[n], head < p.H ? p.q.values.dtype : p.k.values.dtype);
+      rotate_piece(x, rotation);
       const HeadsView to = select(head < p.H, p.q_out, p.k_out);
       const int64_t start = to.at(token.b, token.l, head < p.H ? head : head - p.H);
-      store8(to.values, start + column, count, x[n]);
+      store8(to.values, start + column, count, x);
     }
     first += kRope3dHeads * p.layout.step;
     if (first < heads) load(first);

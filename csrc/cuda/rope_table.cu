@@ -1,4 +1,6 @@
 // CUDA launchers of rope_table.
+#include <type_traits>
+
 #include "cuda/lib/rope_launch.h"
 #include "cuda/rope_table.cuh"
 
@@ -56,10 +58,17 @@ std::tuple<Tensor, Tensor> rotated(const Tensor& q, const OptionalTensor& k, con
                           .G = static_cast<int>(G),
                           .K = static_cast<int>(K)};
   const LaunchConfig config = rope_table_config(layout, tokens, pieces);
+  const auto launch = [&](auto plain) {
+    if (half) {
+      LUMINA_LAUNCH(q, config, (rope_table_kernel<plain(), true>), p);
+    } else {
+      LUMINA_LAUNCH(q, config, (rope_table_kernel<plain(), false>), p);
+    }
+  };
   if (is_plain(tables, K)) {
-    LUMINA_LAUNCH(q, config, rope_table_kernel<true>, p);
+    launch(std::true_type());
   } else {
-    LUMINA_LAUNCH(q, config, rope_table_kernel<false>, p);
+    launch(std::false_type());
   }
   return {q_out, k_out};
 }

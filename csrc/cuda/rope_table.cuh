@@ -39,28 +39,45 @@ __device__ __forceinline__ RotatedPiece neighbours(int first, int end) {
 }
 
 // kPlain: all channels are rotated, by tables with an entry for each, without gaps, for all heads.
-template <bool kPlain>
+// kHalf is tables.half.
+template <bool kPlain, bool kHalf>
 __device__ __forceinline__ RotatedPiece piece_of(int number, const RopeTableParams& p) {
   const int channels = kPlain ? p.K : p.tables.channels, M = channels / 2;
-  if (!p.tables.half) return neighbours(8 * number, p.K);
+  if (!kHalf) return neighbours(8 * number, p.K);
   const int first = 4 * number;
   if (kPlain || first < M) return {{first, M + first}, {M - first, M - first}};
   return neighbours(channels + 8 * (number - (M + 3) / 4), p.K);
 }
 
-// 4 values; only the first `count` exist.
-__device__ __forceinline__ void load4(const Values& x, int64_t i, int count, float* out) {
-  if (!x.vectors || count < 4) {
-#pragma unroll
-    for (int k = 0; k < 4; ++k) out[k] = k < count ? load1(x, i + k) : 0.0f;
-  } else if (x.dtype == Dtype::kFloat) {
-    const float4 values = load_global<float4>(x.data + 4 * i);
-    out[0] = values.x, out[1] = values.y, out[2] = values.z, out[3] = values.w;
-  } else {
-    const uint2 bits = load_global<uint2>(x.data + 2 * i);
-    unpack2(bits.x, x.dtype, out[0], out[1]);
-    unpack2(bits.y, x.dtype, out[2], out[3]);
+// Twice 4 values, as Bits8 has those of load_bits8.
+__device__ __forceinline__ Bits8 load_fours(const Values& x, int64_t i, const RotatedPiece& piece) {
+  const int64_t start[2] = {i + piece.first[0], i + piece.first[1]};
+  const bool vector = x.vectors && piece.count[0] >= 4 && piece.count[1] >= 4;
+  if (x.dtype == Dtype::kFloat) {
+    if (vector) {
+      return {load_global<uint4>(x.data + 4 * start[0]), load_global<uint4>(x.data + 4 * start[1])};
+    }
+    const auto load = [&](int k) -> uint32_t {
+      const int64_t from = 4 * (start[k / 4] + k % 4);
+      return k % 4 < piece.count[k / 4] ? load_global<unsigned>(x.data + from) : 0;
+    };
+    return {make_uint4(load(0), load(1), load(2), load(3)),
+            make_uint4(load(4), load(5), load(6), load(7))};
   }
+  Bits8 bits;
+  if (vector) {
+    const uint2 a = load_global<uint2>(x.data + 2 * start[0]);
+    const uint2 b = load_global<uint2>(x.data + 2 * start[1]);
+    bits.first = make_uint4(a.x, a.y, b.x, b.y);
+  } else {
+    const auto load = [&](int k) -> uint32_t {
+      const int64_t from = 2 * (start[k / 4] + k % 4);
+      return k % 4 < piece.count[k / 4] ? load_global<unsigned short>(x.data + from) : 0;
+    };
+    bits.first = make_uint4(load(0) | load(1) << 16, load(2) | load(3) << 16,
+                            load(4) | load(5) << 16, load(6) | load(7) << 16);
+  }
+  return bits;
 }
 
 __device__ __forceinline__ void store4(const Values& x, int64_t i, int count, const float* in) {
@@ -78,13 +95,9 @@ __device__ __forceinline__ void store4(const Values& x, int64_t i, int count, co
 }
 
 // A piece of the values from element i on.
-__device__ __forceinline__ Float8 load_piece(const Values& x, int64_t i, const RotatedPiece& piece,
-                                             bool half) {
-  if (!half) return load8(x, i + piece.first[0], piece.count[0]);
-  Float8 out;
-  load4(x, i + piece.first[0], piece.count[0], out.columns);
-  load4(x, i + piece.first[1], piece.count[1], out.columns + 4);
-  return out;
+template <bool kHalf>
+__device__ __forceinline__ Bits8 load_piece(const Values& x, int64_t i, const RotatedPiece& piece) {
+  return kHalf ? load_fours(x, i, piece) : load_bits8(x, i + piece.first[0], piece.count[0]);
 }
 
 __device__ __forceinline__ void store_piece(const Values& x, int64_t i, const RotatedPiece& piece,
@@ -98,9 +111,9 @@ __device__ __forceinline__ void store_piece(const Values& x, int64_t i, const Ro
 }
 
 // f(i, j) for the pairs of values i and j of a piece.
-template <class F>
-__device__ __forceinline__ void for_pairs(bool half, F f) {
-  if (half) {
+template <bool kHalf, class F>
+__device__ __forceinline__ void for_pairs(F f) {
+  if (kHalf) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) f(i, i + 4);
   } else {
@@ -110,16 +123,15 @@ __device__ __forceinline__ void for_pairs(bool half, F f) {
 }
 
 // The entries of a piece, in a row that starts at element i; of pairs that are not rotated, zeros.
-template <bool kPlain>
+template <bool kHalf>
 __device__ __forceinline__ Float8 load_entries(const TableView& table, int64_t i,
                                                const RotatedPiece& piece,
                                                const RopeTableParams& p) {
-  if (kPlain) return load_piece(table.values, i, piece, p.tables.half);
   Float8 out;
-  for_pairs(p.tables.half, [&](int a, int b) {
+  for_pairs<kHalf>([&](int a, int b) {
     const int first = piece.channel(a), second = piece.channel(b);
     const bool there = second < p.tables.channels;
-    const int entry = p.tables.pairs && !p.tables.half ? first / 2 : first;
+    const int entry = p.tables.pairs && !kHalf ? first / 2 : first;
     out[a] = there ? load_entry(table, i + entry * table.step) : 0.0f;
     out[b] = there && !p.tables.pairs ? load_entry(table, i + second * table.step) : out[a];
   });
@@ -137,31 +149,62 @@ __device__ __forceinline__ void rotate_values(Float8& x, int i, int j, const Flo
 
 // x -> x * cos + rot(x) * sin for q and k, or, if `backward`, the gradient of x from that of the
 // result.
-template <bool kPlain>
+template <bool kPlain, bool kHalf>
 __global__ void __launch_bounds__(kRopeTableThreads, 3) rope_table_kernel(const RopeTableParams p) {
   RowPlace at = row_place(p.layout);
   at.piece += static_cast<int>(blockIdx.y) * p.layout.pieces;
   const int64_t number = static_cast<int64_t>(blockIdx.x) * p.layout.slots + at.slot;
   if (number >= p.tokens || at.head == kNoHead) return;
   const Token token = token_of(number, p.L);
-  const RotatedPiece piece = piece_of<kPlain>(at.piece, p);
+  const RotatedPiece piece = piece_of<kPlain, kHalf>(at.piece, p);
+  const int heads = p.H + p.G;
+  // That a thread rotates at a time, so that their loads overlap.
+  constexpr int kHeads = kPlain ? 2 : 1;
+  Bits8 bits[kHeads];
+  const auto load = [&](int first) {
+#pragma unroll
+    for (int n = 0; n < kHeads; ++n) {
+      const int row = first + n * p.layout.step;
+      if (row >= heads) break;
+      const HeadsView from = select(row < p.H, p.q, p.k);
+      const int64_t start = from.at(token.b, token.l, row < p.H ? row : row - p.H);
+      bits[n] = load_piece<kHalf>(from.values, start, piece);
+    }
+  };
+  load(at.head);
   Float8 cos, sin;
   const auto load_tables = [&](int head) {
-    cos = load_entries<kPlain>(p.tables.cos, p.tables.cos.row(token, head), piece, p);
-    sin = load_entries<kPlain>(p.tables.sin, p.tables.sin.row(token, head), piece, p);
+    const int64_t cos_row = p.tables.cos.row(token, head), sin_row = p.tables.sin.row(token, head);
+    if (kPlain) {
+      const Values &cosines = p.tables.cos.values, &sines = p.tables.sin.values;
+      const Bits8 cos_bits = load_piece<kHalf>(cosines, cos_row, piece);
+      const Bits8 sin_bits = load_piece<kHalf>(sines, sin_row, piece);
+      cos = to_float8(cos_bits, cosines.dtype);
+      sin = to_float8(sin_bits, sines.dtype);
+    } else {
+      cos = load_entries<kHalf>(p.tables.cos, cos_row, piece, p);
+      sin = load_entries<kHalf>(p.tables.sin, sin_row, piece, p);
+    }
   };
   if (kPlain || !p.tables.per_head) load_tables(0);
-  for (int row = at.head; row < p.H + p.G; row += p.layout.step) {
-    const bool of_q = row < p.H;
-    const int head = of_q ? row : row - p.H;
-    if (!kPlain && p.tables.per_head) load_tables(head);
-    const HeadsView from = select(of_q, p.q, p.k), to = select(of_q, p.q_out, p.k_out);
-    Float8 x = load_piece(from.values, from.at(token.b, token.l, head), piece, p.tables.half);
-    for_pairs(p.tables.half, [&](int i, int j) {
-      if (kPlain || piece.channel(j) < p.tables.channels)
-        rotate_values(x, i, j, cos, sin, p.tables.backward);
-    });
-    store_piece(to.values, to.at(token.b, token.l, head), piece, p.tables.half, x);
+  for (int first = at.head; first < heads;) {
+#pragma unroll
+    for (int n = 0; n < kHeads; ++n) {
+      const int row = first + n * p.layout.step;
+      if (row >= heads) break;
+      const bool of_q = row < p.H;
+      const int head = of_q ? row : row - p.H;
+      if (!kPlain && p.tables.per_head) load_tables(head);
+      Float8 x = to_float8(bits[n], of_q ? p.q.values.dtype : p.k.values.dtype);
+      for_pairs<kHalf>([&](int i, int j) {
+        if (kPlain || piece.channel(j) < p.tables.channels)
+          rotate_values(x, i, j, cos, sin, p.tables.backward);
+      });
+      const HeadsView to = select(of_q, p.q_out, p.k_out);
+      store_piece(to.values, to.at(token.b, token.l, head), piece, kHalf, x);
+    }
+    first += kHeads * p.layout.step;
+    if (first < heads) load(first);
   }
 }
 

@@ -42,8 +42,17 @@ __global__ void __launch_bounds__(row_threads(kPieces))
   if (row >= p.B * p.L) return;
   const int64_t b = divide(row, p.L), l = row - b * p.L;
   const Spans spans = column_spans<kPieces, kWide>(p.D);
+  constexpr bool kAhead = kLoadsAhead<kPieces, kWide>;
+  SandwichAhead ahead;
   const auto load = [&](int base, Float8(&y)[kPieces]) {
-    load_span(p.y.values, p.y.row(b, l), base, p.D, y);
+    if constexpr (kAhead) {
+      const int column = column_of(base, 0);
+      const Bits8 bits = load_bits8(p.y.values, p.y.row(b, l) + column, p.D - column);
+      ahead = load_ahead(p.sandwich, b, l, column, p.D);
+      y[0] = to_float8(bits, p.y.values.dtype);
+    } else {
+      load_span(p.y.values, p.y.row(b, l), base, p.D, y);
+    }
   };
   RowSum sum;
   Float8 y[kPieces];
@@ -51,7 +60,7 @@ __global__ void __launch_bounds__(row_threads(kPieces))
   for (int base = 0; base < spans.end; base += spans.size) {
     if (kWide) load(base, y);
     for_pieces<kPieces>([&](int j) { y[j] *= rstd; });
-    sandwich<kTanh>(p.sandwich, b, l, base, p.D, y);
+    sandwich<kTanh, kAhead>(p.sandwich, ahead, b, l, base, p.D, y);
     store_span(p.out, row * p.D, base, p.D, y);
   }
   if (threadIdx.x == 0) p.rstd[row] = rstd;

@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(row_threads(kPieces))
   const auto make_new_residual = [&](int base, Float8(&y)[kPieces]) {
     if (kWide) load_y(base, y);  // otherwise it is still there
     for_pieces<kPieces>([&](int j) { y[j] *= rstd; });
-    sandwich<kTanh>(p.sandwich, b, l, base, p.D, y);
+    sandwich<kTanh, false>(p.sandwich, {}, b, l, base, p.D, y);
     store_span(p.new_residual, row * p.D, base, p.D, y);
   };
   const float next_rstd = norm_statistics<kWide>(make_new_residual, p.D, p.eps, false, sum, x).y;
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(row_threads(kPieces))
     };
     const auto next_gradient = [&](int base) {
       load_n(base);
-      sandwich<kTanh>(p.sandwich, b, l, base, D, n);
+      sandwich<kTanh, false>(p.sandwich, {}, b, l, base, D, n);
       for_pieces<kPieces>([&](int j) { n[j] *= next_rstd; });
       load_span(p.dnormed.values, p.dnormed.row(b, l), base, D, d);
       modulate_bwd(p.next, p.dscale, b, l, row, base, D, n, d, next_sum, unused);

@@ -24,8 +24,9 @@ __global__ void __launch_bounds__(kFlatThreads) swiglu_fwd_kernel(const SwigluFw
   flat_place(p.rows, p.F, row, column);
   if (row >= p.rows) return;
   const int count = static_cast<int>(min(p.F - column, int64_t{8}));
-  const Float8 a = load8(p.a, row * p.a_step + column, count);
-  const Float8 b = load8(p.b, row * p.b_step + column, count);
+  const Bits8 a_bits = load_bits8(p.a, row * p.a_step + column, count);
+  const Bits8 b_bits = load_bits8(p.b, row * p.b_step + column, count);
+  const Float8 a = to_float8(a_bits, p.a.dtype), b = to_float8(b_bits, p.b.dtype);
   store8(p.out, row * p.F + column, count,
          by_column([&](int k) { return a[k] / (1.0f + expf(-a[k])) * b[k]; }));
 }
@@ -36,9 +37,11 @@ __global__ void __launch_bounds__(kFlatThreads) swiglu_bwd_kernel(const SwigluBw
   flat_place(p.rows, p.F, row, column);
   if (row >= p.rows) return;
   const int count = static_cast<int>(min(p.F - column, int64_t{8}));
-  const Float8 dout = load8(p.dout, row * p.dout_step + column, count);
-  const Float8 a = load8(p.a, row * p.a_step + column, count);
-  const Float8 b = load8(p.b, row * p.b_step + column, count);
+  const Bits8 dout_bits = load_bits8(p.dout, row * p.dout_step + column, count);
+  const Bits8 a_bits = load_bits8(p.a, row * p.a_step + column, count);
+  const Bits8 b_bits = load_bits8(p.b, row * p.b_step + column, count);
+  const Float8 dout = to_float8(dout_bits, p.dout.dtype);
+  const Float8 a = to_float8(a_bits, p.a.dtype), b = to_float8(b_bits, p.b.dtype);
   Float8 da, db;
 #pragma unroll
   for (int k = 0; k < 8; ++k) {  // in one loop: Float8's operators take 7 more registers

@@ -76,6 +76,25 @@ __device__ __forceinline__ void add_products(float& total, const Float8& a, cons
 
 // --- memory ---
 
+// 8 columns of 16 bits, of which the first `count` exist; the others are 0.
+__device__ __forceinline__ uint4 load_shorts8(Global<unsigned char> from, bool vector, int count) {
+  if (vector) return load_global<uint4>(from);
+  const auto load = [&](int k) -> uint32_t {
+    return k < count ? load_global<unsigned short>(from + 2 * k) : 0;
+  };
+  return make_uint4(load(0) | load(1) << 16, load(2) | load(3) << 16, load(4) | load(5) << 16,
+                    load(6) | load(7) << 16);
+}
+
+__device__ __forceinline__ Float8 unpack8(const uint4& bits, Dtype dtype) {
+  Float8 out;
+  unpack2(bits.x, dtype, out[0], out[1]);
+  unpack2(bits.y, dtype, out[2], out[3]);
+  unpack2(bits.z, dtype, out[4], out[5]);
+  unpack2(bits.w, dtype, out[6], out[7]);
+  return out;
+}
+
 // Elements i to i + 7. The first `count` of them exist, any number; the others read as 0. i is a
 // multiple of 8 from the start of a row.
 __device__ __forceinline__ void load8(const Values& x, int64_t i, int count, Float8& out) {
@@ -92,28 +111,46 @@ __device__ __forceinline__ void load8(const Values& x, int64_t i, int count, Flo
     }
     return;
   }
-  const auto from = x.data + 2 * i;
-  uint4 bits = make_uint4(0, 0, 0, 0);
-  if (vector) {
-    bits = load_global<uint4>(from);
-  } else {
-    const auto load = [&](int k) -> uint32_t {
-      return k < count ? load_global<unsigned short>(from + 2 * k) : 0;
-    };
-    bits = make_uint4(load(0) | load(1) << 16, load(2) | load(3) << 16, load(4) | load(5) << 16,
-                      load(6) | load(7) << 16);
-  }
-  unpack2(bits.x, x.dtype, out[0], out[1]);
-  unpack2(bits.y, x.dtype, out[2], out[3]);
-  unpack2(bits.z, x.dtype, out[4], out[5]);
-  unpack2(bits.w, x.dtype, out[6], out[7]);
+  out = unpack8(load_shorts8(x.data + 2 * i, vector, count), x.dtype);
 }
 
-// rope3d, which loads in a loop, takes 33 instructions more in this form.
 __device__ __forceinline__ Float8 load8(const Values& x, int64_t i, int count) {
   Float8 out;
   load8(x, i, count, out);
   return out;
+}
+
+// load8 in two steps. A conversion waits for its load, and with it what follows in the code, so
+// that a kernel with several loads asks for all bits before it converts any. They take up to 8
+// registers, of which load8 needs 4 for a moment: kernels that are short of them use that.
+struct Bits8 {
+  uint4 first, second;  // `second` has no value if the dtype has 16 bits
+};
+
+__device__ __forceinline__ Bits8 load_bits8(const Values& x, int64_t i, int count) {
+  Bits8 bits;
+  const bool vector = x.vectors && count >= 8;
+  if (x.dtype != Dtype::kFloat) {
+    bits.first = load_shorts8(x.data + 2 * i, vector, count);
+    return bits;
+  }
+  const auto from = x.data + 4 * i;
+  if (vector) return {load_global<uint4>(from), load_global<uint4>(from + 16)};
+  const auto load = [&](int k) -> uint32_t {
+    return k < count ? load_global<unsigned>(from + 4 * k) : 0;
+  };
+  return {make_uint4(load(0), load(1), load(2), load(3)),
+          make_uint4(load(4), load(5), load(6), load(7))};
+}
+
+__device__ __forceinline__ Float8 to_float8(const Bits8& bits, Dtype dtype) {
+  // In this order bfloat16 takes a branch of its own; otherwise its 8 instructions and the 8 of
+  // float16 are all issued, under predicates.
+  if (dtype == Dtype::kBFloat16) return unpack8(bits.first, Dtype::kBFloat16);
+  if (dtype == Dtype::kHalf) return unpack8(bits.first, Dtype::kHalf);
+  const uint4 &a = bits.first, &b = bits.second;
+  return {{__uint_as_float(a.x), __uint_as_float(a.y), __uint_as_float(a.z), __uint_as_float(a.w),
+           __uint_as_float(b.x), __uint_as_float(b.y), __uint_as_float(b.z), __uint_as_float(b.w)}};
 }
 
 // The first `count` columns go to memory, the others leave it untouched.

@@ -19,7 +19,44 @@ __device__ __forceinline__ void with_parameter(const RowsView& parameter, int64_
   }
 }
 
-// n becomes y in the span at `base` of row l of sample b.
+// --- loads ahead of the statistics ---
+
+// Whether a thread loads what it needs after the statistics of its row before them. Only what has
+// 16 bits: float32 would take twice the registers, and is loaded where it is used.
+template <int kPieces, bool kWide>
+constexpr bool kLoadsAhead = kPieces == 1 && !kWide;
+
+__device__ __forceinline__ uint4 load_ahead(const RowsView& parameter, int64_t b, int64_t l,
+                                            int column, int D) {
+  uint4 bits;  // without a value if there is nothing to load
+  if (is_there(parameter) && parameter.values.dtype != Dtype::kFloat) {
+    const auto from = parameter.values.data + 2 * (parameter.row(b, l) + column);
+    bits = load_shorts8(from, parameter.values.vectors && D - column >= 8, D - column);
+  }
+  return bits;
+}
+
+// with_parameter, of bits that were loaded ahead if kAhead.
+template <bool kAhead, class F>
+__device__ __forceinline__ void with_parameter(const RowsView& parameter, const uint4& ahead,
+                                               int64_t b, int64_t l, int column, int D, F f) {
+  if (!is_there(parameter)) return;
+  const Dtype dtype = parameter.values.dtype;
+  Float8 x;
+  if (kAhead && dtype == Dtype::kBFloat16) {  // a branch of its own, as in to_float8
+    x = unpack8(ahead, Dtype::kBFloat16);
+  } else if (kAhead && dtype == Dtype::kHalf) {
+    x = unpack8(ahead, Dtype::kHalf);
+  } else {
+    load8(parameter.values, parameter.row(b, l) + column, D - column, x);
+  }
+  f(x);
+}
+
+// --- the modulation ---
+
+// n becomes y in the span at `base` of row l of sample b. Its parameters are rarely read from far,
+// and waiting in registers they would take two of five blocks from an SM.
 template <int kPieces>
 __device__ __forceinline__ void modulate(const ModulationView& m, int64_t b, int64_t l, int base,
                                          int D, Float8 (&n)[kPieces]) {

@@ -158,11 +158,11 @@ __device__ __forceinline__ void normalise(Float8 (&x)[N], float (&rstd)[N], cons
   }
 }
 
-// 8 channels of a weight or bias for head `head` of its tensor.
-__device__ __forceinline__ Float8 load_parameter(const Values& parameter, const NormShape& shape,
-                                                 const RowPlace& at, int head, int count) {
+// Where 8 channels of a weight or bias are, for head `head` of its tensor.
+__device__ __forceinline__ int64_t parameter_at(const NormShape& shape, const RowPlace& at,
+                                                int head) {
   const int row = shape.norm == NormKind::kRmsPerHead ? 0 : head;
-  return load8(parameter, static_cast<int64_t>(row) * shape.K + 8 * at.piece, count);
+  return static_cast<int64_t>(row) * shape.K + 8 * at.piece;
 }
 
 struct NormParameters {
@@ -177,8 +177,9 @@ __device__ __forceinline__ void scale_piece(Float8& x, const NormParameters& par
   const Values weight = select(of_q, parameters.q_weight, parameters.k_weight);
   const Values bias = select(of_q, parameters.q_bias, parameters.k_bias);
   const int own = of_q ? head : head - shape.H;  // its index in q, or in k
-  if (is_there(weight)) x *= load_parameter(weight, shape, at, own, count);
-  if (is_there(bias)) x += load_parameter(bias, shape, at, own, count);
+  const int64_t start = parameter_at(shape, at, own);
+  if (is_there(weight)) x *= load8(weight, start, count);
+  if (is_there(bias)) x += load8(bias, start, count);
 }
 
 // x becomes rotate(norm(x) * weight + bias) for the heads of q and k. Contains the barrier between
@@ -198,6 +199,33 @@ __device__ __forceinline__ void norm_rotate(Float8 (&x)[N], const NormParameters
 }
 
 // Loads the pieces of a token's heads; zeros in place of q or k if these are not wanted.
+template <int N>
+__device__ __forceinline__ void load_heads(Bits8 (&x)[N], const HeadsView& q, const HeadsView& k,
+                                           const Token& token, bool want_q, bool want_k,
+                                           const NormShape& shape, const RowPlace& at) {
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    const int head = at.head + n * shape.layout.step;
+    const bool of_q = head < shape.H;
+    const HeadsView from = select(of_q, q, k);
+    const int64_t start = from.at(token.b, token.l, of_q ? head : head - shape.H);
+    const int count = (of_q ? want_q : want_k) ? channels(shape, at, n) : 0;
+    x[n] = load_bits8(from.values, start + 8 * at.piece, count);
+  }
+}
+
+template <int N>
+__device__ __forceinline__ void convert_heads(const Bits8 (&bits)[N], Float8 (&x)[N],
+                                              const HeadsView& q, const HeadsView& k,
+                                              const NormShape& shape, const RowPlace& at) {
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    const bool of_q = at.head + n * shape.layout.step < shape.H;
+    x[n] = to_float8(bits[n], of_q ? q.values.dtype : k.values.dtype);
+  }
+}
+
+// At once, for kernels that go over several tokens and are short of registers.
 template <int N>
 __device__ __forceinline__ void load_heads(Float8 (&x)[N], const HeadsView& q, const HeadsView& k,
                                            const Token& token, bool want_q, bool want_k,

@@ -41,8 +41,8 @@ __device__ __forceinline__ void norm_bwd(Float8 (&x)[N], const float (&rstd)[N],
     dweight[n] += by_column([&](int i) { return keep ? d[n][i] * x[n][i] : 0.0f; });
     dbias[n] += d[n];
     if (is_there(p.weight)) {
-      d[n] *= load_parameter(p.weight, p.shape, at, at.head + n * p.shape.layout.step,
-                             channels(p.shape, at, n));
+      d[n] *= load8(p.weight, parameter_at(p.shape, at, at.head + n * p.shape.layout.step),
+                    channels(p.shape, at, n));
     }
     sums[0][n] = sum_of_products(d[n], x[n]);
     sums[1][n] = 0.0f;

@@ -162,6 +162,9 @@ __device__ __forceinline__ void fill_rotations(const AnglesView& angles, const T
     const int pair = first + i;
     float angle = 0.0f;
     if (2 * pair < K) {
+      // Before the position, which has to wait for its axis.
+      const float freq =
+          load_number(angles.inv_freq, token.b * angles.freq_b + pair * angles.freq_pair);
       const int64_t axis = load_integer(angles.axis, pair * angles.axis_pair);
       float position = __int_as_float(0x7FC00000);
       if (axis >= 0 && axis <= 2) {
@@ -169,8 +172,7 @@ __device__ __forceinline__ void fill_rotations(const AnglesView& angles, const T
                                                      token.l * angles.position_l +
                                                      axis * angles.position_column);
       }
-      angle = position *
-              load_number(angles.inv_freq, token.b * angles.freq_b + pair * angles.freq_pair);
+      angle = position * freq;
     }
     float sin, cos;
     sincosf(angle, &sin, &cos);

@@ -26,9 +26,28 @@ struct TablesView {
   bool per_head;  // and rows for each head
 };
 
+// An entry in two steps, as Bits8 are of 8 columns: the loads of several do not wait for each
+// other.
+__device__ __forceinline__ uint64_t load_entry_bits(const TableView& table, int64_t i) {
+  const Global<unsigned char> data = table.values.data;
+  if (table.is_double) return load_global<unsigned long long>(data + 8 * i);
+  if (table.values.dtype == Dtype::kFloat) return load_global<unsigned>(data + 4 * i);
+  return load_global<unsigned short>(data + 2 * i);
+}
+
+__device__ __forceinline__ float entry_of(uint64_t bits, const TableView& table) {
+  if (table.is_double) {
+    double value;
+    memcpy(&value, &bits, sizeof(value));
+    return static_cast<float>(value);
+  }
+  if (table.values.dtype == Dtype::kFloat) return __uint_as_float(static_cast<uint32_t>(bits));
+  const uint16_t half = static_cast<uint16_t>(bits);
+  return table.values.dtype == Dtype::kHalf ? half_to_float(half) : bfloat16_to_float(half);
+}
+
 __device__ __forceinline__ float load_entry(const TableView& table, int64_t i) {
-  if (!table.is_double) return load1(table.values, i);
-  return static_cast<float>(load_global<double>(table.values.data + 8 * i));
+  return entry_of(load_entry_bits(table, i), table);
 }
 
 }  // namespace lumina_kernels::cuda

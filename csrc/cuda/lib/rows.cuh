@@ -115,21 +115,35 @@ class RowSum {
     if (with_y) y = warp_sum(y);
     if (blockDim.x == 32) return make_float2(x, y);
     const Shared<float> first = slots + set_ * 2 * kRowWarps, second = first + kRowWarps;
-    if (threadIdx.x % 32 == 0) {
-      first[threadIdx.x / 32] = x;
-      if (with_y) second[threadIdx.x / 32] = y;
+    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    const int warps = static_cast<int>(blockDim.x) / 32, unused = warps + lane;
+    if (lane == 0) {
+      first[warp] = x;
+      if (with_y) second[warp] = y;
+    }
+    if (warp == 0 && unused < kRowWarps) {
+      first[unused] = 0.0f;
+      if (with_y) second[unused] = 0.0f;
     }
     __syncthreads();
-    x = y = 0.0f;
-    for (int warp = 0; warp < static_cast<int>(blockDim.x) / 32; ++warp) {
-      x += first[warp];
-      if (with_y) y += second[warp];
-    }
+    x = total(first);
+    if (with_y) y = total(second);
     set_ ^= 1;
     return make_float2(x, y);
   }
 
  private:
+  // All slots, whatever the number of warps: a loop over these takes twice as many instructions.
+  __device__ __forceinline__ static float total(Shared<float> sums) {
+    float total = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kRowWarps; i += 4) {
+      const float4 four = load_shared<float4>(sums + i);
+      total += four.x, total += four.y, total += four.z, total += four.w;
+    }
+    return total;
+  }
+
   int set_ = 0;
 };
 
@@ -150,8 +164,9 @@ __device__ __forceinline__ float2 norm_statistics(Load load, int D, float eps, b
   for (int base = 0; base < spans.end; base += spans.size) {
     if (kWide) load(base, x);
     for_pieces<kPieces>([&](int j) {
-      const Float8 away =
-          by_column([&](int k) { return column_of(base, j) + k < D ? x[j][k] - mean : 0.0f; });
+      const int count = D - column_of(base, j);
+      Float8 away = x[j] - mean;
+      if (count < 8) away = by_column([&](int k) { return k < count ? away[k] : 0.0f; });
       add_products(squares, away, away);
     });
   }

@@ -11,18 +11,30 @@ struct Sandwich {
   RowsView residual, weight, gate;
 };
 
+struct SandwichAhead {
+  uint4 residual, weight, gate;
+};
+
+__device__ __forceinline__ SandwichAhead load_ahead(const Sandwich& s, int64_t b, int64_t l,
+                                                    int column, int D) {
+  return {load_ahead(s.residual, b, l, column, D), load_ahead(s.weight, b, l, column, D),
+          load_ahead(s.gate, b, l, column, D)};
+}
+
 // n becomes residual + tanh(gate) * n * weight in the span at `base` of row l of sample b.
-template <bool kTanh, int kPieces>
-__device__ __forceinline__ void sandwich(const Sandwich& s, int64_t b, int64_t l, int base, int D,
-                                         Float8 (&n)[kPieces]) {
+template <bool kTanh, bool kAhead, int kPieces>
+__device__ __forceinline__ void sandwich(const Sandwich& s, const SandwichAhead& ahead, int64_t b,
+                                         int64_t l, int base, int D, Float8 (&n)[kPieces]) {
   for_pieces<kPieces>([&](int j) {
     const int column = column_of(base, j);
-    with_parameter(s.weight, b, l, column, D, [&](const Float8& weight) { n[j] *= weight; });
-    with_parameter(s.gate, b, l, column, D, [&](const Float8& gate) {
+    with_parameter<kAhead>(s.weight, ahead.weight, b, l, column, D,
+                           [&](const Float8& weight) { n[j] *= weight; });
+    with_parameter<kAhead>(s.gate, ahead.gate, b, l, column, D, [&](const Float8& gate) {
 #pragma unroll  // a column at a time: with 8 results of tanh at once ptxas spills on sm_100
       for (int k = 0; k < 8; ++k) n[j][k] *= kTanh ? tanhf(gate[k]) : gate[k];
     });
-    with_parameter(s.residual, b, l, column, D, [&](const Float8& residual) { n[j] += residual; });
+    with_parameter<kAhead>(s.residual, ahead.residual, b, l, column, D,
+                           [&](const Float8& residual) { n[j] += residual; });
   });
 }
 
