@@ -66,10 +66,15 @@ def _version(package: str) -> str:
 
 
 def _taken(op: str, device: str) -> str:
+    """For small tensors, and for large ones where that is another."""
+    one = torch.empty(1, device=device)
     try:
-        return backend.resolve(None, _implemented(op), torch.empty(0, device=device))
+        small, large = (
+            backend.resolve(None, _implemented(op), one.expand(size)) for size in (1, backend.LARGE)
+        )
     except (ValueError, RuntimeError) as error:
         return f"an error: {error}"
+    return small if small == large else f"{small}, {large} from {backend.LARGE} values on"
 
 
 def _others(device: str) -> dict[str, str]:

@@ -12,8 +12,15 @@ from lumina_kernels import backend, swiglu
 from lumina_kernels.backend import resolve
 
 HERE = torch.ones(1, 1, 1)
-GPU = type("OnGpu", (), {"device": torch.device("cuda"), "dtype": torch.float32})()  # no GPU needed
-DOUBLE_ON_GPU = type("OnGpu", (), {"device": torch.device("cuda"), "dtype": torch.float64})()
+
+
+def on_gpu(dtype=torch.float32, size=backend.LARGE):
+    """What is asked of a tensor there; no GPU is needed."""
+    tensor = {"device": torch.device("cuda"), "dtype": dtype, "numel": lambda self: size}
+    return type("OnGpu", (), tensor)()
+
+
+GPU, DOUBLE_ON_GPU = on_gpu(), on_gpu(torch.float64)
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +56,18 @@ def test_none_takes_the_best_that_takes_the_tensors(monkeypatch):
     assert resolve(None, ("cuda", "triton"), GPU, None, DOUBLE_ON_GPU) == "torch"
     monkeypatch.setattr(backend, "MISSING", {"cuda": "not built"})
     assert resolve(None, ("cuda", "triton"), GPU) == "triton"
+
+
+def test_cuda_comes_first_for_small_tensors(monkeypatch):
+    """Where it is there and not refused, and where the size is a number and no symbol."""
+    small, order = on_gpu(size=backend.LARGE - 1), ("triton", "cuda", "cpu")
+    assert resolve(None, order, small) == "cuda" and resolve(None, order, GPU) == "triton"
+    assert resolve(None, order, on_gpu(size=torch.SymInt(None))) == "triton"
+    assert resolve(None, order, small, refused={"cuda": "has no gradient"}) == "triton"
+    monkeypatch.setattr(torch.compiler, "is_dynamo_compiling", lambda: True)
+    assert resolve(None, order, small) == "triton"
+    monkeypatch.setattr(backend, "MISSING", {"cuda": "not built"})
+    assert resolve(None, order, small) == "triton"
 
 
 def test_torch_is_everywhere():

@@ -85,7 +85,8 @@ def test_it_compares_each_gpu_with_what_was_built(gpus, monkeypatch):
     assert "cuda:1          GPU 1, sm_121, 80 GiB, CUDA 13.0\n" in text
     assert "backend=None on cuda:2" not in text  # as cuda:0
     first = section(text, "backend=None on cuda:0 takes")
-    assert first["swiglu"] == "triton" and first["cuda"] == "ready, with backend='cuda'"
+    assert first["swiglu"] == "cuda, triton from 8388608 values on"
+    assert first["cuda"] == "ready, with backend='cuda'"
     second = section(text, "backend=None on cuda:1 takes")
     assert second["swiglu"] == "triton"
     assert second["cuda"] == (
@@ -102,5 +103,6 @@ def test_it_compares_each_gpu_with_what_was_built(gpus, monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_takes_triton():
-    assert all(doctor._taken(op, "cuda") == "triton" for op in doctor.OPS)
+def test_a_gpu_takes_its_kernels():
+    expected = "triton" if "cuda" in backend.MISSING else "cuda, triton from 8388608 values on"
+    assert all(doctor._taken(op, "cuda") == expected for op in doctor.OPS)

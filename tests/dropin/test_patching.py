@@ -13,10 +13,12 @@ from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
 from torch._inductor import compile_fx
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 
 from lumina_kernels import patch, unpatch
 from lumina_kernels.dropin import capture, rows
 from lumina_kernels.patching import compile_backend
+from tests.common import DEVICE
 
 LIMIT = 2e-5
 
@@ -315,7 +317,8 @@ def test_of_a_pipeline_the_transformers_are_patched():
 @torch.no_grad()
 def test_the_backend_is_honoured(backend):
     model, inputs = make("prior")
-    want = output(model, inputs)
+    inputs = tree_map(lambda x: x.to(DEVICE) if isinstance(x, torch.Tensor) else x, inputs)
+    want = output(model.to(DEVICE), inputs)
     report = patch(model, backend=backend)
     got, ops = run(model, inputs, report)
     assert deviation(got, want) <= LIMIT and ops == 8
