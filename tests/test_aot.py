@@ -61,8 +61,8 @@ def test_every_op_has_kernels(rows):
 
 
 def test_nothing_is_spilled(rows):
-    """But by attention's tiles for Hopper, which are the fastest there, some with a few spills: more
-    of them would be a change of the compiler or of the kernels, to be measured again."""
+    """But by attention's tiles for Hopper, which were measured as the fastest, some with a few
+    spills: more of them is a change of the compiler or of the kernels, to be measured again."""
     for row in rows:
         is_measured = row["op"] == "gqa_attention" and row["arch"] == 90 and row["dtype"] != "fp32"
         assert row["stack"] <= (400 if is_measured else 0), row
