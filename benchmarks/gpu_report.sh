@@ -25,7 +25,7 @@ except ImportError as error:
 if not torch.cuda.is_available():
     sys.exit("gpu_report.sh: torch finds no CUDA GPU here")
 major, minor = torch.cuda.get_device_capability()
-print(f"{major}.{minor}" + "a" * (major in (9, 10)))
+print(f"{major}.{minor}")
 PYTHON
 )
 
@@ -66,6 +66,15 @@ if command -v compute-sanitizer >/dev/null; then
         -k "$chosen and cuda" -x -p no:cacheprovider \
         >"$out/logs/sanitizer.txt" 2>&1 || [ $? = 124 ] || failed+=("compute-sanitizer")
 fi
+
+# Compilers are most of a report's time: each file's work first, side by side, for their caches. Not
+# the searches of max-autotune, whose measurements would disturb each other.
+step "compile"
+for file in benchmarks/ops/bench_*.py benchmarks/models/bench_{block,forward}.py; do
+    timeout 90 "$python" -m pytest "$file" --benchmark-only -q -p no:cacheprovider --device cuda \
+        --seconds 0.01 --batches 1 -k "not max-autotune" >/dev/null 2>&1 &
+done
+wait
 
 # 40 seconds are left to collect the tests, finish the last case and draw the plots.
 step "report"
