@@ -4,6 +4,7 @@ import itertools
 import threading
 import types
 import warnings
+import weakref
 from collections.abc import Callable
 from functools import partial
 
@@ -165,7 +166,10 @@ class _Patch:
 
     def __init__(self, network: nn.Module, prefix: str, way: tuple, report: Report):
         self.network, self.prefix, self.way, self.report = network, prefix, way, report
-        self.functions, self.warned, self.lock = {}, set(), threading.RLock()
+        self.functions, self.graphs = {}, {}
+        self.warned, self.lock = set(), threading.RLock()
+        this = weakref.ref(self)  # Dynamo keeps a backend, and what it returned, for ever
+        self.backend = lambda gm, inputs: this()._rewrite(gm, inputs)
         network._compiled_call_impl = entry = partial(_call_network, network)
         entry.patched = self
 
@@ -178,14 +182,51 @@ class _Patch:
                     self.report.blocks.append(self.prefix + path)
 
     def function(self, kind: type) -> Callable:
-        """One function for the blocks of a class, with code of its own: Dynamo counts the graphs of
-        a piece of code, and gives up after eight, whoever runs it."""
+        """One function for the blocks of a class, with code and globals of its own: Dynamo counts
+        the graphs of a piece of code, and gives up after eight, whoever runs it."""
         if kind not in self.functions:
-            own = types.FunctionType(_forward.__code__.replace(co_name=kind.__name__), globals())
-            self.functions[kind] = torch.compile(own, backend=_rewrite)
+            code = _forward.__code__.replace(co_name=kind.__name__)
+            own = types.FunctionType(code, dict(globals()))
+            self.functions[kind] = torch.compile(own, backend=self.backend)
+            forget = weakref.finalize(self, torch._dynamo.eval_frame.remove_from_cache, own)
+            forget.atexit = False
         return self.functions[kind]
 
+    def _rewrite(self, gm: GraphModule, inputs: list) -> Callable:
+        module = _running.block.module
+        pairs = equal_parameters(module, inputs) if not torch.is_grad_enabled() else []
+        fused, captured = _fused(gm, *self.way[:2])
+        apart = self._counted(fused, captured)
+        if not pairs or fused is gm:
+            return apart
+        nodes = gm.graph.find_nodes(op="placeholder")
+        for kept, other in pairs:
+            nodes[other].replace_all_uses_with(nodes[kept])
+        gm.recompile()
+        shared = self._counted(*_fused(gm, *self.way[:2]))
+
+        def run(*args):
+            is_equal = all(same_bits(args[kept], args[other]) for kept, other in pairs)
+            return (shared if is_equal else apart)(*args)
+
+        return run
+
+    def _counted(self, fused: GraphModule, captured: Captured) -> Callable:
+        number = object()
+        self.report.graphs.append(captured)
+        self.graphs[number] = fused.forward, captured
+
+        def run(*args):
+            block = _running.block
+            forward, captured = block.patched.graphs[number]
+            captured.calls[block.path] += block.counts
+            return forward(*args)
+
+        return run
+
     def ran_unfused(self, block: "_Block", reason: str) -> None:
+        if torch._C._len_torch_dispatch_stack():
+            reason = "a dispatch mode is active, in which Dynamo does not run"
         if reason not in self.warned:
             self.warned.add(reason)
             warnings.warn(f"{type(block.module).__name__} runs unfused: {reason}", stacklevel=4)
@@ -281,41 +322,7 @@ def _ran_unfused() -> None:
         "Dynamo keeps no more graphs of it, see torch._dynamo.config.recompile_limit, or does not "
         "run here"
     )
-    if torch._C._len_torch_dispatch_stack():
-        reason = "a dispatch mode is active, in which Dynamo does not run"
     _running.block.patched.ran_unfused(_running.block, reason)
-
-
-def _rewrite(gm: GraphModule, inputs: list) -> Callable:
-    """The backend of all patched models, as Dynamo keeps a backend, and what it holds, for ever."""
-    block = _running.block
-    report, options = block.patched.report, block.patched.way[:2]
-    pairs = equal_parameters(block.module, inputs) if not torch.is_grad_enabled() else []
-    fused, captured = _fused(gm, *options)
-    apart = _counted(fused, captured, report)
-    if not pairs or fused is gm:
-        return apart
-    nodes = gm.graph.find_nodes(op="placeholder")
-    for kept, other in pairs:
-        nodes[other].replace_all_uses_with(nodes[kept])
-    gm.recompile()
-    shared = _counted(*_fused(gm, *options), report)
-
-    def run(*args):
-        is_equal = all(same_bits(args[kept], args[other]) for kept, other in pairs)
-        return (shared if is_equal else apart)(*args)
-
-    return run
-
-
-def _counted(fused: GraphModule, captured: Captured, report: Report) -> Callable:
-    report.graphs.append(captured)
-
-    def run(*args):
-        captured.calls[_running.block.path] += _running.block.counts
-        return fused.forward(*args)
-
-    return run
 
 
 def _call_network(network: nn.Module, *args, **kwargs):
