@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass, field
 class Site:
     """A norm, rotation, attention, residual, gated unit or GELU in a graph."""
 
-    kind: str  # what was there: "norm", "rotation", "attention", "residual", "glu", "gelu"
+    # What was there: "norm", "rotation", "attention", "residual", "glu", "gelu", "softmax", two of
+    # them in one op as "residual and norm", or a "graph" that could not be captured.
+    kind: str
     node: str  # in the captured graph
     op: str | None  # that computes it now, or None
     reason: str | None  # why it was left, or None
@@ -31,13 +33,14 @@ class Report:
     table, one line for blocks and sites that fared alike; `to_dict()` is all of it.
     """
 
-    blocks: list[str] = field(default_factory=list)
+    blocks: list[str] = field(default_factory=list)  # one in two places by its first name
     graphs: list[Captured] = field(default_factory=list)
     unfused: Counter = field(default_factory=Counter)  # calls that ran a block as it was
 
     @property
     def fused(self) -> int:
-        """Calls of ops so far."""
+        """Calls so far of what has taken the place of something: an op, or torch.addcmul where it
+        is enough. What `verify=True` calls to compare does not count."""
         return sum(row["calls"] for row in self.rows() if row["op"])
 
     def rows(self) -> list[dict]:

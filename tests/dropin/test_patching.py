@@ -129,40 +129,12 @@ def test_a_patched_model_is_freed_with_its_last_name():
     assert [ref() for ref in alive] == [None, None]
 
 
-@torch.no_grad()
-def test_equal_query_projections_are_shared_until_unpatch():
-    shared, inputs = make("lumina_next_shared")
-    model, _ = make("lumina_next", seed=1)
-    model.load_state_dict(shared.state_dict())
-    owned = dict(model.named_parameters(remove_duplicate=False))
-    keys, want = list(model.state_dict()), output(model, inputs)
-    report = patch(model)
-    got, first = run(model, inputs, report)
-    assert deviation(got, want) <= LIMIT and first >= 16 and "attention and text" in str(report)
-    assert list(model.state_dict()) == keys
-    for name in ("to_q", "norm_q"):
-        assert (
-            getattr(model.layers[0].attn1, name).weight
-            is getattr(model.layers[0].attn2, name).weight
-        )
-    doubled = {key: 1.25 * value for key, value in model.state_dict().items()}
-    model.load_state_dict(doubled)
-    got, ops = run(model, inputs, report)
-    unpatch(model)
-    assert deviation(got, output(model, inputs)) <= LIMIT and ops == first
-    assert deviation(got, want) > 0.01
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        assert parameter is owned[name] and torch.equal(parameter, doubled[name])
-    assert len({parameter.data_ptr() for parameter in owned.values()}) == len(owned)
-
-
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @torch.no_grad()
 def test_verify(dtype, monkeypatch):
     model, inputs = Small().to(dtype), cast(Small.inputs(), dtype)
     report = patch(model, verify=True)
-    assert run(model, inputs, report)[1] == 12  # once to compare
-    assert run(model, inputs, report)[1] == 6
+    assert [run(model, inputs, report)[1] for _ in range(2)] == [6, 6]
     unpatch(model)
     right = rows.norm_of
     wrong = lambda *args: (n := right(*args)) and n._replace(eps=n.eps + 0.1)  # noqa: E731
@@ -179,7 +151,7 @@ def test_verify_knows_that_autocast_rounds():
     model, inputs = make("wan")
     report = patch(model, verify=True)
     with torch.autocast("cpu", torch.bfloat16):
-        assert run(model, inputs, report)[1] >= 32
+        assert run(model, inputs, report)[1] == 20
 
 
 class Alone(nn.Module):
