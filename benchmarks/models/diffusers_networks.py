@@ -38,8 +38,11 @@ def network(shape, device: str) -> tuple[nn.Module, dict]:
     if shape.model == "lumina-next":  # in its checkpoints image and text have the same queries
         for layer in model.layers:
             for name in ("to_q", "norm_q"):
-                same = getattr(layer.attn1, name).state_dict()
-                getattr(layer.attn2, name).load_state_dict(same)
+                same = getattr(layer.attn1, name)
+                if device == "cuda":  # where patch does not find it out by itself
+                    setattr(layer.attn2, name, same)
+                else:
+                    getattr(layer.attn2, name).load_state_dict(same.state_dict())
     # Not with their own `to`, which warns that modules could have to stay in float32: none has.
     return nn.Module.to(model, device, getattr(torch, shape.dtype)).eval(), inputs
 
