@@ -5,6 +5,7 @@ from collections.abc import Callable
 from itertools import islice
 
 import torch
+from torch import Tensor
 from torch._guards import TracingContext, tracing
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor
@@ -27,19 +28,18 @@ def capture(gm: GraphModule) -> GraphModule:
     each. Every node has its fake result in meta["val"], which requires a gradient if it may."""
     whole = _traced(_InOneMode(gm).run, [n.meta.get("example_value") for n in _inputs(gm)])
     for node in whole.graph.nodes if torch.is_grad_enabled() else ():
-        sources = tree_leaves([n.meta.get("val") for n in node.all_input_nodes])
-        if packet(node) is not aten.detach and any(map(_requires_grad, sources)):
-            for x in filter(_is_float, tree_leaves(node.meta.get("val"))):
-                x.requires_grad_()
+        sources = _tensors([n.meta.get("val") for n in node.all_input_nodes])
+        if packet(node) is not aten.detach and any(x.requires_grad for x in sources):
+            for x in _tensors(node.meta.get("val")):
+                x.requires_grad_(x.is_floating_point() or x.is_complex())
     return whole
 
 
 def flat(gm: GraphModule) -> tuple[GraphModule, dict[Node, str]]:
     """The graph with registered kernels in place of the public functions, which have checked their
     arguments; without autograd where nothing asks for it. And the backend of each of these."""
-    noting = _Noting(gm)
+    noting, backends = _Noting(gm), {}
     whole = _traced(noting.run, [n.meta.get("val") for n in _inputs(gm)])
-    backends = {}
     for public, node in noting.kernels.items():
         backends[public] = node.args[-1]
         if node.args[-1] in ("cpu", "cuda") and not torch.is_grad_enabled():
@@ -72,8 +72,9 @@ class _InOneMode(Interpreter):
         self.results = {}
         out = super().run(*inputs)
         for node, got in self.results.items():  # with what was written to them
-            want = tree_leaves(node.meta.get("example_value"))
-            if [*map(_mode, want)] != [*map(_mode, tree_leaves(got))] and want != [None]:
+            want = node.meta.get("example_value")
+            a, b = ([(x.dtype, x.requires_grad) for x in _tensors(y)] for y in (want, got))
+            if a != b and want is not None:
                 raise NotImplementedError(f"{node.name} depends on a mode set inside, {AROUND}")
         return out
 
@@ -106,16 +107,8 @@ class _Noting(Interpreter):
         return out
 
 
-def _mode(x) -> tuple | None:
-    return (x.dtype, x.requires_grad) if isinstance(x, torch.Tensor) else None
-
-
-def _requires_grad(x) -> bool:
-    return isinstance(x, torch.Tensor) and x.requires_grad
-
-
-def _is_float(x) -> bool:
-    return isinstance(x, torch.Tensor) and (x.is_floating_point() or x.is_complex())
+def _tensors(tree) -> list[Tensor]:
+    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
 
 
 def clean(graph: Graph) -> None:

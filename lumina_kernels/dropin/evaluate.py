@@ -65,7 +65,8 @@ def _values(root: Node, leaves: Iterable[Node], many, step: int) -> dict[Node, T
                 raise ValueError("more than a value")
             else:
                 args, kwargs = map_aggregate((node.args, node.kwargs), of)
-                kwargs = {name: x for name, x in kwargs.items() if not _is_wide(x)}
+                wide = [n for n, x in kwargs.items() if getattr(x, "is_floating_point", 0) is True]
+                kwargs = {name: x for name, x in kwargs.items() if name not in wide}
                 values[node] = node.target(*args, **kwargs)
         return values[node]
 
@@ -79,7 +80,3 @@ def _values(root: Node, leaves: Iterable[Node], many, step: int) -> dict[Node, T
         values[node] = torch.randn(shape, dtype=dtype, **own) * scale
     of(root)
     return values
-
-
-def _is_wide(x) -> bool:
-    return isinstance(x, torch.dtype) and (x.is_floating_point or x.is_complex)

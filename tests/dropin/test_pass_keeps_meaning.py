@@ -1,5 +1,5 @@
-"""What a block means beyond its numbers stays: gradients that it stops, makes or replaces, the modes
-that it sets, the memory and the layout of its results, the state that it changes."""
+"""What a block means beyond its numbers stays: gradients that it stops, makes or replaces, the
+modes that it sets, the memory and layout of its results, the state that it changes."""
 
 import copy
 import warnings
