@@ -155,8 +155,10 @@ def _fused(gm: GraphModule, *options) -> tuple[GraphModule, Captured]:
         with saved_tensors_hooks(lambda x: x, lambda x: x):
             fused, sites = fuse(capture(gm), *options)
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        warnings.warn(f"a graph is left as it is, its capture failed: {reason}", stacklevel=2)
+        reason = str(error).partition("\n")[0]
+        if not isinstance(error, NotImplementedError):
+            reason = f"its capture failed: {type(error).__name__}: {reason}"
+        warnings.warn(f"a graph is left as it is, {reason}", stacklevel=2)
         fused, sites = gm, [Site("graph", "", None, reason)]
     return fused, Captured(sites)
 

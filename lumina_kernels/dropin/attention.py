@@ -64,8 +64,9 @@ def _gated_text_of(node) -> tuple[Node, Node, Node] | None:
             if a and b and a["query"] is b["query"] and g.is_tensor(gate):
                 heads = val(a["query"]).shape[1]
                 is_column = list(val(gate).shape[-2:]) == [heads, 1] == [val(gate).numel(), 1]
-                while packet(gate) in VIEWS:
+                while packet(gate) in VIEWS - g.CASTS or g.is_cast(gate):
                     gate = gate.args[0]
+                    is_column &= g.is_tensor(gate) and val(gate).numel() == heads
                 x = g.bare(gate.args[0]) if packet(gate) is aten.tanh else None
                 if is_column and x and list(val(x).shape) == [heads]:
                     return *both, x

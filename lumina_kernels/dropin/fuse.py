@@ -1,9 +1,13 @@
 """The pass: which parts of a graph become ops, in which order, and where they go."""
 
+from collections import Counter
 from collections.abc import Callable, Container, Iterable
 from dataclasses import replace
 
+import torch
+from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
+from torch.utils._pytree import tree_leaves
 
 from lumina_kernels.patch_report import Site
 
@@ -19,12 +23,14 @@ KINDS = {
     aten.scaled_dot_product_attention: "attention", aten.layer_norm: "norm", aten.rms_norm: "norm",
     aten.rsqrt: "norm", aten.gelu: "gelu", aten.silu: "glu", aten.softmax: "softmax",
 }  # fmt: skip
+PARTS = {"glu": aten.mul, "softmax": aten.matmul}  # by what it has to be used to count as one
 
 
 def fuse(gm: GraphModule, backend: str | None = None, exact: bool = False) -> tuple:
     """Rewrite a graph of whole ATen ops (`capture`) onto ops with `backend`. Returns the new graph
     and a list of `Site`s: what was found, what became of it, or why it was left."""
     graph = gm.graph
+    before = [val(n) if is_tensor(n) else None for n in _outputs(graph)]
     clean(graph)
     rewriting = _Rewriting(graph, backend, exact)
     for find in (rotations, attentions, residuals, norms, activations):
@@ -35,7 +41,9 @@ def fuse(gm: GraphModule, backend: str | None = None, exact: bool = False) -> tu
     graph.lint()
     gm.recompile()
     whole, backends = flat(gm)
-    fused = [replace(site, backend=backends.get(site.op, "torch")) for site in rewriting.sites]
+    _lay_out(whole.graph, before)
+    whole.recompile()
+    fused = [replace(site, backend=backends.get(op, "torch")) for site, op in rewriting.sites]
     return whole, [*fused, *rewriting.left()]
 
 
@@ -66,7 +74,8 @@ class _Rewriting:
         for root, out in zip(roots, outs, strict=True):
             root.replace_all_uses_with(out)
         op = next((node for node in call.made if "backend" in node.kwargs), outs[0])
-        self.sites.append(Site(kind, roots[0].name, op.target.__name__.partition(".")[0], None))
+        name = op.target.__name__.partition(".")[0]
+        self.sites.append((Site(kind, roots[0].name, name, None), op))
         self._erase(roots)
 
     def _erase(self, nodes: list[Node]) -> None:
@@ -107,7 +116,7 @@ class _Rewriting:
             if (kind := KINDS.get(packet(node))) is None:
                 continue
             below, users = [node], {packet(u) for n in (node, *node.users) for u in n.users}
-            if {"glu": aten.mul, "softmax": aten.matmul}.get(kind) not in (None, *users):
+            if kind in PARTS and PARTS[kind] not in users:
                 continue
             for n in below:  # the match that it was part of
                 below += [user for user in n.users if len(below) < 20]
@@ -125,6 +134,32 @@ def _above(nodes: Iterable[Node], stop: Container[Node]) -> set[Node]:
             found.add(node)
             stack.extend(node.all_input_nodes)
     return found
+
+
+def _outputs(graph: Graph) -> list:
+    return tree_leaves(graph.output_node().args[0])
+
+
+def _lay_out(graph: Graph, before: list) -> None:
+    """Give what a graph returns the strides that it had before: a caller may view it."""
+    call, end, outputs = Calls(graph), graph.output_node(), _outputs(graph)
+    shared = Counter(map(memory, {*outputs, *graph.find_nodes(op="placeholder")}))
+    for node, like in zip(outputs, before, strict=True):
+        if like is None or _has_strides(val(node), like):
+            continue
+        if shared[memory(node)] > 1:
+            raise NotImplementedError("a view among the results would have other strides")
+        order = sorted(range(like.ndim), key=lambda dim: -like.stride(dim))
+        with graph.inserting_before(end):
+            dense = call(aten.permute.default, node, order)
+            dense = call(aten.clone.default, dense, memory_format=torch.contiguous_format)
+            laid = call(aten.permute.default, dense, [order.index(d) for d in range(like.ndim)])
+        end.replace_input_with(node, laid)
+
+
+def _has_strides(x: Tensor, like: Tensor) -> bool:
+    dims = (dim for dim, size in enumerate(like.shape) if not same(size, 1))
+    return all(same(x.stride(dim), like.stride(dim)) for dim in dims)
 
 
 def _in_order(graph: Graph) -> None:

@@ -8,9 +8,10 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 aten = torch.ops.aten
+RANDOM = torch.Tag.nondeterministic_seeded
 
 CASTS = {aten.to, aten._to_copy, aten.type_as}
-COPIES = {aten.contiguous, aten.clone, aten.detach, aten.alias}
+COPIES = {aten.contiguous, aten.clone, aten.alias}  # not detach, which ends a gradient
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,12 @@ def memory(node: Node):
 
 
 def is_cast(node) -> bool:
-    """Whether a node changes nothing but the dtype."""
-    return packet(node) in CASTS and is_tensor(node.args[0])
+    """Whether a node only rounds: from one floating dtype to another, where it is."""
+    if packet(node) not in CASTS or not is_tensor(node.args[0]):
+        return False
+    x, y = val(node.args[0]), val(node)
+    kinds = {(t.is_floating_point(), t.is_complex(), t.device) for t in (x, y)}
+    return len(kinds) == 1 and (x.is_floating_point() or x.is_complex())
 
 
 def narrows(node) -> bool:

@@ -1,0 +1,434 @@
+"""What a block means beyond its numbers stays: gradients that it stops, makes or replaces, the
+modes that it sets, the memory and layout of its results, the state that it changes."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from checks import deviation
+from torch import nn, randn
+from torch.utils.checkpoint import checkpoint
+
+from lumina_kernels import patch
+
+
+class Block(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.w = function, nn.Parameter(torch.linspace(0.5, 2, 8))
+        self.norm = nn.BatchNorm1d(5)
+        self.idle = nn.Sequential(nn.Linear(8, 8), nn.Identity())
+
+    def forward(self, *inputs):
+        if self.function == "batch_norm":
+            self.norm(inputs[0])
+            return F.gelu(inputs[0] + 1)
+        return self.function(self.w, *inputs)
+
+
+class Model(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(function)])
+
+    def forward(self, *inputs):
+        return self.blocks[0](*inputs)
+
+
+def pair(function):
+    """A model as it is, the same patched, and its report."""
+    model = Model(function)
+    patched = copy.deepcopy(model)
+    return model, patched, patch(patched)
+
+
+def called(model, *inputs):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "a graph is left")
+        return model(*inputs)
+
+
+def layer(x):
+    return F.layer_norm(x, (8,))
+
+
+def heads(x):
+    return x[:, None]
+
+
+def gradients(model, *inputs):
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    out = called(model, *inputs)
+    out.float().backward(torch.linspace(-1, 1, out.numel()).view(out.shape))
+    return [out, *(x.grad for x in (*inputs, model.blocks[0].w))]
+
+
+class Quarter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, d):
+        return d / 4
+
+
+def function(w, x, g):
+    return layer(Quarter.apply(x)) * w
+
+
+def hook(w, x, g):
+    h = x * w
+    h.register_hook(lambda d: d / 4)
+    return layer(h) * 2
+
+
+def learned_rotation(w, x, g):
+    q, angle = heads(x), torch.arange(5)[:, None] * w
+    a, b = q.chunk(2, -1)
+    q = q * angle.cos() + torch.cat((-b, a), -1) * angle.sin()
+    return F.scaled_dot_product_attention(q, q, q)
+
+
+def detached_statistics(w, x, g):
+    return x * torch.rsqrt(x.detach().square().mean(-1, keepdim=True) + 1e-6) * w
+
+
+def statistics_without_gradient(w, x, g):
+    with torch.no_grad():
+        inverse = torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+    return x * inverse * w
+
+
+def detached_scale(w, x, g):
+    return x + layer(x) * (1 + g).detach() * w
+
+
+def detached_activation(w, x, g):
+    return F.silu(x).detach() * (w * x.flip(1))
+
+
+def detached_term(w, x, g):
+    return layer(x + (g * x.flip(1)).detach()) * w
+
+
+def detached_rotation(w, x, g):
+    q = heads(x)
+    a, b = q.detach().chunk(2, -1)
+    table = torch.arange(5.0)[:, None] * torch.ones(8)
+    q = q.detach() * table.cos() + torch.cat((-b, a), -1) * table.sin()
+    return F.scaled_dot_product_attention(q, heads(x * w), heads(x))
+
+
+def detached_heads(w, x, g):
+    q = x.unflatten(-1, (4, 2)).transpose(1, 2)
+    k = (x * w).unflatten(-1, (4, 2))[:, :, :2].detach().repeat_interleave(2, 2).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, k)
+
+
+def checkpointed(w, x, g):
+    return checkpoint(lambda h: layer(h) * w, x, use_reentrant=False)
+
+
+def data(w, x, g):
+    return layer(x * w.data) * w
+
+
+GRADIENTS = (
+    function, hook, learned_rotation, detached_statistics, statistics_without_gradient,
+    detached_scale, detached_activation, detached_term, detached_rotation, detached_heads,
+    checkpointed, data,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("function", GRADIENTS)
+def test_gradients(function):
+    model, patched, _ = pair(function)
+    x, g = randn(2, 5, 8), randn(2, 1, 8)
+    for got, want in zip(gradients(patched, x, g), gradients(model, x, g), strict=True):
+        assert (got is None) == (want is None)
+        assert want is None or not want.any() or deviation(got, want) <= 2e-5
+
+
+def test_gradients_of_an_attention_have_its_error():
+    """Its backward takes the rounding of the result into account, where one is asked for."""
+    model, patched, report = pair(lambda w, q, k, v: F.scaled_dot_product_attention(q, k, v))
+    torch.manual_seed(0)
+    inputs = [(randn(1, 2, 128, 64) * s).bfloat16() for s in (2, 2, 1)]
+    truth, eager, got = (
+        gradients(m, *xs)[1:4]
+        for m, xs in ((model, [x.double() for x in inputs]), (model, inputs), (patched, inputs))
+    )
+    assert report.rows()[0]["op"] == "gqa_attention"
+    for own, other, exact in zip(got, eager, truth, strict=True):
+        assert (own - exact).norm() <= 1.02 * (other - exact).norm()
+
+
+def test_what_is_unusual_is_left_with_a_reason():
+    patched = pair(function)[1]
+    with pytest.warns(UserWarning, match="a graph is left as it is, the pass does not follow auto"):
+        patched(randn(2, 5, 8).requires_grad_(), None)
+    patched, report = pair(checkpointed)[1:]
+    with pytest.warns(UserWarning, match="follow tag_activation_checkpoint, which around whole"):
+        patched(randn(2, 5, 8), None)
+    assert [(row["kind"], row["op"]) for row in report.rows()] == [("graph", None)]
+
+
+def test_gradients_inside_no_grad():
+    def guided(w, x):
+        with torch.enable_grad():
+            z = x.detach().requires_grad_()
+            (d,) = torch.autograd.grad((layer(z) * z**2).sum(), z)
+        return x - d
+
+    model, patched, _ = pair(guided)
+    x = randn(2, 5, 8)
+    with torch.no_grad():
+        assert deviation(called(patched, x), model(x)) <= 2e-5
+
+
+def in_autocast(w, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        h = x @ x.mT
+    return h.float() @ layer(x)
+
+
+def attention_out_of_autocast(w, x):
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(*[heads(x)] * 3)
+
+
+def norm_out_of_autocast(w, x):
+    with torch.autocast("cpu", enabled=False):
+        n = layer(x) * (1 + w[None])
+    return n + x
+
+
+@pytest.mark.parametrize("ambient", (False, True))
+@pytest.mark.parametrize("f", (in_autocast, attention_out_of_autocast, norm_out_of_autocast))
+@torch.no_grad()
+def test_autocast_inside(f, ambient):
+    model, patched, report = pair(f)
+    x = randn(2, 5, 8)
+    with torch.autocast("cpu", torch.bfloat16, enabled=ambient):
+        got, want = called(patched, x), model(x)
+    assert got.dtype == want.dtype and deviation(got, want) <= 2e-5
+    is_left = f is in_autocast and not ambient or f is attention_out_of_autocast and ambient
+    assert is_left == (report.fused == 0)
+
+
+def written(write):
+    def function(w, x):
+        out = x * 1
+        write(out[:, 1:3], w)
+        return layer(out) * w, out
+
+    return function
+
+
+WRITES = {
+    "add": lambda part, w: part.add_(1, alpha=5),
+    "sub": lambda part, w: part.sub_(w, alpha=3),
+    "div": lambda part, w: part.div_(0.3, rounding_mode="floor"),
+    "zero": lambda part, w: part.zero_(),
+    "fill": lambda part, w: part.fill_(2),
+    "relu": lambda part, w: part.relu_(),
+    "clamp": lambda part, w: part.clamp_(min=0.1),
+    "index_add": lambda part, w: part.index_add_(
+        1, torch.zeros(1, dtype=torch.long), w.expand(2, 1, 8), alpha=7
+    ),
+    "scatter": lambda part, w: part.scatter_(
+        2, torch.ones(2, 2, 1, dtype=torch.long), 3.0, reduce="multiply"
+    ),
+    "normal": lambda part, w: part.normal_(3, 4),
+    "bernoulli": lambda part, w: part.bernoulli_(0.3),
+    "swapped": lambda part, w: part.transpose_(1, 2),
+}
+KEPT = "normal", "bernoulli", "swapped"  # in place, and so is the norm of what they write
+
+
+@pytest.mark.parametrize("name", WRITES)
+@torch.no_grad()
+def test_writes_with_their_options(name):
+    model, patched, report = pair(written(WRITES[name]))
+    x, states = randn(2, 5, 8), []
+    outs = []
+    for one in (model, patched):
+        torch.manual_seed(1)
+        outs.append(called(one, x))
+        states.append(torch.get_rng_state())
+    for want, got in zip(*outs, strict=True):
+        assert deviation(got, want) <= 2e-5
+    assert torch.equal(*states)
+    assert (report.fused == 0) == (name in KEPT)
+
+
+def incremented(w, x):
+    y = x / 1.0
+    y += 1
+    return x * w, y
+
+
+def incremented_view(w, x):
+    y = (x / 1.0).view(-1)
+    y += 1
+    return layer(x) * w
+
+
+def incremented_source(w, x):
+    y = x / 1.0
+    x += 1
+    return layer(y) * w
+
+
+def twice(w, x):
+    return x * w, x * w, x.clone(), x.clone(), x / 1, layer(x)
+
+
+@pytest.mark.parametrize("f", (incremented, incremented_view, incremented_source, twice))
+@torch.no_grad()
+def test_results_have_memory_of_their_own(f):
+    model, patched, _ = pair(f)
+    x = randn(2, 5, 8)
+    outs, inputs = [], [x.clone() for _ in range(2)]
+    for one, x in zip((model, patched), inputs, strict=True):
+        out = called(one, x)
+        out = out if isinstance(out, tuple) else (out,)
+        for i, result in enumerate(out):
+            result.add_(i)
+        outs.append(out)
+    assert torch.equal(*inputs)
+    for want, got in zip(*outs, strict=True):
+        assert deviation(got, want) <= 2e-5
+
+
+def integer_norm(w, x, g):
+    return layer(3 * x).to(torch.int32).to(torch.float32) * w
+
+
+def integer_scale(w, x, g):
+    return layer(x) * (1 + 3 * g).to(torch.int32)
+
+
+def integer_activation(w, x, g):
+    return F.silu(3 * x).int().float() * x.flip(1)
+
+
+def integer_term(w, x, g):
+    return layer(x + (3 * g * x.flip(1)).long())
+
+
+def integer_statistics(w, x, g):
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True).int().float() + 1e-6)
+
+
+def integer_sum(w, x, g):
+    return x * torch.rsqrt((3 * x).square().sum(-1, keepdim=True, dtype=torch.int32) / 72 + 1e-6)
+
+
+def integer_gate(w, x, g):
+    q, gate = x.unflatten(-1, (2, 4)).transpose(1, 2), (3 * w[:2]).tanh().int().float()
+    a, b = (F.scaled_dot_product_attention(q, k, k).transpose(1, 2) for k in (q, q.flip(2)))
+    return a + gate.view(1, 1, 2, 1) * b
+
+
+INTEGERS = (
+    integer_norm, integer_scale, integer_activation, integer_term, integer_statistics, integer_sum,
+    integer_gate,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("f", INTEGERS)
+@torch.no_grad()
+def test_casts_to_integers(f):
+    model, patched, _ = pair(f)
+    x, g = randn(2, 5, 8) + 0.5, randn(2, 1, 8)
+    assert deviation(called(patched, x, g), model(x, g)) <= 2e-5
+
+
+@torch.no_grad()
+def test_a_size_that_another_has_by_chance():
+    """Eight tokens of eight channels."""
+    f = lambda w, x: x * torch.rsqrt(x.square().sum(-1, keepdim=True) / x.shape[1] + 1e-6) * w  # noqa: E731
+    model, patched, _ = pair(f)
+    for tokens in (6, 8, 11, 13, 17):
+        x = randn(2, tokens, 8)
+        assert deviation(patched(x), model(x)) <= 2e-5
+
+
+@torch.no_grad()
+def test_a_norm_of_any_number_of_tokens():
+    f = lambda w, x: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * w  # noqa: E731
+    model, patched, report = pair(f)
+    for calls, tokens in enumerate((6, 8, 11), 1):
+        x = randn(2, tokens, 8)
+        assert deviation(patched(x), model(x)) <= 2e-5 and report.fused == calls
+
+
+@torch.no_grad()
+def test_a_memory_format():
+    def f(w, x):
+        rows = x.view(2, 5, 2, 4).to(memory_format=torch.channels_last)
+        return torch.as_strided(rows, (2, 5, 8), (40, 8, 1)) * w, F.gelu(x)
+
+    model, patched, _ = pair(f)
+    x = randn(2, 5, 8)
+    assert torch.equal(called(patched, x)[0], model(x)[0])
+    f = lambda w, x: (x.view(2, 5, 2, 4).to(memory_format=torch.channels_last), F.gelu(x))  # noqa: E731
+    model, patched, _ = pair(f)
+    assert patched(x)[0].stride() == model(x)[0].stride() == (40, 1, 20, 5)
+
+
+def test_statistics_of_a_norm_without_a_user():
+    model, patched, report = pair("batch_norm")
+    x = randn(2, 5, 8) + 3
+    assert deviation(patched(x), model(x)) <= 2e-5 and report.fused == 1
+    assert torch.equal(patched.blocks[0].norm.running_mean, model.blocks[0].norm.running_mean)
+    assert patched.blocks[0].norm.running_mean.abs().max() > 0.1
+
+
+def test_random_numbers_without_a_user():
+    f = lambda w, x: (F.dropout(x, 0.5), F.gelu(x))[1]  # noqa: E731
+    states = []
+    for one in pair(f)[:2]:
+        torch.manual_seed(0)
+        one(randn(2, 5, 8))
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
+def split(x):
+    return x.unflatten(-1, (2, 4)).transpose(1, 2)
+
+
+STRIDES = {
+    "gelu": lambda w, x: F.gelu(x.mT).mT,
+    "gelu of a transposed": lambda w, x: F.gelu(x.mT),
+    "product after it": lambda w, x: F.gelu(x.mT) * 2,
+    "attention": lambda w, x: F.scaled_dot_product_attention(*[split(x)] * 3),
+    "rotated axes": lambda w, x: F.gelu(x.unflatten(-1, (2, 4)).permute(3, 0, 2, 1)),
+    "norm": lambda w, x: x.flip(0).mT.contiguous().mT + w * layer(x),
+}
+
+
+@pytest.mark.parametrize("name", STRIDES)
+@torch.no_grad()
+def test_strides_of_results(name):
+    model, patched, report = pair(STRIDES[name])
+    for tokens in (5, 6, 7):
+        x = randn(2, tokens, 8)
+        got, want = patched(x), model(x)
+        assert got.stride() == want.stride() and deviation(got, want) <= 2e-5
+    assert report.fused > 0
+
+
+@torch.no_grad()
+def test_the_backend_of_each_site():
+    """A head_dim of 320 has no kernel."""
+    f = lambda w, a, b: tuple(F.scaled_dot_product_attention(x, x, x) for x in (a, b))  # noqa: E731
+    for widths, backends in (((8, 320), ["cpu", "torch"]), ((320, 8), ["torch", "cpu"])):
+        patched, report = pair(f)[1:]
+        patched(*(randn(1, 1, 5, width) for width in widths))
+        assert [row["backend"] for row in report.rows()] == backends
