@@ -212,7 +212,12 @@ def _best_first(implemented: tuple[str, ...], x: Tensor) -> tuple[str, ...]:
         return implemented
     size = x.numel()
     is_large = not isinstance(size, int) or size >= LARGE
-    return implemented if is_large else tuple(sorted(implemented, key=lambda name: name != "cuda"))
+    return implemented if is_large else _cuda_first(implemented)
+
+
+@functools.cache
+def _cuda_first(implemented: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(sorted(implemented, key=lambda name: name != "cuda"))
 
 
 def wants_grad(*tensors: Tensor | float | None) -> bool:

@@ -14,9 +14,8 @@ def equal_parameters(block: nn.Module, inputs: list[Tensor]) -> list[tuple[int, 
     sublayers = [dict(layer.named_children()) for layer in block.children()]
     for first, second in itertools.combinations(sublayers, 2):
         equal = [pair for n in first for pair in _equal(first[n], second.get(n))]
-        if any(
-            p.ndim > 1 and p.min() < p.max() for p, _ in equal
-        ):  # not vectors of ones, by chance
+        # Vectors of ones may be equal by chance.
+        if any(p.ndim > 1 and p.min() < p.max() for p, _ in equal):
             pairs += [(place.get(id(p)), place.get(id(q))) for p, q in equal]
     return [pair for pair in pairs if None not in pair]
 

@@ -302,12 +302,11 @@ def _hopper_tiles(kind: str, K: int, bias: bool, more: bool) -> Tiles:
 
 
 def _group_tiles(kind: str, K: int, arch: int, bias: bool, more: bool) -> Tiles:
-    """Where products take 64 rows to 4 warps: wgmma (Hopper), tcgen05 (Blackwell)."""
-    wide = K > 96 or bias or more
-    if kind == "fwd" and arch < 100:
-        return Tiles(128, 64 if wide else 128, warps=8, stages=2, edge=32)
+    """Where products take 64 rows to 4 warps: tcgen05 (Blackwell), and wgmma (Hopper) beyond
+    `_hopper_tiles`."""
     if kind == "fwd":
-        return Tiles(128, 32 if wide else 64, warps=8, stages=2, edge=32)
+        small = arch >= 100 and (K > 96 or bias or more)
+        return Tiles(128, 32 if small else 64, warps=8, stages=2, edge=32)
     if kind == "dq":
         small = bias or more or K > 128 or arch >= 100 and K > 96
         keys, edge = (32, 16) if small else (64, 32)

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checks import deviation
-from small_blocks import called, gradients, heads, layer, pair
+from function_blocks import layer
+from small_blocks import called, gradients, heads, pair
 from torch import randn
 from torch.utils.checkpoint import checkpoint
 

@@ -143,6 +143,10 @@ __device__ __forceinline__ Bits8 load_bits8(const Values& x, int64_t i, int coun
           make_uint4(load(4), load(5), load(6), load(7))};
 }
 
+__device__ __forceinline__ void load8(const Values& x, int64_t i, int count, Bits8& out) {
+  out = load_bits8(x, i, count);
+}
+
 __device__ __forceinline__ Float8 to_float8(const Bits8& bits, Dtype dtype) {
   // In this order bfloat16 takes a branch of its own; otherwise its 8 instructions and the 8 of
   // float16 are all issued, under predicates.

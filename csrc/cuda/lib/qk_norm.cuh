@@ -198,9 +198,10 @@ __device__ __forceinline__ void norm_rotate(Float8 (&x)[N], const NormParameters
   }
 }
 
-// Loads the pieces of a token's heads; zeros in place of q or k if these are not wanted.
-template <int N>
-__device__ __forceinline__ void load_heads(Bits8 (&x)[N], const HeadsView& q, const HeadsView& k,
+// Loads the pieces of a token's heads; zeros in place of q or k if these are not wanted. As Bits8,
+// or as Float8 in kernels that go over several tokens and are short of registers.
+template <class T, int N>
+__device__ __forceinline__ void load_heads(T (&x)[N], const HeadsView& q, const HeadsView& k,
                                            const Token& token, bool want_q, bool want_k,
                                            const NormShape& shape, const RowPlace& at) {
 #pragma unroll
@@ -210,7 +211,7 @@ __device__ __forceinline__ void load_heads(Bits8 (&x)[N], const HeadsView& q, co
     const HeadsView from = select(of_q, q, k);
     const int64_t start = from.at(token.b, token.l, of_q ? head : head - shape.H);
     const int count = (of_q ? want_q : want_k) ? channels(shape, at, n) : 0;
-    x[n] = load_bits8(from.values, start + 8 * at.piece, count);
+    load8(from.values, start + 8 * at.piece, count, x[n]);
   }
 }
 
@@ -222,22 +223,6 @@ __device__ __forceinline__ void convert_heads(const Bits8 (&bits)[N], Float8 (&x
   for (int n = 0; n < N; ++n) {
     const bool of_q = at.head + n * shape.layout.step < shape.H;
     x[n] = to_float8(bits[n], of_q ? q.values.dtype : k.values.dtype);
-  }
-}
-
-// At once, for kernels that go over several tokens and are short of registers.
-template <int N>
-__device__ __forceinline__ void load_heads(Float8 (&x)[N], const HeadsView& q, const HeadsView& k,
-                                           const Token& token, bool want_q, bool want_k,
-                                           const NormShape& shape, const RowPlace& at) {
-#pragma unroll
-  for (int n = 0; n < N; ++n) {
-    const int head = at.head + n * shape.layout.step;
-    const bool of_q = head < shape.H;
-    const HeadsView from = select(of_q, q, k);
-    const int64_t start = from.at(token.b, token.l, of_q ? head : head - shape.H);
-    const int count = (of_q ? want_q : want_k) ? channels(shape, at, n) : 0;
-    x[n] = load8(from.values, start + 8 * at.piece, count);
   }
 }
 
