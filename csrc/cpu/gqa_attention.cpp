@@ -151,7 +151,7 @@ Saved gqa_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
   const Outputs outs{row_of(out), with_error ? static_cast<int8_t*>(error.data_ptr()) : nullptr,
                      static_cast<float*>(stats.data_ptr()),
                      static_cast<float*>(text_stats.data_ptr())};
-  parallel_blocks(a, a.rows(), [&](int64_t b, int64_t g, int64_t first, int64_t rows) {
+  parallel_blocks(a, a.rows(), 1024, [&](int64_t b, int64_t g, int64_t first, int64_t rows) {
     LUMINA_CALL(forward, a, outs, b, g, first, rows);
   });
   return {out, error, stats, text_stats};

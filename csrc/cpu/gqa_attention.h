@@ -173,11 +173,10 @@ class Scratch {
 };
 
 // Calls f(b, g, first, rows) for blocks of the `count` rows or keys of every head. A tile is packed
-// once per block, so blocks are large: 256, or fewer if threads would have no work.
+// once per block, so blocks are large: `size`, or fewer if threads would have no work.
 template <class F>
-void parallel_blocks(const Attention& a, int64_t count, const F& f) {
+void parallel_blocks(const Attention& a, int64_t count, int64_t size, const F& f) {
   const int64_t heads = a.B * a.G, enough = 4 * torch::stable::get_num_threads();
-  int64_t size = 256;
   while (size > 64 && heads * ceil_div(count, size) < enough) size /= 2;
   const int64_t blocks = ceil_div(count, size);
   torch::stable::parallel_for(0, heads * blocks, 1, [&](int64_t begin, int64_t end) {

@@ -275,7 +275,7 @@ void keys_backward(const Gradients& a, bool is_text) {
     int64_t next = 0;
     valid[b].resize(keys.next_valid(b, next, keys.count, valid[b].data()));
   }
-  parallel_blocks(a, keys.count, [&](int64_t b, int64_t g, int64_t first, int64_t count) {
+  parallel_blocks(a, keys.count, 256, [&](int64_t b, int64_t g, int64_t first, int64_t count) {
     count = std::min<int64_t>(count, static_cast<int64_t>(valid[b].size()) - first);
     if (count > 0) LUMINA_CALL(keys_backward, a, is_text, b, g, valid[b].data() + first, count);
   });
@@ -329,7 +329,7 @@ Grads gqa_attention_bwd(const Tensor& dout, const Tensor& out, const Tensor& err
     a.dq = row_of(dq), a.dk = row_of(dk), a.dv = row_of(dv);
     a.dtext_k = row_of(dtext_k), a.dtext_v = row_of(dtext_v);
     a.dbias = with_dbias ? data_of(dbias) : nullptr;
-    parallel_blocks(a, a.rows(), [&](int64_t b, int64_t g, int64_t first, int64_t rows) {
+    parallel_blocks(a, a.rows(), 256, [&](int64_t b, int64_t g, int64_t first, int64_t rows) {
       LUMINA_CALL(rows_backward, a, b, g, first, rows);
     });
     if (a.image.count > 0) keys_backward(a, false);

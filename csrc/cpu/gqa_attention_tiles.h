@@ -111,8 +111,12 @@ void softmax(float* s, int64_t keys, int64_t padded, SplitScale split, float* to
   const Vec infinite = broadcast(-INFINITY);
   for (int64_t row = 0; row < kRows; row += kWidth) {
     const Vec before = load(tops + row);
-    Vec top = before;
-    for (int64_t n = 0; n < keys; ++n) top = max(top, load(s + n * kRows + row) * split.inner);
+    Vec most = load(s + row);  // the scale's sign is the sign of `inner`
+    for (int64_t n = 1; n < keys; ++n) {
+      const Vec score = load(s + n * kRows + row);
+      most = split.inner < 0.f ? min(most, score) : max(most, score);
+    }
+    Vec top = max(before, most * split.inner);
     store(tops + row, top);
     top = top == infinite ? Vec{} : top;  // no valid key so far
     const Vec old = exp2_of_negative((before - top) * split.outer);
@@ -228,8 +232,14 @@ LUMINA_INLINE int64_t units_of(int64_t K) {
 template <class Unit>
 LUMINA_INLINE void pack_row(float* out, Row row, int64_t K) {
   if (Unit::kPer == 2) {
-    out[units_of<Unit>(K) - 1] = 0.f;
-    std::memcpy(out, row.data, 2 * K);
+    const int64_t pairs = K / 2;
+    for_vectors(pairs, [&](int64_t i, int64_t count) {
+      store(out + i, load_bits<Vec>(row.data + 4 * i, count), count);
+    });
+    if (K % 2 == 1) {
+      out[pairs] = 0.f;
+      std::memcpy(out + pairs, row.data + 4 * pairs, 2);
+    }
   } else {
     for_vectors(K, [&](int64_t i, int64_t count) { store(out + i, load(row, i, count), count); });
   }
