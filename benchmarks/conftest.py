@@ -31,12 +31,14 @@ def pytest_addoption(parser):
     group.addoption("--batches", type=int, default=MIN_BATCHES, help="of rounds, at least")
     group.addoption("--no-compile", action="store_true", help="leave out torch.compile, it is slow")
     group.addoption("--budget", type=float, help="seconds after which the rest is skipped")
+    group.addoption("--default-allocator", action="store_true", help="which may not keep memory")
     group.addoption("--rows", help="append the outcome of every test to this file, as JSON lines")
 
 
 def pytest_configure(config):
     config.started = time.monotonic()
-    keep_freed_memory()
+    if not config.getoption("--default-allocator"):
+        keep_freed_memory()
     if config.getoption("--device") is None:
         config.option.device = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -148,14 +150,19 @@ def compare(request, benchmark, shape, variant):
 
 @pytest.hookimpl
 def pytest_benchmark_update_machine_info(config, machine_info):
-    machine_info |= describe(config.option.device)
+    machine_info |= about(config)
 
 
 def pytest_collection_finish(session):
     """--rows: the tests that are about to run, and the machine."""
-    device = session.config.option.device
-    ids = [item.nodeid for item in session.items]
-    _append(session.config, {"machine": describe(device), "device": device, "tests": ids})
+    config, ids = session.config, [item.nodeid for item in session.items]
+    _append(config, {"machine": about(config), "device": config.option.device, "tests": ids})
+
+
+def about(config) -> dict:
+    """The machine, and what its allocator does."""
+    allocator = "default" if config.option.default_allocator else "keeps freed memory"
+    return describe(config.option.device) | {"allocator": allocator}
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -2,11 +2,16 @@
 
     python -m benchmarks.patched -k "L1024 and bfloat16" --out DIR
     python -m benchmarks.patched -k block --out DIR
+    python -m benchmarks.patched -k L4096 --default-allocator --out DIR
 
 Measures benchmarks/models/bench_patched.py and bench_patched_block.py, or the tests of them that
 pytest's expression -k selects, and prints a Markdown table: milliseconds, and in brackets how many
 times as fast as eager PyTorch. DIR gets the files of `benchmarks.report`; report.json has the
 versions, the commit and the machine.
+
+The allocator keeps freed memory, as those do that PyTorch recommends for CPUs. With
+--default-allocator it is the C library's, as in a process where nobody has chosen one: eager
+PyTorch, which allocates more, then waits for the system longer.
 """
 
 import argparse
@@ -30,6 +35,9 @@ def main() -> int:
     parser.add_argument("-k", metavar="EXPRESSION", default="", help="of pytest")
     parser.add_argument("--compile", action="store_true", help="torch.compile too, which is slow")
     parser.add_argument(
+        "--default-allocator", action="store_true", help="of the C library, as it is"
+    )
+    parser.add_argument(
         "--device", choices=("cpu", "cuda"), help="default: cuda where there is one"
     )
     parser.add_argument("--threads", type=int, default=2, help="on the CPU (default: %(default)s)")
@@ -41,6 +49,7 @@ def main() -> int:
     arguments = [*FILES, "-k", args.k, "--seconds", str(args.seconds)]
     arguments += ["--device", args.device or ("cuda" if torch.cuda.is_available() else "cpu")]
     arguments += ["--batches", str(args.repeats)] + ["--no-compile"] * (not args.compile)
+    arguments += ["--default-allocator"] * args.default_allocator
     found = report.run(arguments, args.out)
     found["command"] = shlex.join(["python", "-m", "benchmarks.patched", *sys.argv[1:]])
     report.write(found, args.out)
