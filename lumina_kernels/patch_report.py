@@ -3,6 +3,8 @@
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 
+from torch.fx import Graph, Node
+
 
 @dataclass(frozen=True)
 class Site:
@@ -15,6 +17,34 @@ class Site:
     op: str | None  # that computes it now, or None
     reason: str | None  # why it was left, or None
     backend: str | None = None  # of the op
+
+
+# What is named as left where nothing took its place; an rsqrt is the one of a norm written out.
+KINDS = {
+    "scaled_dot_product_attention": "attention", "layer_norm": "norm", "rms_norm": "norm",
+    "rsqrt": "norm", "gelu": "gelu", "silu": "glu", "softmax": "softmax",
+}  # fmt: skip
+PARTS = {"glu": "mul", "softmax": "matmul"}  # by what it has to be used to count as one
+
+
+def left(graph: Graph, refused: dict[Node, Site]) -> list[Site]:
+    """What is still in a graph after the pass, by which new nodes have their meta["by"]."""
+    sites = [s for n, s in refused.items() if n.users and s.kind not in KINDS.values()]
+    for node in graph.nodes:
+        if (kind := KINDS.get(_op(node))) is None or "by" in node.meta:
+            continue
+        below, users = [node], {_op(u) for n in (node, *node.users) for u in n.users}
+        if kind in PARTS and PARTS[kind] not in users:
+            continue
+        for n in below:  # the match that it was part of
+            below += [user for user in n.users if len(below) < 20]
+        reasons = [refused[n].reason for n in below if n in refused]
+        sites.append(Site(kind, node.name, None, (*reasons, "not recognised")[0]))
+    return sites
+
+
+def _op(node: Node) -> str:
+    return getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
 
 
 @dataclass

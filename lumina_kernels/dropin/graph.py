@@ -1,49 +1,81 @@
-"""What the patterns share: kinds of nodes, and how to look through those that change no number."""
+"""What the patterns share: kinds of nodes, what to look through, and what a part computes."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+import itertools
+import operator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode, tracing
 from torch.fx import Graph, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_aggregate, map_arg
+from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
 RANDOM = torch.Tag.nondeterministic_seeded
 
 CASTS = {aten.to, aten._to_copy, aten.type_as}
 COPIES = {aten.contiguous, aten.clone, aten.alias}  # not detach, which ends a gradient
+VIEWS = {
+    aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten, aten.unsqueeze,
+    aten.squeeze, aten.transpose, aten.permute, aten.expand, aten.unbind, aten.chunk, aten.split,
+    aten.split_with_sizes, aten.select, aten.slice, aten.expand_as, aten.view_as, aten.movedim,
+    aten.swapaxes, aten.swapdims, aten.narrow, aten.unsafe_chunk, aten.unsafe_split, aten.mT,
+    aten.view_as_complex, aten.view_as_real, aten.real, operator.getitem, *CASTS, *COPIES,
+}  # fmt: skip
+MOVES = {  # exact in every dtype, as are views
+    *VIEWS, aten.imag, aten.neg, aten.stack, aten.cat, aten.concat, aten.complex, aten.roll,
+    aten.slice_scatter, aten.sym_size, aten.empty_like, aten.zeros_like,
+}  # fmt: skip
+TOKENS = 13  # enough to tell one rotation from another
 
 
-@dataclass(frozen=True)
-class Calls:
-    """Makes new nodes at the insertion point of a graph, with their fake results."""
+def insert(before: Node, function: Callable, *args) -> tuple:
+    """Put what a function of tensors calls before a node, as nodes. Of an op of this package these
+    are its kernels: it checks its arguments now, and never again. Returns the results and all."""
+    sources = {}
+    map_arg(args, lambda node: sources.setdefault(node, val(node)))
 
-    graph: Graph
-    backend: str | None = None
-    made: list[Node] = field(default_factory=list)
+    def run(*values):
+        return function(*map_arg(args, dict(zip(sources, values, strict=True)).get))
 
-    def __call__(self, target: Callable, *args, **kwargs) -> Node:
-        if getattr(target, "__module__", "").startswith("lumina_kernels.ops."):
-            kwargs["backend"] = self.backend
-        node = self.graph.call_function(target, args, kwargs)
-        args, kwargs = torch.fx.node.map_arg((args, kwargs), val)
-        self.made.append(node)
-        node.meta["val"] = target(*args, **kwargs)
-        return node
+    values = list(sources.values())
+    with tracing(None), detect_fake_mode(values):  # not the mode that Dynamo has for backends
+        traced = make_fx(run)(*values)
+    traced.graph.eliminate_dead_code()
+    copies = dict(zip(traced.graph.find_nodes(op="placeholder"), sources, strict=True))
+    with before.graph.inserting_before(before):
+        results = before.graph.graph_copy(traced.graph, copies)
+    made = [node for node in copies.values() if node not in sources]
+    mark_gradients(made)
+    return results, made
+
+
+def mark_gradients(nodes: Iterable[Node]) -> None:
+    """Have fake results require a gradient where what they are computed of does."""
+    for node in nodes if torch.is_grad_enabled() else ():
+        sources = tensors([n.meta.get("val") for n in node.all_input_nodes])
+        if packet(node) is not aten.detach and any(x.requires_grad for x in sources):
+            for x in tensors(node.meta.get("val")):
+                x.requires_grad_(x.is_floating_point() or x.is_complex())
+
+
+def tensors(tree) -> list[Tensor]:
+    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
 
 
 def live(graph: Graph) -> Iterator[Node]:
-    """The calls that are used, also while matches are replaced; larger patterns end later."""
+    """The model's calls that are used, also while matches are replaced; larger ones end later."""
     for node in list(graph.nodes):
-        if node.op == "call_function" and node.users:
+        if node.op == "call_function" and node.users and "by" not in node.meta:
             yield node
 
 
 def packet(node) -> object:
     """The ATen op that a node calls, whatever its overload; None for anything else."""
-    if not isinstance(node, Node) or node.op != "call_function":
-        return None
-    return getattr(node.target, "overloadpacket", node.target)
+    is_call = isinstance(node, Node) and node.op == "call_function"
+    return getattr(node.target, "overloadpacket", node.target) if is_call else None
 
 
 def val(node: Node) -> Tensor:
@@ -67,16 +99,20 @@ def is_cast(node) -> bool:
     return len(kinds) == 1 and (x.is_floating_point() or x.is_complex())
 
 
+def holds(a: torch.dtype, b: torch.dtype) -> bool:
+    """Whether a dtype has the numbers of another one."""
+    return torch.promote_types(a, b) == a
+
+
 def narrows(node) -> bool:
-    return is_cast(node) and val(node).itemsize < val(node.args[0]).itemsize
+    return is_cast(node) and not holds(val(node).dtype, val(node.args[0]).dtype)
 
 
 def is_swap(node) -> bool:
     """Whether a node exchanges the dimensions 1 and 2 of 4."""
     if packet(node) not in (aten.transpose, aten.permute) or val(node).ndim != 4:
         return False
-    swapped = val(node.args[0]).transpose(1, 2)
-    return same((*val(node).shape, *val(node).stride()), (*swapped.shape, *swapped.stride()))
+    return same(layout(val(node)), layout(val(node.args[0]).transpose(1, 2)))
 
 
 def bare(node):
@@ -88,27 +124,16 @@ def bare(node):
 
 def unwidened(node):
     """The node behind casts that lost nothing, and copies."""
-    while packet(node) in COPIES or (
-        is_cast(node)
-        and torch.promote_types(val(node).dtype, val(node.args[0]).dtype) == val(node).dtype
-    ):
+    while packet(node) in COPIES or is_cast(node) and not narrows(node):
         node = node.args[0]
     return node
 
 
-def in_dtype(call: Calls, node: Node, dtype: torch.dtype) -> Node:
-    """The node in a dtype, behind casts that widened it; or in a wider one, if it has no other."""
+def behind(node: Node, dtype: torch.dtype) -> Node:
+    """The node of a dtype behind casts that lost nothing, or the last one."""
     while val(node).dtype != dtype and unwidened(node) is not node:
         node = node.args[0]
-    is_narrower = torch.promote_types(val(node).dtype, dtype) == dtype != val(node).dtype
-    return call(aten.to.dtype, node, dtype) if is_narrower else node
-
-
-def narrowed(call: Calls, node: Node, like: Node) -> Node:
-    """What was computed in a wider dtype in that of another node."""
-    wide, dtype = val(node).dtype, val(like).dtype
-    is_wider = torch.promote_types(wide, dtype) == wide != dtype
-    return call(aten.to.dtype, node, dtype) if is_wider else node
+    return node
 
 
 def operands(node, op) -> Iterator[tuple]:
@@ -116,6 +141,10 @@ def operands(node, op) -> Iterator[tuple]:
     if packet(node) is op and len(node.args) == 2 and node.kwargs.get("alpha", 1) == 1:
         yield node.args
         yield node.args[::-1]
+
+
+def layout(x: Tensor) -> tuple:
+    return *x.shape, *x.stride(), x.dtype, x.device
 
 
 def same(a, b) -> bool:
@@ -126,3 +155,58 @@ def same(a, b) -> bool:
 
 def is_like(node, other: Node) -> bool:
     return is_tensor(node) and same(val(node).shape, val(other).shape)
+
+
+def evaluate(root: Node, leaves: Iterable[Node], tokens: int) -> dict[Node, Tensor] | None:
+    """Random values of the leaves, of which `root` is computed, and its value for these. None if it
+    is computed of others, too. TOKENS tokens stand for many, where that can be computed."""
+    for many, step in ((tokens, 1), (None, 8)):
+        try:
+            return _values(root, leaves, many, step)
+        except (RuntimeError, TypeError, ValueError, IndexError, KeyError):
+            continue  # a size that is another than the number of tokens, or made of it
+    return None
+
+
+def _values(root: Node, leaves: Iterable[Node], many, step: int) -> dict[Node, Tensor]:
+    values, known = {}, {}
+    fixed = {n for leaf in filter(is_tensor, leaves) for n in val(leaf).shape if type(n) is int}
+    primes = (n for n in itertools.count(TOKENS) if all(n % p for p in range(2, n)))
+    others = (n * step for n in primes if n * step not in fixed)
+
+    def size(n):
+        if isinstance(n, torch.SymInt):  # any number, but none that another size has by chance
+            for symbol in sorted(n.node.expr.free_symbols, key=str):
+                known[symbol] = known.get(symbol) or next(others)
+            return int(n.node.expr.xreplace(known))
+        if isinstance(n, (torch.SymFloat, torch.SymBool)):
+            raise TypeError("a number that is not known")
+        return TOKENS if type(n) is int is type(many) and TOKENS < n == many else n
+
+    def of(node):
+        if not isinstance(node, Node):
+            return size(node)
+        if node not in values:
+            if not isinstance(node.meta["val"], (Tensor, tuple, list)):
+                values[node] = size(node.meta["val"])
+            elif is_cast(node):
+                values[node] = of(node.args[0])
+            elif packet(node) is aten.detach or RANDOM in getattr(node.target, "tags", ()):
+                raise ValueError("more than a value")
+            else:
+                args, kwargs = map_aggregate((node.args, node.kwargs), of)
+                wide = [n for n, x in kwargs.items() if getattr(x, "is_floating_point", 0) is True]
+                kwargs = {name: x for name, x in kwargs.items() if name not in wide}
+                values[node] = node.target(*args, **kwargs)
+        return values[node]
+
+    own = {"generator": torch.Generator().manual_seed(0), "device": "cpu"}  # not the user's
+    for node in filter(is_tensor, leaves):
+        *rows, channels = val(node).shape or (1,)
+        channels = channels if type(channels) is int else size(channels)
+        dtype, shape = torch.float64, [*map(size, rows), channels]
+        scale = 10 ** (-4 * torch.rand((*shape[:-1], 1), dtype=dtype, **own))  # where bounds act
+        dtype = torch.complex128 if val(node).is_complex() else dtype
+        values[node] = torch.randn(shape, dtype=dtype, **own) * scale
+    of(root)
+    return values

@@ -1,17 +1,16 @@
 """What acts on each token by itself: norms with their modulation, gated residuals, activations."""
 
-import operator
 from collections import namedtuple
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, Node
 
 import lumina_kernels as ops
 
 from . import graph as g
-from .evaluate import evaluate
-from .graph import aten, packet, val
+from .graph import aten, evaluate, packet, val
 
 # (norm(x) * weight + bias) * (1 + scale) + shift, each term a node or None.
 Norm = namedtuple("Norm", "x kind eps weight bias scale shift", defaults=(None,) * 4)
@@ -32,38 +31,33 @@ def norm_of(node, depth: int = 5) -> Norm | None:
     found += [_scaled(norm_of(n, less), factor) for n, factor in g.operands(node, aten.mul)]
     found += [_shifted(norm_of(n, less), term) for n, term in g.operands(node, aten.add)]
     if packet(node) is aten.addcmul and not node.kwargs:
-        term, *pair = node.args
-        ways = (pair, pair[::-1])
-        found += [_shifted(_scaled(norm_of(n, less), factor), term) for n, factor in ways]
+        ways = node.args[1:], node.args[:0:-1]
+        found += [_shifted(_scaled(norm_of(n, less), m), node.args[0]) for n, m in ways]
     return next(filter(None, found), None)
 
 
 def _whole_norm(node: Node) -> Norm | None:
     x, shape, weight, *more = (*node.args, *(None,) * 3)
-    acc = torch.promote_types(val(x).dtype, torch.float32)
-    if packet(node) is aten.layer_norm:
-        found = Norm(x, "layer", 1e-5 if more[1] is None else more[1], weight, more[0])
-    else:
-        found = Norm(x, "rms", torch.finfo(acc).eps if more[0] is None else more[0], weight)
-    return found if len(shape) == 1 else None
+    smallest = torch.finfo(torch.promote_types(val(x).dtype, torch.float32)).eps
+    kind, bias = ("layer", more.pop(0)) if packet(node) is aten.layer_norm else ("rms", None)
+    eps = more[0] if more[0] is not None else 1e-5 if kind == "layer" else smallest
+    return Norm(x, kind, eps, weight, bias) if len(shape) == 1 else None
 
 
 def _written_out(node: Node) -> Norm | None:
     """x * rsqrt(mean(x²) + eps), in whatever way."""
-    if packet(node) not in (aten.mul, aten.div) or not all(map(g.is_tensor, node.args[:2])):
-        return None
-    for x, inverse in (node.args, node.args[::-1]):
+    is_product = packet(node) in (aten.mul, aten.div) and all(map(g.is_tensor, node.args[:2]))
+    for x, inverse in (node.args, node.args[::-1]) if is_product else ():
         if g.is_like(x, node) and g.same(val(inverse).shape, (*val(x).shape[:-1], 1)):
             x = g.unwidened(x)
             if "eps" not in node.meta:  # of this node it stays what it is
                 node.meta["eps"] = _eps(node, x)
-            return Norm(x, "rms", node.meta["eps"]) if node.meta["eps"] is not None else None
+            return Norm(x, "rms", node.meta["eps"]) if node.meta["eps"] else None
     return None
 
 
 def _eps(node: Node, x: Node) -> float | None:
-    values = evaluate(node, [x], val(x).shape[1])
-    if values is None:
+    if (values := evaluate(node, [x], val(x).shape[1])) is None:
         return None
     mean = values[x].square().mean(-1, keepdim=True)
     eps = ((values[x] / values[node]).square() - mean).median().item()
@@ -109,33 +103,29 @@ def _broadcasts(node, like: Node) -> bool:
 def norms(graph: Graph) -> Iterator[tuple]:
     for node in reversed(list(g.live(graph))):  # the largest first
         if node.users and g.unwidened(node) is node and (n := norm_of(node)):
-            yield "norm", [node], _emit_norm, node, n
+            n = n._replace(x=g.behind(n.x, val(node).dtype))
+            yield "norm", [node], _emit_norm, val(node).dtype, n
 
 
-def _emit_norm(call: g.Calls, node: Node, n: Norm) -> Node:
-    x = g.in_dtype(call, n.x, val(node).dtype)
-    while val(x).ndim < 3:
-        x = call(aten.unsqueeze.default, x, 0)
-    rows = x if val(x).ndim == 3 else call(aten.flatten.using_ints, x, 1, val(x).ndim - 2)
-    terms = [p and call(aten.flatten.using_ints, p) for p in (n.weight, n.bias)]
-    terms += [_modulation(call, m, x) for m in (n.scale, n.shift)]
-    out = call(ops.norm_modulate, rows, *terms, n.eps, n.kind)
-    return out if g.is_like(node, out) else call(aten.view_as.default, out, n.x)
+def _emit_norm(call: Callable, dtype: torch.dtype, n: Norm) -> Tensor:
+    x = n.x.to(torch.promote_types(n.x.dtype, dtype))
+    rows = x.flatten(1, -2) if x.ndim > 2 else x[(None,) * (3 - x.ndim)]
+    terms = [*map(flat, (n.weight, n.bias)), *(_modulation(m, x) for m in (n.scale, n.shift))]
+    return call(ops.norm_modulate, rows, *terms, n.eps, n.kind).view_as(n.x)
 
 
-def _modulation(call: g.Calls, node: Node | None, like: Node) -> Node | None:
+def flat(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.flatten()
+
+
+def _modulation(x: Tensor | tuple | None, like: Tensor) -> Tensor | None:
     """What broadcasts to (B, L, D) as (B, 1, D) or (B, L, D), without a copy."""
-    if node is None:
+    if x is None:
         return None
-    if isinstance(node, tuple):  # the whole factor
-        node = call(aten.sub.Tensor, *node, 1)
-    if val(like).ndim != 3:
+    if like.ndim != 3:
         raise NotImplementedError("a modulation of what is not (B, L, D)")
-    while val(node).ndim < 3:
-        node = call(aten.unsqueeze.default, node, 0)
-    if not g.same(val(node).shape[0], val(like).shape[0]):
-        node = call(aten.expand.default, node, [call(aten.sym_size.int, like, 0), -1, -1])
-    return node
+    x = x[0] - 1 if isinstance(x, tuple) else x  # the whole factor
+    return x[(None,) * (3 - x.ndim)].expand(like.shape[0], -1, -1)
 
 
 def residual_of(node: Node) -> Residual | None:
@@ -158,51 +148,46 @@ def residual_of(node: Node) -> Residual | None:
 
 
 def residuals(graph: Graph) -> Iterator[tuple]:
-    following = {}
+    ends = [(norm_of(x), x) for x in g.live(graph) if g.unwidened(x) is x]  # the largest last
+    following = {g.unwidened(n.x): node for n, node in ends if n and val(node).ndim == 3}
     for node in g.live(graph):
-        if (n := norm_of(node)) and g.unwidened(node) is node and val(node).ndim == 3:
-            following[g.unwidened(n.x)] = node  # the largest last
-    for node in g.live(graph):
-        r = residual_of(node) if g.is_tensor(node) else None
-        root = following.get(node)
-        if r and root and root.users and (n := norm_of(root)):
-            yield "residual and norm", [node, root], _emit_residual, node, r, n
-        if r and node.users and (r.gate or r.norm):
-            yield "residual", [node], _emit_residual, node, r
+        if not g.is_tensor(node) or (r := residual_of(node)) is None:
+            continue
+        dtype, root = val(node).dtype, following.get(node)
+        r = r._replace(residual=g.behind(r.residual, dtype))
+        if root and root.users and (n := norm_of(root)):
+            yield "residual and norm", [node, root], _emit_residual, dtype, r, n
+        if node.users and (r.gate or r.norm):
+            yield "residual", [node], _emit_residual, dtype, r
 
 
-def _emit_residual(call: g.Calls, node: Node, r: Residual, n: Norm | None = None):
-    residual, dtypes = g.in_dtype(call, r.residual, val(node).dtype), {val(node).dtype}
+def _emit_residual(call: Callable, dtype: torch.dtype, r: Residual, n: Norm | None = None):
+    residual = r.residual.to(torch.promote_types(r.residual.dtype, dtype))
     if n is r.norm is None:
-        if {val(r.y).dtype, val(r.gate).dtype} != dtypes:
+        if {r.y.dtype, r.gate.dtype} != {dtype}:
             raise NotImplementedError("dtypes differ")
-        gate = call(aten.expand_as.default, r.gate, r.y)  # fakes of symbolic sizes do not broadcast
-        return call(aten.addcmul.default, residual, gate, r.y)
-    weight = r.norm and r.norm.weight and call(aten.flatten.using_ints, r.norm.weight)
-    gate = _modulation(call, r.gate, residual)
+        return torch.addcmul(residual, r.gate.expand_as(r.y), r.y)
+    gate, weight = _modulation(r.gate, residual), r.norm and flat(r.norm.weight)
     if n is None:
         return call(ops.sandwich_norm, r.norm.x, residual, weight, gate, r.norm.eps, r.tanh)
-    scale, shift = (_modulation(call, m, residual) for m in (n.scale, n.shift))
-    following, bias = (p and call(aten.flatten.using_ints, p) for p in (n.weight, n.bias))
+    scale, shift = (_modulation(m, residual) for m in (n.scale, n.shift))
     if r.norm is None:
-        last = following, bias, scale, shift, n.eps, n.kind
-        pair = call(ops.gate_residual_norm, r.y, residual, gate, *last)
-    elif n.kind == "rms" and n.eps == r.norm.eps and bias is shift is None:
-        last = weight, gate, following, scale, n.eps, r.tanh
-        pair = call(ops.sandwich_norm_chain, r.norm.x, residual, *last)
-    else:
-        raise NotImplementedError("norms of different kinds")
-    return [call(operator.getitem, pair, i) for i in range(2)]
+        last = flat(n.weight), flat(n.bias), scale, shift, n.eps, n.kind
+        return call(ops.gate_residual_norm, r.y, residual, gate, *last)
+    if n.kind == "rms" and n.eps == r.norm.eps and n.bias is shift is None:
+        last = weight, gate, flat(n.weight), scale, n.eps, r.tanh
+        return call(ops.sandwich_norm_chain, r.norm.x, residual, *last)
+    raise NotImplementedError("norms of different kinds")
 
 
 def activations(graph: Graph) -> Iterator[tuple]:
     for node in g.live(graph):
         if packet(node) is aten.gelu:
             how = node.kwargs.get("approximate", "none")
-            yield "gelu", [node], g.Calls.__call__, ops.gelu, node.args[0], how
+            yield "gelu", [node], lambda call, *args: call(*args), ops.gelu, node.args[0], how
         for activated, b in g.operands(node, aten.mul):
             silu = g.bare(activated)
             a = g.bare(silu.args[0]) if packet(silu) is aten.silu and g.is_like(b, silu) else None
             if a and val(a).dtype == val(b).dtype:
-                yield "glu", [node], g.Calls.__call__, ops.swiglu, a, b
+                yield "glu", [node], lambda call, *args: call(*args), ops.swiglu, a, b
                 break

@@ -125,6 +125,13 @@ def test_results_have_memory_of_their_own(f):
         assert deviation(got, want) <= 2e-5
 
 
+@torch.no_grad()
+def test_division_by_one_that_rounds():
+    model, patched, report = pair(lambda w, x: torch.div(layer(x), 1, rounding_mode="floor") * w)
+    x = randn(2, 5, 8)
+    assert deviation(patched(x), model(x)) <= 2e-5 and report.fused == 1
+
+
 def integer_norm(w, x, g):
     return layer(3 * x).to(torch.int32).to(torch.float32) * w
 
