@@ -93,16 +93,18 @@ class _Rewriting:
                 return f"would be {val(out).dtype} {tuple(val(out).shape)}"
         if len(roots) > 1 and (read | _above(read, ())) & set(roots):
             return "its inputs need its result"
-        inside = {n for n in _above(roots, read) if is_tensor(n) and val(n).is_floating_point()}
+        above = _above(roots, read)
+        inside = {n for n in above if is_tensor(n) and val(n).is_floating_point()}
         smallest = min(val(root).itemsize for root in roots)
         if any(narrows(node) and val(node).itemsize < smallest for node in inside):
             return "rounds to another dtype in between"
         rounds = any(val(n).itemsize < 4 and packet(n) not in MOVES - CASTS for n in inside)
         if self.exact and ("attention" in kind or rounds):
             return "exact=True, and eager rounds more than once"
-        if self.writes and any(n > min(roots) for n in read):
+        if any(min(roots) < write <= n for write in self.writes for n in read):
             return "its inputs come later, beside a write in place"
-        written = {memory(n) for w in self.writes if w < max(roots) for n in w.all_input_nodes}
+        writes = [w for w in self.writes if min([*roots, *above]) < w < max(roots)]
+        written = {memory(n) for write in writes for n in write.all_input_nodes}
         touched = {memory(n) for n in {*read, *inside, *roots}} - {None}
         return "written to in place" if written & touched else None
 
@@ -119,8 +121,7 @@ def _above(nodes: Iterable[Node], stop: Container[Node]) -> set[Node]:
 
 def _lay_out(graph: Graph, before: list) -> None:
     """Give what a graph returns the strides that it had before: a caller may view it."""
-    end = graph.output_node()
-    results = tree_leaves(end.args)
+    end, results = graph.output_node(), tree_leaves(graph.output_node().args)
     shared = Counter(map(memory, {*results, *graph.find_nodes(op="placeholder")}))
     for node, like in zip(results, before, strict=True):
         dims = [] if like is None else [d for d, n in enumerate(like.shape) if not same(n, 1)]
@@ -129,8 +130,7 @@ def _lay_out(graph: Graph, before: list) -> None:
         if shared[memory(node)] > 1:
             raise NotImplementedError("a view among the results would have other strides")
         order = sorted(range(like.ndim), key=lambda dim: -like.stride(dim))
-        laid, _ = insert(end, _in_order, node, order)
-        end.replace_input_with(node, laid)
+        end.replace_input_with(node, insert(end, _in_order, node, order)[0])
 
 
 def _in_order(x: Tensor, dims: list[int]) -> Tensor:

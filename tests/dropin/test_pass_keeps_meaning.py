@@ -67,7 +67,6 @@ WRITES = {
     "bernoulli": lambda part, w: part.bernoulli_(0.3),
     "swapped": lambda part, w: part.transpose_(1, 2),
 }
-KEPT = "normal", "bernoulli", "swapped"  # in place, and so is the norm of what they write
 
 
 @pytest.mark.parametrize("name", WRITES)
@@ -83,7 +82,7 @@ def test_writes_with_their_options(name):
     for want, got in zip(*outs, strict=True):
         assert deviation(got, want) <= 2e-5
     assert torch.equal(*states)
-    assert (report.fused == 0) == (name in KEPT)
+    assert report.fused == 1
 
 
 def incremented(w, x):

@@ -123,6 +123,24 @@ def dropped(p, x, y, g):
     return x + g * y
 
 
+def mask_that_was_filled(p, x, y, g):
+    """Before it is read: the attention may be replaced, and is."""
+    mask = torch.zeros(B, L, dtype=torch.bool)
+    mask.select(0, 0)[:3].fill_(True)
+    mask.select(0, 1).fill_(True)
+    q, k, v = x[:, None], y[:, None], (x + y)[:, None]
+    return F.scaled_dot_product_attention(q, k, v, mask[:, None, None])
+
+
+def mask_between(p, x, y, g):
+    mask = torch.ones(B, 1, 1, L, dtype=torch.bool)
+    view = mask.expand(B, 1, L, L)
+    mask[0].select(-1, 1).fill_(False)
+    out = F.scaled_dot_product_attention(x[:, None], y[:, None], x[:, None], view)
+    mask.fill_(True)
+    return out + F.scaled_dot_product_attention(x[:, None], y[:, None], x[:, None], view)
+
+
 def in_turns(p, x, y, g):
     x += g * y
     n = layer(x) * (1 + g)
@@ -135,6 +153,7 @@ WRITES = (
     row_of_the_norm, row_of_the_rotated,
     slice_of_the_residual, slice_before_the_norm, gate_between, filled, read_while_filled,
     filled_by_another_name, overlapping, of_the_copy, result_is_written, dropped, in_turns,
+    mask_that_was_filled, mask_between,
 )  # fmt: skip
 
 
@@ -142,3 +161,9 @@ WRITES = (
 def test_write(function):
     """Nothing moves past one, and the caller sees what is written to the inputs."""
     check(function, randn(B, L, D), randn(B, L, D), randn(B, 1, D))
+
+
+@pytest.mark.parametrize(("function", "attentions"), ((mask_that_was_filled, 1), (mask_between, 2)))
+def test_a_mask_that_was_written_before(function, attentions):
+    ops = check(function, randn(B, L, D), randn(B, L, D), randn(B, 1, D))
+    assert ops == ["gqa_attention"] * attentions
