@@ -147,8 +147,7 @@ def _networks(model) -> dict[str, nn.Module]:
 
 def _fused(gm: GraphModule, *options) -> tuple[GraphModule, Captured]:
     """The graph on the ops, or as it was where that fails: an upstream that changes costs speed."""
-    from lumina_kernels.dropin.capture import capture
-    from lumina_kernels.dropin.fuse import fuse
+    from lumina_kernels.dropin.fuse import capture, fuse
 
     try:
         # Checkpointing counts what is saved for the backward, and nothing is computed here.

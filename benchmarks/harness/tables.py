@@ -18,9 +18,10 @@ variant does it. TFLOP/s count the useful FLOPs of the matrix products, without 
 clone" and "of matmul" compare them with a copy of as many bytes and with a large matrix product,
 measured in the same rounds; PyTorch's float32 matrix product is not a true ceiling on every CPU.
 The inputs are not in any cache. The allocator keeps freed memory, because mapping pages again would
-dominate many of the times, unless the line of the machine says that it is the default one. "x eager" is the speed relative to eager PyTorch (for whole models
-relative to diffusers, where it is installed), "x compile" relative to `torch.compile` of that. Peak
-MiB is the largest amount of memory in tensors during a call, without its inputs."""
+dominate many of the times, unless the line of the machine says that it is the default one. "x
+eager" is the speed relative to eager PyTorch (for whole models relative to diffusers, where it is
+installed), "x compile" relative to `torch.compile` of that. Peak MiB is the largest amount of
+memory in tensors during a call, without its inputs."""
 
 
 class Point(NamedTuple):

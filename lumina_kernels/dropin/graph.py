@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode, tracing
-from torch.fx import Graph, Node
+from torch.fx import Graph, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_aggregate, map_arg
 from torch.utils._pytree import tree_leaves
@@ -43,22 +43,28 @@ def insert(before: Node, function: Callable, *args) -> tuple:
     values = list(sources.values())
     with tracing(None), detect_fake_mode(values):  # not the mode that Dynamo has for backends
         traced = make_fx(run)(*values)
-    traced.graph.eliminate_dead_code()
-    copies = dict(zip(traced.graph.find_nodes(op="placeholder"), sources, strict=True))
-    with before.graph.inserting_before(before):
-        results = before.graph.graph_copy(traced.graph, copies)
-    made = [node for node in copies.values() if node not in sources]
-    mark_gradients(made)
+        traced.graph.eliminate_dead_code()
+        copies = dict(zip(traced.graph.find_nodes(op="placeholder"), sources, strict=True))
+        with before.graph.inserting_before(before):
+            results = before.graph.graph_copy(traced.graph, copies)
+        made = [node for node in copies.values() if node not in sources]
+        for node in made:  # not detached
+            args, kwargs = map_arg((node.args, node.kwargs), val)
+            node.meta["val"] = node.target(*args, **kwargs)
     return results, made
 
 
-def mark_gradients(nodes: Iterable[Node]) -> None:
-    """Have fake results require a gradient where what they are computed of does."""
-    for node in nodes if torch.is_grad_enabled() else ():
-        sources = tensors([n.meta.get("val") for n in node.all_input_nodes])
-        if packet(node) is not aten.detach and any(x.requires_grad for x in sources):
-            for x in tensors(node.meta.get("val")):
-                x.requires_grad_(x.is_floating_point() or x.is_complex())
+class _Renewing(Interpreter):
+    def run_node(self, node: Node):
+        node.meta["val"] = result = super().run_node(node)
+        return result
+
+
+def renew(graph: Graph) -> None:
+    """Give the nodes of a graph their fake results again, after it was changed."""
+    inputs = list(map(val, graph.find_nodes(op="placeholder")))
+    with tracing(None), detect_fake_mode(inputs):
+        _Renewing(graph.owning_module).run(*inputs)
 
 
 def tensors(tree) -> list[Tensor]:

@@ -21,7 +21,7 @@ Residual = namedtuple("Residual", "residual y gate norm tanh", defaults=(None, F
 
 def norm_of(node, depth: int = 5) -> Norm | None:
     """What norm a node is, if it is one; `depth` is how many terms and factors it may have."""
-    if not g.is_tensor(node) or depth < 0:
+    if not g.is_tensor(node) or depth < 0 or "by" in node.meta:
         return None
     if g.is_cast(node):
         return norm_of(node.args[0], depth)

@@ -103,11 +103,11 @@ def incremented_source(w, x):
     return layer(y) * w
 
 
-def twice(w, x):
+def the_same_again(w, x):
     return x * w, x * w, x.clone(), x.clone(), x / 1, layer(x)
 
 
-@pytest.mark.parametrize("f", (incremented, incremented_view, incremented_source, twice))
+@pytest.mark.parametrize("f", (incremented, incremented_view, incremented_source, the_same_again))
 @torch.no_grad()
 def test_results_have_memory_of_their_own(f):
     model, patched, _ = pair(f)
@@ -122,6 +122,43 @@ def test_results_have_memory_of_their_own(f):
     assert torch.equal(*inputs)
     for want, got in zip(*outs, strict=True):
         assert deviation(got, want) <= 2e-5
+
+
+@torch.no_grad()
+def test_results_are_tensors_of_their_own():
+    """Also those that share memory: a caller may change the shape of one in place."""
+
+    def f(w, x):
+        n = layer(x) * w
+        return n, n.view(2, 5, 8), x.view(2, 5, 8), torch.relu(x), torch.relu(x), layer(x.relu())
+
+    patched, report = pair(f)[1:]
+    outs = patched(x := randn(2, 5, 8))
+    assert len({id(x), *map(id, outs)}) == 7 and report.fused == 2
+    storages = [out.untyped_storage().data_ptr() for out in (x, *outs)]
+    assert storages[1] == storages[2] and storages[0] == storages[3]
+    assert len({*storages}) == 5
+
+
+def twice(x):
+    x.mul_(2)
+
+
+@torch.no_grad()
+def test_a_write_by_an_op_of_the_users():
+    with torch.library._scoped_library("test_pass_writes", "FRAGMENT") as library:
+        library.define("twice(Tensor(a!) x) -> ()")
+        library.impl("twice", twice, "CPU")
+        library._register_fake("twice", twice)
+
+        def f(w, x):
+            out = x * 1
+            torch.ops.test_pass_writes.twice(out[:, :2])
+            return layer(out) * w
+
+        model, patched, report = pair(f)
+        x = randn(2, 5, 8)
+        assert deviation(patched(x), model(x)) <= 2e-5 and report.fused == 1
 
 
 @torch.no_grad()

@@ -141,6 +141,51 @@ def mask_between(p, x, y, g):
     return out + F.scaled_dot_product_attention(x[:, None], y[:, None], x[:, None], view)
 
 
+def copy_before_a_row(p, x, y, g):
+    h = layer(x) * (1 + g)
+    kept = h.clone()
+    h[:, 0].zero_()
+    return kept + h
+
+
+def another_name_of_the_norm(p, x, y, g):
+    n = layer(x) * (1 + g)
+    rows = n.flatten(1)
+    n[:, :2].fill_(1)
+    return rows * 2
+
+
+def slice_and_row(p, x, y, g):
+    """The second between the first and the norm, which is of the first."""
+    h = x * 2
+    h[:, :2].fill_(1)
+    inverse = torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-5)
+    h.select(0, 0).mul_(3)
+    return h * inverse * (1 + g)
+
+
+def residual_and_row(p, x, y, g):
+    h = x + g * y
+    n = layer(h) * (1 + g)
+    inverse = torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-5)
+    h.select(0, 0).mul_(3)
+    return n, h * inverse * (1 + g)
+
+
+def copy_by_its_name(p, x, y, g):
+    n = layer(x) * (1 + g)
+    kept = torch.ops.aten._to_copy(n)
+    n.mul_(3)
+    return kept + n
+
+
+def slice_of_another(p, x, y, g):
+    a, b = x * 1, x * 2
+    a[:, :2].copy_(b[:, :2])
+    b[:, 2:].mul_(3)
+    return layer(a) * (1 + g), b
+
+
 def in_turns(p, x, y, g):
     x += g * y
     n = layer(x) * (1 + g)
@@ -153,7 +198,8 @@ WRITES = (
     row_of_the_norm, row_of_the_rotated,
     slice_of_the_residual, slice_before_the_norm, gate_between, filled, read_while_filled,
     filled_by_another_name, overlapping, of_the_copy, result_is_written, dropped, in_turns,
-    mask_that_was_filled, mask_between,
+    mask_that_was_filled, mask_between, copy_before_a_row, another_name_of_the_norm, slice_and_row,
+    residual_and_row, copy_by_its_name, slice_of_another,
 )  # fmt: skip
 
 

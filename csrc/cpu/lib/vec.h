@@ -109,7 +109,7 @@ LUMINA_INLINE HalfVec to_half(Vec value) {
 // ---- memory: `count` values from i on, 0 beyond them ----
 
 #if LUMINA_WIDTH == 16
-LUMINA_INLINE __mmask16 first(int64_t count) { return static_cast<__mmask16>((1 << count) - 1); }
+LUMINA_INLINE __mmask16 lanes(int64_t count) { return static_cast<__mmask16>((1 << count) - 1); }
 #endif
 
 template <class T>
@@ -119,9 +119,9 @@ LUMINA_INLINE T load_bits(const char* data, int64_t count) {
     std::memcpy(&bits, data, sizeof(T));
   } else if (count > 0) {
 #if LUMINA_WIDTH == 16  // memcpy would be a call
-    if constexpr (sizeof(T) == 64) return (T)_mm512_maskz_loadu_epi32(first(count), data);
-    if constexpr (sizeof(T) == 32) return (T)_mm256_maskz_loadu_epi16(first(count), data);
-    if constexpr (sizeof(T) == 16) return (T)_mm_maskz_loadu_epi8(first(count), data);
+    if constexpr (sizeof(T) == 64) return (T)_mm512_maskz_loadu_epi32(lanes(count), data);
+    if constexpr (sizeof(T) == 32) return (T)_mm256_maskz_loadu_epi16(lanes(count), data);
+    if constexpr (sizeof(T) == 16) return (T)_mm_maskz_loadu_epi8(lanes(count), data);
 #endif
     std::memcpy(&bits, data, count * sizeof(bits[0]));
   }
@@ -135,10 +135,10 @@ LUMINA_INLINE void store_bits(char* data, T bits, int64_t count) {
   } else if (count > 0) {
 #if LUMINA_WIDTH == 16
     if constexpr (sizeof(T) == 64)
-      return _mm512_mask_storeu_epi32(data, first(count), (__m512i)bits);
+      return _mm512_mask_storeu_epi32(data, lanes(count), (__m512i)bits);
     if constexpr (sizeof(T) == 32)
-      return _mm256_mask_storeu_epi16(data, first(count), (__m256i)bits);
-    if constexpr (sizeof(T) == 16) return _mm_mask_storeu_epi8(data, first(count), (__m128i)bits);
+      return _mm256_mask_storeu_epi16(data, lanes(count), (__m256i)bits);
+    if constexpr (sizeof(T) == 16) return _mm_mask_storeu_epi8(data, lanes(count), (__m128i)bits);
 #endif
     std::memcpy(data, &bits, count * sizeof(bits[0]));
   }
