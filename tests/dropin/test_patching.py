@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 from lumina_kernels import patch, unpatch
-from lumina_kernels.dropin import capture, rows
+from lumina_kernels.dropin import fuse, rows
 from lumina_kernels.patching import compile_backend
 from tests.common import DEVICE
 
@@ -313,7 +313,7 @@ def test_a_block_that_cannot_be_captured_runs_as_it_was(monkeypatch):
 
     model, inputs = Small(), Small.inputs()
     want = output(model, inputs)
-    monkeypatch.setattr(capture, "capture", fails)
+    monkeypatch.setattr(fuse, "capture", fails)
     report = patch(model)
     with pytest.warns(UserWarning, match="its capture failed: KeyError: 'of an upstream that has"):
         got, ops = run(model, inputs, report)
