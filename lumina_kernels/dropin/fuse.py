@@ -80,7 +80,6 @@ def clean(graph: Graph) -> None:
             graph.erase_node(node)
     _without_writes(graph)
     graph.eliminate_dead_code(lambda node: node.is_impure() or mutates(node))
-    g.renew(graph)
     returned = {memory(n) for n in graph.output_node().all_input_nodes}
     seen = {}
     for node in list(graph.nodes) if not any(map(mutates, graph.nodes)) else ():
@@ -134,6 +133,7 @@ def _without_writes(graph: Graph) -> None:
             graph.erase_node(view)
         for user in [n for n in base.users if place.get(n, -1) > place[writes[-1]]]:
             user.replace_input_with(base, whole)
+        g.renew(graph)
 
 
 def _written(write: Callable, whole: Tensor, part: tuple, values: list, more: dict) -> Tensor:

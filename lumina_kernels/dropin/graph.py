@@ -48,9 +48,6 @@ def insert(before: Node, function: Callable, *args) -> tuple:
         with before.graph.inserting_before(before):
             results = before.graph.graph_copy(traced.graph, copies)
         made = [node for node in copies.values() if node not in sources]
-        for node in made:  # not detached
-            args, kwargs = map_arg((node.args, node.kwargs), val)
-            node.meta["val"] = node.target(*args, **kwargs)
     return results, made
 
 

@@ -138,7 +138,7 @@ def test_while_another_thread_compiles():
         torch.compile(lambda x: x.sin() + 1, backend=slow)(torch.zeros(3))
     ))  # fmt: skip
     other.start()
-    assert started.wait(30) and torch.compiler.is_compiling()
+    assert started.wait(30)  # in torch 2.13 is_compiling() is now true in this thread, too
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         got, ops = run(model, inputs, report)

@@ -186,6 +186,30 @@ def slice_of_another(p, x, y, g):
     return layer(a) * (1 + g), b
 
 
+def scale_after_a_write(p, x, y, g):
+    """By another name, which does not come from the write."""
+    scale = g * 1
+    rows = scale.flatten(1)
+    h = x + g * y
+    scale.mul_(2)
+    return h, layer(h) * (1 + rows.sin()[:, None])
+
+
+def filled_in_turns(p, x, y, g):
+    mask = torch.zeros(B, L, dtype=torch.bool)
+    mask[:, :2] = True
+    mask[0, :1] = False
+    return torch.where(mask[..., None], root(x) * (1 + g), y)
+
+
+def filled_by_a_later_name(p, x, y, g):
+    h = x * 2
+    h[:, :1] = g
+    rows = h.view(-1, D)
+    rows[1:2] = y[0, :1]
+    return root(h) * (1 + g)
+
+
 def in_turns(p, x, y, g):
     x += g * y
     n = layer(x) * (1 + g)
@@ -199,7 +223,8 @@ WRITES = (
     slice_of_the_residual, slice_before_the_norm, gate_between, filled, read_while_filled,
     filled_by_another_name, overlapping, of_the_copy, result_is_written, dropped, in_turns,
     mask_that_was_filled, mask_between, copy_before_a_row, another_name_of_the_norm, slice_and_row,
-    residual_and_row, copy_by_its_name, slice_of_another,
+    residual_and_row, copy_by_its_name, slice_of_another, scale_after_a_write,
+    filled_in_turns, filled_by_a_later_name,
 )  # fmt: skip
 
 
