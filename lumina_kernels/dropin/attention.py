@@ -280,7 +280,7 @@ def _turn(call: Callable, xs: list[Tensor], pair: list[Rotation], norms: list[No
     """What takes the place of one or two rotations by the same table, maybe after norms."""
     if not pair:
         raise NotImplementedError("no tables of which it is the rotation")
-    xs = [x.to(torch.promote_types(x.dtype, pair[0].root.dtype)) for x in xs]
+    xs = [g.widened(x, pair[0].root.dtype) for x in xs]
     heads = [seen(x, r.heads) for x, r in zip(xs, pair, strict=True)]
     (cos, sin, *how), across = pair[0].table, xs[0].shape[-1] != heads[0].shape[-1]
     table, both = (seen(*cos), seen(*sin), *how), (*heads, None)[:2]

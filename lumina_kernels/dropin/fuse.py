@@ -6,9 +6,8 @@ from collections.abc import Callable, Container, Iterable
 
 import torch
 from torch import Tensor
-from torch._guards import tracing
+from torch._guards import detect_fake_mode, tracing
 from torch._ops import HigherOrderOperator
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.func import functionalize
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -32,13 +31,13 @@ AROUND = "which around whole blocks does no harm"
 
 def capture(gm: GraphModule) -> GraphModule:
     """The same in ATen ops as autograd sees them: linear, layer_norm, attention are still one node
-    each. Every node has its fake result in meta["val"], which requires a gradient if it may."""
+    each. The inputs have their fake values in meta["val"], of which `renew` makes all others."""
     inputs = [n.meta.get("example_value") for n in gm.graph.find_nodes(op="placeholder")]
-    mode = next((x.fake_mode for x in inputs if isinstance(x, FakeTensor)), None)
-    if mode is None:
-        raise NotImplementedError("no tensor comes in")
-    with mode, tracing(None):  # not the fresh one that Dynamo has for backends
-        whole = make_fx(_InOneMode(gm).run, pre_dispatch=True)(*inputs)
+    with tracing(None):  # not the fresh mode that Dynamo has for backends
+        if (mode := detect_fake_mode(inputs)) is None:
+            raise NotImplementedError("no tensor comes in")
+        with mode:
+            whole = make_fx(_InOneMode(gm).run, pre_dispatch=True)(*inputs)
     for node, x in zip(whole.graph.find_nodes(op="placeholder"), inputs, strict=True):
         node.meta["val"] = x  # not detached
     return whole
@@ -193,9 +192,9 @@ class _Rewriting:
         """Put what `emit` calls before the first of some nodes in their place, if it may be."""
         first, dtypes, made, named, ran = min(roots), [val(n).dtype for n in roots], [], [], "torch"
 
-        def call(op, *args, **kwargs):
+        def call(op, *args):
             named.append(op.__name__)
-            return op(*args, **kwargs, backend=self.backend)
+            return op(*args, backend=self.backend)
 
         def emitted(*args):
             outs = emit(call, *args)

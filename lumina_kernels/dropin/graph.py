@@ -43,12 +43,11 @@ def insert(before: Node, function: Callable, *args) -> tuple:
     values = list(sources.values())
     with tracing(None), detect_fake_mode(values):  # not the mode that Dynamo has for backends
         traced = make_fx(run)(*values)
-        traced.graph.eliminate_dead_code()
-        copies = dict(zip(traced.graph.find_nodes(op="placeholder"), sources, strict=True))
-        with before.graph.inserting_before(before):
-            results = before.graph.graph_copy(traced.graph, copies)
-        made = [node for node in copies.values() if node not in sources]
-    return results, made
+    traced.graph.eliminate_dead_code()
+    copies = dict(zip(traced.graph.find_nodes(op="placeholder"), sources, strict=True))
+    with before.graph.inserting_before(before):
+        results = before.graph.graph_copy(traced.graph, copies)
+    return results, [node for node in copies.values() if node not in sources]
 
 
 class _Renewing(Interpreter):
@@ -137,6 +136,10 @@ def behind(node: Node, dtype: torch.dtype) -> Node:
     while val(node).dtype != dtype and unwidened(node) is not node:
         node = node.args[0]
     return node
+
+
+def widened(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, dtype))
 
 
 def operands(node, op) -> Iterator[tuple]:

@@ -108,7 +108,7 @@ def norms(graph: Graph) -> Iterator[tuple]:
 
 
 def _emit_norm(call: Callable, dtype: torch.dtype, n: Norm) -> Tensor:
-    x = n.x.to(torch.promote_types(n.x.dtype, dtype))
+    x = g.widened(n.x, dtype)
     rows = x.flatten(1, -2) if x.ndim > 2 else x[(None,) * (3 - x.ndim)]
     terms = [*map(flat, (n.weight, n.bias)), *(_modulation(m, x) for m in (n.scale, n.shift))]
     return call(ops.norm_modulate, rows, *terms, n.eps, n.kind).view_as(n.x)
@@ -162,7 +162,7 @@ def residuals(graph: Graph) -> Iterator[tuple]:
 
 
 def _emit_residual(call: Callable, dtype: torch.dtype, r: Residual, n: Norm | None = None):
-    residual = r.residual.to(torch.promote_types(r.residual.dtype, dtype))
+    residual = g.widened(r.residual, dtype)
     if n is r.norm is None:
         if {r.y.dtype, r.gate.dtype} != {dtype}:
             raise NotImplementedError("dtypes differ")
