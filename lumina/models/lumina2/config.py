@@ -55,9 +55,9 @@ class Lumina2Config(JointConfig):
 
 
 PRESETS = {
-    "2b": Lumina2Config(),  # also Neta-Lumina
+    "lumina2": Lumina2Config(),  # also Neta-Lumina
     # In the released code, without weights.
-    "3b": Lumina2Config(dim=2592, n_layers=30, axes_dims=(36, 36, 36)),
-    "4b": Lumina2Config(dim=2880, n_layers=32, axes_dims=(40, 40, 40)),
-    "7b": Lumina2Config(dim=3840, n_layers=32, n_heads=32, axes_dims=(40, 40, 40)),
+    "lumina2-3b": Lumina2Config(dim=2592, n_layers=30, axes_dims=(36, 36, 36)),
+    "lumina2-4b": Lumina2Config(dim=2880, n_layers=32, axes_dims=(40, 40, 40)),
+    "lumina2-7b": Lumina2Config(dim=3840, n_layers=32, n_heads=32, axes_dims=(40, 40, 40)),
 }

@@ -144,7 +144,9 @@ class JointTransformer(nn.Module):
         geometry = Geometry((where, scaled, self._axes(t.device)), mask, None)
         h = self._run(self.noise_refiner, h, block_c, geometry)
 
-        windows = windows_of_layers(tokens.grids, context_drop, len(self.layers), h.device)
+        windows = windows_of_layers(
+            tokens.grids, context_drop, len(self.layers), h.device, among_others=True
+        )
         mask = torch.cat([_all_true(mask, h.shape[:2], h.device), caption.mask], 1)
         where = torch.cat([where, _on_first_axis(caption.places)], 1)
         h = torch.cat([h, caption.text.to(h.dtype)], 1)

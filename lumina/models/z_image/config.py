@@ -49,4 +49,4 @@ class ZImageConfig(JointConfig):
         return min(self.dim, 256)
 
 
-PRESETS = {"6b": ZImageConfig()}  # both the base model and Turbo
+PRESETS = {"z-image": ZImageConfig()}  # both the base model and Turbo
