@@ -95,6 +95,6 @@ def grouped(results, high):
     for name in sorted(high):
         group = "outputs" if name.startswith("out ") else name
         group = "small gradients" if high[name].numel() < 1000 and group == name else group
-        size = rms[name].clamp(min=torch.finfo(torch.float64).tiny)  # 0: without influence
+        size = rms[name].clamp(min=1e-30)  # 0: without influence
         groups.setdefault(group, []).append((results[name].double() / size).flatten())
     return {name: torch.cat(parts) for name, parts in groups.items()}
