@@ -101,8 +101,7 @@ def gqa_attention_bwd(
         tokens = _branch(k, v, key_mask, scale, bias)
         text = _branch(text_k, text_v, text_mask, K**-0.5)
         constants = {"R": H // G, "UNIT": unit}
-        pairs = bias is not None or _has_own_masks(text)
-        options = _options("dq", K, dq.dtype, pairs, _has_two_layouts(tokens))
+        options = _options("dq", K, dq.dtype, bias is not None, _has_two_layouts(tokens))
 
         def launch_dq(options):
             grid = (blocks(L * H // G, options["BLOCK_M"]) * G * B,)
@@ -169,11 +168,6 @@ def split_scale(scale: float) -> tuple[float, float]:
 def _has_two_layouts(branch: tuple) -> bool:
     """Whether the strides of v are not those of k."""
     return len(branch[1]) > 1
-
-
-def _has_own_masks(branch: tuple | None) -> bool:
-    """Whether every token has a mask of its own, which is read like a bias of pairs."""
-    return branch is not None and branch[2] is not None and len(branch[2]) > 2
 
 
 def _mask(mask: Tensor | None) -> tuple | None:

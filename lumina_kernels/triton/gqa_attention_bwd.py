@@ -239,8 +239,8 @@ def gqa_attention_dkv_kernel(
             weight = tl.load(weight_ptr + stats + rows, mask=exist, other=0.0)
             p *= weight[None, :]
         if own is not None:
-            there = inside[:, None] & exist[None, :]
-            p = tl.where(own_keys(own, rows[None, :], columns[:, None], there, R), p, 0.0)
+            seen = own_keys(own, rows[None, :], n_rows, columns[:, None], inside[:, None], R)
+            p = tl.where(seen, p, 0.0)
         dout_tile = load_queries(dout, start, exist, b, g, R, UNIT, BLOCK_M, K, KS)
         dv = add_dot(dv, p, dout_tile)
         delta = tl.load(delta_ptr + stats + rows, mask=exist, other=0.0) * before

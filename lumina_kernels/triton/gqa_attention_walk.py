@@ -176,20 +176,21 @@ def valid_keys(tile, columns, inside, where, R: tl.constexpr):
         return inside[None, :]
     elif len(mask) > 1:
         _, _, rows, n_rows = where
-        there = (rows < n_rows)[:, None] & inside[None, :]
-        return own_keys(mask, rows[:, None], columns[None, :], there, R)
+        return own_keys(mask, rows[:, None], n_rows, columns[None, :], inside[None, :], R)
     else:
         valid = tl.load(mask[0] + columns, mask=inside, other=0) != 0
         return valid[None, :]
 
 
 @triton.jit
-def own_keys(mask, rows, keys, there, R: tl.constexpr):
-    """Which keys are valid for the tokens of some rows, given as (M, 1) and (1, N) or transposed,
-    by a sample's mask (pointer, stride of l, of the key); none outside `there`."""
+def own_keys(mask, rows, n_rows, keys, inside, R: tl.constexpr):
+    """Which keys, none outside `inside`, are valid for the tokens of some rows, all given as (M, 1)
+    and (1, N) or transposed, by a sample's mask (pointer, stride of l, of the key). For rows that
+    do not exist it is what it is for the last one."""
     ptr, stride_l, stride_key = mask
-    ptrs = ptr + (rows // R).to(tl.int64) * stride_l + keys.to(tl.int64) * stride_key
-    return tl.load(ptrs, mask=there, other=0) != 0
+    tokens = tl.minimum(rows, n_rows - 1) // R
+    ptrs = ptr + tokens.to(tl.int64) * stride_l + keys.to(tl.int64) * stride_key
+    return tl.load(ptrs, mask=inside, other=0) != 0
 
 
 @triton.jit
