@@ -39,11 +39,11 @@ def randomise(model, dtype=torch.float64):
     return model
 
 
-def pair(dtype=torch.float64, **changes):
+def pair(dtype=torch.float64, backend="torch", **changes):
     """Ours and the reference with the same weights, in float64."""
     sizes = config(**changes)
     theirs = randomise(reference.NextDiT(sizes).to(DEVICE), dtype)
-    ours = NextDiT(sizes, backend="torch").to(DEVICE, torch.float64)
+    ours = NextDiT(sizes, backend=backend).to(DEVICE, torch.float64)
     ours.load_state_dict(theirs.state_dict())
     return ours, theirs
 
