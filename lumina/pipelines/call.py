@@ -142,7 +142,9 @@ class Call:
             given = [default if side is None else side for side in given]
             for side in given:
                 if not is_count(side) or side % multiple:
-                    raise ValueError(f"{name} must be a multiple of {multiple} pixels, got {side}")
+                    raise ValueError(
+                        f"{name} must be a whole multiple of {multiple} pixels, got {side}"
+                    )
             sides.append(map(int, given))
         sizes = [
             size for size in zip(*sides, strict=True) for _ in range(self.num_images_per_prompt)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -164,8 +163,7 @@ class Pipeline(DiffusionPipeline):
         try:
             yield part
         finally:
-            del part
-            gc.collect()
+            part.to("meta")  # frees its memory, whoever still refers to it
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
