@@ -290,22 +290,23 @@ def test_places_of_the_parts(folders, ours):
         assert torch.equal(draw(pipe), draw(ours["lumina_next"]))
 
 
-@pytest.mark.parametrize("way", ("enable_model_cpu_offload", "enable_sequential_cpu_offload"))
+# accelerate moves single tensors to an accelerator alone, whole modules from the CPU to the CPU too.
+OFFLOADS = ("enable_model_cpu_offload", "enable_sequential_cpu_offload")
+OFFLOADS = OFFLOADS if torch.cuda.is_available() else OFFLOADS[:1]
+
+
+@pytest.mark.parametrize("way", OFFLOADS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_offloading(family, way, folders, ours):
-    """accelerate's hooks, here from the CPU to the CPU; twice, as they are set up anew."""
+    """Twice, as diffusers puts the hooks in anew after every call."""
     pipe = Pipeline.from_pretrained(folders[family])
     pipe.set_progress_bar_config(disable=True)
-    if (
-        way == "enable_sequential_cpu_offload"
-    ):  # accelerate fails at this buffer, with diffusers too
-        pipe._exclude_from_cpu_offload = ["text_encoder"]
-    getattr(pipe, way)(device="cpu")
+    getattr(pipe, way)(device="cuda" if torch.cuda.is_available() else "cpu")
     expected = draw(ours[family], output_type="pt")
     for _ in range(2):
-        assert torch.equal(draw(pipe, output_type="pt"), expected)
+        assert distance(draw(pipe, output_type="pt").cpu(), expected) < 1e-4
     change = {"output_type": "pt", "image": expected, "strength": 0.5}
-    assert torch.equal(draw(pipe, **change), draw(ours[family], **change))
+    assert distance(draw(pipe, **change).cpu(), draw(ours[family], **change)) < 1e-4
 
 
 def test_adapters_at_a_scale(folders):

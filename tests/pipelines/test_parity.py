@@ -140,7 +140,7 @@ def test_embeddings_instead_of_prompts(family, ours, theirs):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_several_pictures_of_several_prompts(family, ours, theirs):
-    """diffusers' two first pipelines take other masks for them: they are asked by single prompts."""
+    """diffusers' first two pipelines would mix the masks up: they get single prompts."""
     got = draw(ours[family], PROMPTS[:2], num_images_per_prompt=2)
     expected = draw(theirs[family], [PROMPTS[i // 2] for i in range(4)])
     assert distance(got, expected) < SAME

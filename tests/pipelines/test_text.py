@@ -10,9 +10,18 @@ from lumina.pipelines.text import Text, clean, encode, same_length, text_of
 
 FAMILIES = ("lumina_next", "lumina2", "z_image")
 LANGUAGES = (
-    "桌子上的红苹果，窗边的猫", "海の見える家とりんご", "나무 아래 고양이", "تفاحة حمراء على الطاولة", "תפוח אדום על השולחן",
-    "Красное яблоко на столе", "सेब मेज पर", "ταξί στη θάλασσα", "🍎🐱‍👤 👨‍👩‍👧", "straße, naïve, Ağ", "x < y & z > 3 <3",
-)  # fmt: skip
+    "桌子上的红苹果，窗边的猫",
+    "海の見える家とりんご",
+    "나무 아래 고양이",
+    "تفاحة حمراء على الطاولة",
+    "תפוח אדום על השולחן",
+    "Красное яблоко на столе",
+    "सेब मेज पर",
+    "ταξί στη θάλασσα",
+    "🍎🐱 👨\u200d👩\u200d👧",
+    "straße, naïve, Ağ",
+    "x < y & z > 3 <3",
+)
 
 
 def features(pipe, texts, max_length=64, prompts=None):
