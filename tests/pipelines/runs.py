@@ -16,7 +16,8 @@ def draw(pipe, prompt="a red apple", **changes):
     """The images of a call; no warning of diffusers' about what is not installed."""
     arguments = {**SMALL, **changes}
     if prompt is not None:
-        arguments["prompt"] = prompt
+        # A list of its own: ZImagePipeline of diffusers writes into it.
+        arguments["prompt"] = prompt if isinstance(prompt, str) else list(prompt)
     if "latents" not in arguments:
         arguments.setdefault("generator", generator())
     with warnings.catch_warnings():

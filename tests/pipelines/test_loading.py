@@ -290,7 +290,7 @@ def test_places_of_the_parts(folders, ours):
         assert torch.equal(draw(pipe), draw(ours["lumina_next"]))
 
 
-# accelerate moves single tensors to an accelerator alone, whole modules from the CPU to the CPU too.
+# Single tensors accelerate moves to an accelerator alone, whole modules also from CPU to CPU.
 OFFLOADS = ("enable_model_cpu_offload", "enable_sequential_cpu_offload")
 OFFLOADS = OFFLOADS if torch.cuda.is_available() else OFFLOADS[:1]
 

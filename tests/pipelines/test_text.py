@@ -113,6 +113,7 @@ def test_a_prompt_that_just_fits_is_not_warned_of(ours):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padding_and_company_have_no_influence(family, ours):
     pipe = ours[family]
+    pipe.tokenizer.padding_side = "left"
     texts = ["a red apple", "two cats sleep under an old tree by the sea", "a red apple"]
     together = features(pipe, texts)
     for i, text in enumerate(texts):
