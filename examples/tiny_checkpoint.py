@@ -49,11 +49,13 @@ def write(family: str, folder: str | Path, seed: int = 0) -> Path:
     family: "lumina_next", "lumina2" or "z_image".
 
     Raises:
-        ValueError: another family.
+        ValueError: another family; a folder that has something in it.
     """
     if family not in FAMILIES:
         raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family!r}")
     folder, pipeline = Path(folder), FAMILIES[family]
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} must be new or empty, or old files would stay in it")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         parts = pipeline["parts"]()

@@ -34,6 +34,7 @@ class Options:
         strength: share of the way from noise that is run anew, the start is noised to it exactly;
             None: 0.6, with a mask 1.
         mask_image: redraw `image` where this is white (as `image`), and keep it elsewhere.
+        rtol, atol: of dopri5.
     """
 
     solver: str = "euler"
@@ -45,6 +46,8 @@ class Options:
     image: object = None
     strength: float | None = None
     mask_image: object = None
+    rtol: float = 1e-3
+    atol: float = 1e-3
 
     def __post_init__(self) -> None:
         if self.guidance is not None and not isinstance(self.guidance, Guidance):

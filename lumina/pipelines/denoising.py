@@ -12,17 +12,23 @@ from torch import Tensor, nn
 
 import lumina
 from lumina.pipelines.call import Call
-from lumina.pipelines.schedule import timesteps_of
 from lumina.pipelines.text import Text
-from lumina.sampling.schedules import start_at
 
 
 def denoise(
-    pipe, call: Call, text: Text, negative: Text | None, grid: Tensor, options: dict, lora_scale
+    pipe,
+    call: Call,
+    text: Text,
+    negative: Text | None,
+    timesteps: Tensor,
+    lora_scale: float | None,
+    **options,
 ):
-    """The latents at the end of a run of `lumina.sample`, whose other arguments are `options`."""
-    ran = start_at(grid, options["strength"]) if "image" in options else grid
-    timesteps, adaptive = timesteps_of(ran), options["solver"] == "dopri5"
+    """The latents at the end of a run of `lumina.sample`, whose other arguments are `options`.
+
+    timesteps: those of the steps, as a callback of diffusers knows the time.
+    """
+    adaptive = options["solver"] == "dopri5"
     pipe._num_timesteps = len(timesteps)
     callback, inputs = call.callback_on_step_end, call.callback_on_step_end_tensor_inputs
     if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
@@ -58,8 +64,7 @@ def denoise(
             try:
                 return lumina.sample(
                     network, text.feats, text.mask, negative and negative.feats,
-                    negative and negative.mask, steps=len(grid) - 1, schedule=lambda _: grid,
-                    callback=after_step, **options,
+                    negative and negative.mask, callback=after_step, **options,
                 ).latents  # fmt: skip
             except _Interrupted as stop:
                 return stop.latents

@@ -130,7 +130,8 @@ def _look_at_vae(folder: Path) -> nn.Module:
 
 
 def _read_vae(folder: Path, dtype: torch.dtype, place) -> nn.Module:
-    return _read(_vae_class(folder), folder, place, torch_dtype=dtype)
+    # Its name for the dtype changes from version to version.
+    return _read(_vae_class(folder), folder, place).to(dtype)
 
 
 def _vae_class(folder: Path) -> type:
@@ -140,12 +141,11 @@ def _vae_class(folder: Path) -> type:
     return getattr(diffusers, name)
 
 
-def _read(kind: type, folder: Path, place, **dtype) -> nn.Module:
+def _read(kind: type, folder: Path, place, **options) -> nn.Module:
     split = isinstance(place, dict) or place in SPLIT
-    options = {"device_map": place} if split else {}
-    module, report = _from(
-        folder, kind.from_pretrained, output_loading_info=True, **dtype, **options
-    )
+    if split:
+        options["device_map"] = place
+    module, report = _from(folder, kind.from_pretrained, output_loading_info=True, **options)
     if missing := sorted(report["missing_keys"]):  # the libraries would make them up
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(f"{folder}: the weights lack {missing[0]}{more}")

@@ -18,9 +18,11 @@ from lumina.pipelines.call import Call, Options, check_scale, is_count
 from lumina.pipelines.denoising import denoise, like
 from lumina.pipelines.loading import load, save
 from lumina.pipelines.parts import check_parts, halvings, network_of
-from lumina.pipelines.schedule import time_grid
+from lumina.pipelines.schedule import time_grid, timesteps_of
 from lumina.pipelines.text import Text, encode, same_length, text_of
 from lumina.sampling.guidance import Guidance
+from lumina.sampling.schedules import start_at
+from lumina.sampling.solvers import check_solver
 
 
 class Pipeline(DiffusionPipeline):
@@ -77,7 +79,8 @@ class Pipeline(DiffusionPipeline):
         cls,
         folder: str | os.PathLike,
         *,
-        torch_dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype = torch.float32,
+        torch_dtype: torch.dtype | None = None,
         device_map: str | torch.device | dict | None = None,
         stages: bool = False,
         backend: str | None = None,
@@ -89,7 +92,7 @@ class Pipeline(DiffusionPipeline):
         Args:
             folder: of a pipeline as diffusers stores it; or weights that `lumina.load` reads, with
                 the other parts given.
-            torch_dtype: of network, text encoder and VAE.
+            dtype, torch_dtype: of network, text encoder and VAE; the second name is the older one.
             device_map: a device for all, or for each part, by name, a device or what transformers
                 and diffusers take as their `device_map`. None: the CPU.
             stages: load a part when it is needed and free it afterwards: text encoder, network and
@@ -104,8 +107,8 @@ class Pipeline(DiffusionPipeline):
             TypeError, ValueError: parts that are damaged, of another kind or do not fit.
         """
         return load(
-            cls, folder, dtype=torch_dtype, device_map=device_map, stages=stages, backend=backend,
-            ema=ema, given=parts,
+            cls, folder, dtype=torch_dtype or dtype, device_map=device_map, stages=stages,
+            backend=backend, ema=ema, given=parts,
         )  # fmt: skip
 
     def save_pretrained(self, folder: str | os.PathLike, **options) -> None:
@@ -270,6 +273,11 @@ class Pipeline(DiffusionPipeline):
         if ours.mask_image is not None:
             mask = pictures.prepare(ours.mask_image, sizes, self.mask_processor, "mask_image")
             mask = [pictures.redrawn(each, factor) for each in mask]
+        ran = grid if image is None else start_at(grid, ours.start)
+        check_solver(ours.solver, ran, ours.rtol, ours.atol)
+        scaling = ours.rope_scaling
+        if scaling is None and rope_scaling is not None:
+            scaling = rope_scaling(*((None, None) if ragged else sizes[0]))
         self._guided, self._guidance_scale, self._interrupt = rule.needed, rule.scale, False
 
         text, negative = texts(rule.needed)
@@ -284,22 +292,14 @@ class Pipeline(DiffusionPipeline):
             with self.stage("vae") as vae:
                 image = pictures.encode(vae, image, self.device_of(vae))
             image, mask = (z if ragged or z is None else torch.stack(z) for z in (image, mask))
-        options = {
-            "size": small if ragged else small[0],
-            "solver": ours.solver,
-            "guidance": rule,
-            "rope_scaling": ours.rope_scaling,
-            "base_seqlen": base_seqlen if ours.base_seqlen is None else ours.base_seqlen,
-            "context_drop": ours.context_drop,
-            "latents": noise,
-        }
-        if ours.rope_scaling is None and rope_scaling is not None:
-            options["rope_scaling"] = rope_scaling(*(sizes[0] if not ragged else (None, None)))
-        if image is not None:
-            options |= {"image": image, "strength": ours.start}
-        if mask is not None:
-            options["mask"] = mask
-        latents = denoise(self, call, text, negative, grid, options, lora_scale)
+        latents = denoise(
+            self, call, text, negative, timesteps_of(ran), lora_scale,
+            size=small if ragged else small[0], steps=len(grid) - 1, schedule=lambda _: grid,
+            solver=ours.solver, rtol=ours.rtol, atol=ours.atol, guidance=rule,
+            rope_scaling=scaling, context_drop=ours.context_drop, latents=noise, image=image,
+            base_seqlen=base_seqlen if ours.base_seqlen is None else ours.base_seqlen,
+            strength=ours.start, mask=mask,
+        )  # fmt: skip
         if noise_dtype is None:
             latents = _each(latents, lambda z: z.to(text.feats.dtype))
         images = latents if call.output_type == "latent" else self._decode(latents, call)

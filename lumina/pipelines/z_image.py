@@ -99,13 +99,16 @@ class ZImagePipeline(Pipeline):
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
         scale = check_scale("guidance_scale", guidance_scale)
-        limit = float(cfg_normalization)
+        limit = cfg_normalization
+        limit = float(limit) if isinstance(limit, bool) else check_scale("cfg_normalization", limit)
         return self._draw(
             call,
             ours,
             guided=scale > 0,
             guidance=lambda grid: Guidance(
-                1 + scale, until=_until(grid, cfg_truncation), renorm=limit if limit > 0 else None
+                1 + scale,
+                until=_until(grid, cfg_truncation),
+                renorm=float(limit) if limit > 0 else None,
             ),
             texts=lambda guided: self._texts(call, guided),
             noise_dtype=torch.float32,

@@ -354,6 +354,9 @@ def test_names():
 def test_the_script(tiny, tmp_path):
     with pytest.raises(ValueError, match="family must be one of .*, got 'sd3'"):
         tiny.write("sd3", tmp_path)
+    (tmp_path / "old").touch()
+    with pytest.raises(ValueError, match="must be new or empty"):
+        tiny.write("lumina2", tmp_path)
     a, b, c = (
         load_file(tiny.write("lumina_next", tmp_path / str(i), seed) / "vae" / WEIGHTS)
         for i, seed in enumerate((0, 0, 1))
