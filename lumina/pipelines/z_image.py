@@ -106,9 +106,7 @@ class ZImagePipeline(Pipeline):
             ours,
             guided=scale > 0,
             guidance=lambda grid: Guidance(
-                1 + scale,
-                until=_until(grid, cfg_truncation),
-                renorm=float(limit) if limit > 0 else None,
+                1 + scale, until=_until(grid, cfg_truncation), renorm=limit if limit > 0 else None
             ),
             texts=lambda guided: self._texts(call, guided),
             noise_dtype=torch.float32,
