@@ -134,8 +134,8 @@ class Lumina2Pipeline(Pipeline):
         return self._draw(
             call,
             ours,
-            guided=scale > 1,
-            guidance=lambda grid: kind(scale, until=_until(grid, ratio)),
+            scale=scale,
+            guidance=(lambda grid: kind(scale, until=_until(grid, ratio))) if scale > 1 else None,
             texts=lambda guided: self._texts(call, guided, system_prompt=system_prompt),
             lora_scale=self._lora_scale("attention_kwargs", attention_kwargs),
         )

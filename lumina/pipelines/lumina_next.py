@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lumina.models.parts.rope import RopeScaling
-from lumina.pipelines.call import Call, Options, check_scale
+from lumina.pipelines.call import Call, Options, Size, check_scale
 from lumina.pipelines.pipeline import Pipeline
 from lumina.pipelines.text import Text, clean, same_length
 from lumina.sampling.guidance import Guidance
@@ -135,20 +135,20 @@ class LuminaPipeline(Pipeline):
         return self._draw(
             call,
             ours,
-            guided=scale > 1,
-            guidance=lambda grid: Guidance(scale, channels=3),
+            scale=scale,
+            guidance=(lambda grid: Guidance(scale, channels=3)) if scale > 1 else None,
             texts=lambda guided: self._texts(call, guided, clean_caption=clean_caption),
-            rope_scaling=lambda *size: self._rope_scaling(scaling_watershed, *size),
+            rope_scaling=lambda pixels: self._rope_scaling(scaling_watershed, pixels),
             base_seqlen=base**2 if proportional_attn else None,
         )
 
-    def _rope_scaling(self, watershed: float | None, height, width) -> RopeScaling | None:
+    def _rope_scaling(self, watershed: float | None, pixels: list[Size]) -> RopeScaling | None:
         if watershed is None:
             return None
-        if height is None:  # several sizes: of each picture, and not below 1
+        if len(set(pixels)) > 1:  # by the size of each picture, and not below 1
             base = self.default_image_size // 16
             return RopeScaling("watershed", base_size=base, watershed=watershed)
-        factor = math.sqrt(height * width) / self.default_image_size
+        factor = math.sqrt(math.prod(pixels[0])) / self.default_image_size
         return None if factor == 1 else RopeScaling("watershed", factor, watershed=watershed)
 
     def _words(self, prompts: list[str], clean_caption: bool) -> list[str]:

@@ -15,17 +15,16 @@ from lumina.pipelines.call import Size
 Latents = Tensor | list[Tensor]  # (B, C, H, W), or a list of (C, H_i, W_i)
 
 
-def draw_noise(
-    channels: int, sizes: Sequence[Size], ragged: bool, generator, dtype: torch.dtype, device
-) -> Latents:
+def draw_noise(plan, generator, dtype: torch.dtype, device: torch.device) -> Latents:
     """As diffusers draws it, in its dtype: the same seed gives the same picture."""
-    if not ragged:
-        shape = (len(sizes), channels, *sizes[0])
+    if not plan.ragged:
+        shape = (len(plan.sizes), plan.channels, *plan.sizes[0])
         return randn_tensor(shape, generator=generator, device=device, dtype=dtype).float()
-    each = generator if isinstance(generator, Sequence) else [generator] * len(sizes)
+    several = isinstance(generator, Sequence)
+    each = generator if several else [generator] * len(plan.sizes)
     return [
-        randn_tensor((1, channels, *size), generator=g, device=device, dtype=dtype)[0].float()
-        for g, size in zip(each, sizes, strict=True)
+        randn_tensor((1, plan.channels, *size), generator=g, device=device, dtype=dtype)[0].float()
+        for g, size in zip(each, plan.sizes, strict=True)
     ]
 
 

@@ -14,15 +14,13 @@ from torch import Tensor, nn
 
 from lumina.models.parts.rope import RopeScaling
 from lumina.pipelines import pictures
-from lumina.pipelines.call import Call, Options, check_scale, is_count
+from lumina.pipelines.call import Call, Options, Size, check_scale, is_count
 from lumina.pipelines.denoising import denoise, like
 from lumina.pipelines.loading import load, save
 from lumina.pipelines.parts import check_parts, halvings, network_of
-from lumina.pipelines.schedule import time_grid, timesteps_of
+from lumina.pipelines.plan import make_plan
 from lumina.pipelines.text import Text, encode, same_length, text_of
 from lumina.sampling.guidance import Guidance
-from lumina.sampling.schedules import start_at
-from lumina.sampling.solvers import check_solver
 
 
 class Pipeline(DiffusionPipeline):
@@ -121,7 +119,7 @@ class Pipeline(DiffusionPipeline):
         return super().to(*args, **kwargs)
 
     def enable_vae_tiling(self) -> None:
-        """Decode large pictures by tiles, which takes less memory and shifts colours a little."""
+        """Decode large pictures by tiles, which takes less memory; their seams are blended."""
         self.vae.enable_tiling()
 
     def enable_vae_slicing(self) -> None:
@@ -238,67 +236,47 @@ class Pipeline(DiffusionPipeline):
         call: Call,
         ours: Options,
         *,
-        guided: bool,
-        guidance: Callable[[Tensor], Guidance],
+        scale: float,
+        guidance: Callable[[Tensor], Guidance] | None,
         texts: Callable[[bool], tuple[Text, Text | None]],
         noise_dtype: torch.dtype | None = None,
-        rope_scaling: Callable[[int, int], RopeScaling | None] | None = None,
+        rope_scaling: Callable[[list[Size]], RopeScaling | None] = lambda pixels: None,
         base_seqlen: int | None = None,
         lora_scale: float | None = None,
     ):
         """Check everything, encode, denoise, decode.
 
-        guided, guidance: whether and how, by the grid, unless `ours` says it.
-        texts: encodes the prompts and, if told to, the negative ones; what was given is `call`'s.
+        scale, guidance: what the caller named it, and the rule by the grid (None: not guided);
+        `ours` may have another.
+        texts: encodes the prompts and, if told to, the negative ones, or takes what was given.
         noise_dtype: that the noise is drawn in; None: the features'.
         """
-        config = network_of(type(self), self.transformer).config
-        call.check_callback(self._callback_tensor_inputs)
-        factor = self.vae_scale_factor
-        sizes, ragged = call.sizes(self.default_image_size, factor * self.patch_size)
-        small = [(h // factor, w // factor) for h, w in sizes]
-        tokens = (small[0][0] // self.patch_size) * (small[0][1] // self.patch_size)
-        grid = time_grid(
-            self.scheduler, call.num_inference_steps, call.sigmas, ours.schedule,
-            None if ragged else tokens,
-        )  # fmt: skip
-        rule = ours.guidance or (guidance(grid) if guided else Guidance(1.0))
-        if call.latents is not None:
-            pictures.check_latents(call.latents, config.in_channels, small)
-        if self.vae is None and (ours.image is not None or call.output_type != "latent"):
-            raise ValueError("pictures need a vae, this pipeline has none: output_type='latent'")
-        image = mask = None
-        if ours.image is not None:
-            image = pictures.prepare(ours.image, sizes, self.image_processor, "image")
-        if ours.mask_image is not None:
-            mask = pictures.prepare(ours.mask_image, sizes, self.mask_processor, "mask_image")
-            mask = [pictures.redrawn(each, factor) for each in mask]
-        ran = grid if image is None else start_at(grid, ours.start)
-        check_solver(ours.solver, ran, ours.rtol, ours.atol)
-        scaling = ours.rope_scaling
-        if scaling is None and rope_scaling is not None:
-            scaling = rope_scaling(*((None, None) if ragged else sizes[0]))
-        self._guided, self._guidance_scale, self._interrupt = rule.needed, rule.scale, False
+        plan = make_plan(self, call, ours)
+        rule = ours.guidance or (Guidance(1.0) if guidance is None else guidance(plan.grid))
+        scaling = ours.rope_scaling or rope_scaling(plan.pixels)
+        self._guided, self._interrupt = rule.needed, False
+        self._guidance_scale = ours.guidance.scale if ours.guidance else scale
 
         text, negative = texts(rule.needed)
         text, negative = (t and t.repeated(call.num_images_per_prompt) for t in (text, negative))
         noise = call.latents
         if noise is None:
-            noise = pictures.draw_noise(
-                config.in_channels, small, ragged, call.generator,
-                noise_dtype or text.feats.dtype, self._execution_device,
-            )  # fmt: skip
+            dtype = noise_dtype or text.feats.dtype
+            noise = pictures.draw_noise(plan, call.generator, dtype, self._execution_device)
+        image, mask = plan.image, plan.mask
         if image is not None:
             with self.stage("vae") as vae:
                 image = pictures.encode(vae, image, self.device_of(vae))
-            image, mask = (z if ragged or z is None else torch.stack(z) for z in (image, mask))
+            if not plan.ragged:
+                image, mask = torch.stack(image), mask and torch.stack(mask)
         latents = denoise(
-            self, call, text, negative, timesteps_of(ran), lora_scale,
-            size=small if ragged else small[0], steps=len(grid) - 1, schedule=lambda _: grid,
+            self, call, text, negative, plan.timesteps, lora_scale,
+            size=plan.sizes if plan.ragged else plan.sizes[0],
+            steps=len(plan.grid) - 1, schedule=lambda _: plan.grid,
             solver=ours.solver, rtol=ours.rtol, atol=ours.atol, guidance=rule,
-            rope_scaling=scaling, context_drop=ours.context_drop, latents=noise, image=image,
             base_seqlen=base_seqlen if ours.base_seqlen is None else ours.base_seqlen,
-            strength=ours.start, mask=mask,
+            rope_scaling=scaling, context_drop=ours.context_drop,
+            latents=noise, image=image, strength=ours.start, mask=mask,
         )  # fmt: skip
         if noise_dtype is None:
             latents = _each(latents, lambda z: z.to(text.feats.dtype))

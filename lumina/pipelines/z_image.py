@@ -101,13 +101,16 @@ class ZImagePipeline(Pipeline):
         scale = check_scale("guidance_scale", guidance_scale)
         limit = cfg_normalization
         limit = float(limit) if isinstance(limit, bool) else check_scale("cfg_normalization", limit)
+
+        def guidance(grid: Tensor) -> Guidance:
+            until = _until(grid, cfg_truncation)
+            return Guidance(1 + scale, until=until, renorm=limit if limit > 0 else None)
+
         return self._draw(
             call,
             ours,
-            guided=scale > 0,
-            guidance=lambda grid: Guidance(
-                1 + scale, until=_until(grid, cfg_truncation), renorm=limit if limit > 0 else None
-            ),
+            scale=scale,
+            guidance=guidance if scale > 0 else None,
             texts=lambda guided: self._texts(call, guided),
             noise_dtype=torch.float32,
             lora_scale=self._lora_scale("joint_attention_kwargs", joint_attention_kwargs),

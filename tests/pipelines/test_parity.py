@@ -1,6 +1,7 @@
 """Our pipelines give what diffusers' give, parameter by parameter, on the same parts."""
 
 import inspect
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -223,7 +224,8 @@ def test_the_noise_is_that_of_diffusers_in_every_dtype(family, ours, theirs):
         expected = theirs[family].prepare_latents(
             2, channels, 64, 96, dtype, torch.device("cpu"), generator(), None
         )
-        got = draw_noise(channels, [(8, 12)] * 2, False, generator(), dtype, torch.device("cpu"))
+        plan = SimpleNamespace(channels=channels, sizes=[(8, 12)] * 2, ragged=False)
+        got = draw_noise(plan, generator(), dtype, torch.device("cpu"))
         assert got.dtype == torch.float32 and torch.equal(got, expected.float())
 
 
