@@ -5,7 +5,7 @@ import warnings
 import torch
 
 SMALL = {"height": 64, "width": 64, "num_inference_steps": 3, "output_type": "latent"}
-PROMPTS = ["a red apple", "two cats sleep under an old tree, 桌子上的红苹果 🍎, by the sea", "c"]
+PROMPTS = ["a red apple", " Two cats sleep under an old tree, 桌子上的红苹果 🍎, by the Sea ", "c"]
 
 
 def generator(seed=0):

@@ -81,7 +81,9 @@ def test_a_prompt_of_10_000_characters_is_cut_where_the_warning_says(family, our
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         other = pipe.encode_prompt(prompt[:end] + "?" * 99, do_classifier_free_guidance=False)
-        changed = pipe.encode_prompt("?" + prompt[1:], do_classifier_free_guidance=False)
+        changed = pipe.encode_prompt(
+            prompt[: end - 1] + "?" + prompt[end:], do_classifier_free_guidance=False
+        )
     assert torch.equal(other[0][0], feats) and not torch.equal(changed[0][0], feats)
 
 
