@@ -1,4 +1,4 @@
-"""A compact, complete Next-DiT (the model of Lumina-Next) and its sampler, on `lumina_kernels`.
+"""The Lumina family of diffusion transformers and its sampler, on `lumina_kernels`.
 
 model = lumina.load(lumina.COMPACT)
 encoder = lumina.load_caption_encoder(lumina.COMPACT)
@@ -14,10 +14,15 @@ if TYPE_CHECKING:
     from lumina.checkpoints.checkpoint import load, load_caption_encoder, save
     from lumina.emoji.compact import COMPACT, COMPACT_SETTINGS
     from lumina.emoji.pictures import save_picture
+    from lumina.models.families import PRESETS
+    from lumina.models.lumina2.config import Lumina2Config
+    from lumina.models.lumina2.model import Lumina2
     from lumina.models.next_dit import reference
-    from lumina.models.next_dit.config import PRESETS, NextDiTConfig
+    from lumina.models.next_dit.config import NextDiTConfig
     from lumina.models.next_dit.model import NextDiT
     from lumina.models.parts.rope import RopeScaling
+    from lumina.models.z_image.config import ZImageConfig
+    from lumina.models.z_image.model import ZImage
     from lumina.sampling.context_drop import ContextDrop
     from lumina.sampling.guidance import Guidance
     from lumina.sampling.sampler import Sample, sample
@@ -26,13 +31,17 @@ if TYPE_CHECKING:
 _MODULES = {
     "COMPACT": "emoji.compact",
     "COMPACT_SETTINGS": "emoji.compact",
-    "PRESETS": "models.next_dit.config",
+    "Lumina2": "models.lumina2.model",
+    "Lumina2Config": "models.lumina2.config",
+    "PRESETS": "models.families",
     "ContextDrop": "sampling.context_drop",
     "Guidance": "sampling.guidance",
     "NextDiT": "models.next_dit.model",
     "NextDiTConfig": "models.next_dit.config",
     "RopeScaling": "models.parts.rope",
     "Sample": "sampling.sampler",
+    "ZImage": "models.z_image.model",
+    "ZImageConfig": "models.z_image.config",
     "load": "checkpoints.checkpoint",
     "load_caption_encoder": "checkpoints.checkpoint",
     "reference": "models.next_dit.reference",
@@ -47,10 +56,14 @@ __all__ = [
     "PRESETS",
     "ContextDrop",
     "Guidance",
+    "Lumina2",
+    "Lumina2Config",
     "NextDiT",
     "NextDiTConfig",
     "RopeScaling",
     "Sample",
+    "ZImage",
+    "ZImageConfig",
     "load",
     "load_caption_encoder",
     "reference",

@@ -61,3 +61,40 @@ def cast(arguments, dtype):
     x, t, feats, mask = arguments
     x = [xi.to(dtype) for xi in x] if isinstance(x, list) else x.to(dtype)
     return x, t.to(dtype), feats.to(dtype), mask
+
+
+def run(model, arguments, **settings):
+    """Outputs, and the gradients of the parameters, of x and of cap_feats, by name."""
+    x, t, feats, mask = arguments
+    x = [xi.detach().requires_grad_() for xi in (x if isinstance(x, list) else [x])]
+    feats = feats.detach().requires_grad_()
+    model.zero_grad()
+    out = model(x if isinstance(arguments[0], list) else x[0], t, feats, mask, **settings)
+    out = out if isinstance(out, list) else [out]
+    for o in out:  # whole eighths are the same number in every dtype
+        dout = torch.arange(o.numel()).mul(7).remainder(17).sub(8).div(8).view(o.shape)
+        o.backward(dout.to(o), retain_graph=True)
+    results = {f"out {i}": o.detach() for i, o in enumerate(out)}
+    results |= {f"dx {i}": xi.grad for i, xi in enumerate(x)} | {"dcap_feats": feats.grad}
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    pad = grads.pop("pad_token", None)
+    assert pad is None or not pad.any()  # padding has no influence
+    return results | grads
+
+
+def sizes_of(high):
+    """RMS of every result; ky_norm.bias shifts the scores of a query alike, its gradient is 0."""
+    rms = {name: value.square().mean().sqrt() for name, value in high.items()}
+    return {name: rms[name.replace("ky_norm.bias", "ky_norm.weight")] for name in rms}
+
+
+def grouped(results, high):
+    """Results over their RMS: the outputs, the large gradients, and the small ones together, since
+    in few numbers the size of the rounding error is luck."""
+    rms, groups = sizes_of(high), {}
+    for name in sorted(high):
+        group = "outputs" if name.startswith("out ") else name
+        group = "small gradients" if high[name].numel() < 1000 and group == name else group
+        size = rms[name].clamp(min=torch.finfo(torch.float64).tiny)  # 0: without influence
+        groups.setdefault(group, []).append((results[name].double() / size).flatten())
+    return {name: torch.cat(parts) for name, parts in groups.items()}

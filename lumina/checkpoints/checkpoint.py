@@ -1,4 +1,4 @@
-"""Weights of a Next-DiT on disk: our own file, diffusers folders, folders of the original release.
+"""Weights on disk: our own file, diffusers folders, folders of the releases, files of ComfyUI.
 
 All are read in the same order: map the files into memory and look at names, shapes and dtypes;
 compare them with the network of the stored sizes, which has no memory yet; then allocate it and
@@ -20,7 +20,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lumina.checkpoints.comfyui import open_comfyui, save_comfyui
+from lumina.checkpoints.diffusers import open_diffusers, save_diffusers
 from lumina.checkpoints.files import (
+    Place,
     Stored,
     check_there,
     construct,
@@ -30,12 +33,11 @@ from lumina.checkpoints.files import (
     shown,
     weights_in,
 )
+from lumina.checkpoints.original import open_original, save_original
 from lumina.checkpoints.state import FLOATS, expected_shapes, network_in, one_writer, plain_state
 from lumina.emoji.encoder import CaptionEncoder
-from lumina.models.next_dit.config import LARGEST, NextDiTConfig
-from lumina.models.next_dit.diffusers import open_diffusers, save_diffusers
-from lumina.models.next_dit.model import NextDiT
-from lumina.models.next_dit.original import open_original, save_original
+from lumina.models.families import FAMILIES, name_of
+from lumina.models.parts.fields import LARGEST
 from lumina_kernels.output import replace
 
 ENCODER = "caption_encoder."  # prefix of the text encoder's tensors in our own file
@@ -48,15 +50,18 @@ def load(
     backend: str | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = torch.float32,
-) -> NextDiT:
-    """Load a Next-DiT, in eval mode.
+) -> nn.Module:
+    """Load a network, in eval mode: a `NextDiT`, a `Lumina2` or a `ZImage`, by what the file says.
 
     Args:
         path: one of
             - a file written by `save`;
-            - a diffusers folder: `config.json` of a LuminaNextDiT2DModel, and
+            - a diffusers folder: `config.json` of a LuminaNextDiT2DModel, a
+              Lumina2Transformer2DModel or a ZImageTransformer2DModel, and
               `diffusion_pytorch_model.safetensors` or its shards and their index; or the folder of
               a pipeline, which has that as `transformer/`;
+            - a safetensors file of ComfyUI with a Lumina-Image 2.0 or a Z-Image, alone or together
+              with other networks, which are not read;
             - an original folder: `model_args.pth`, and `consolidated.00-of-0N` or
               `consolidated_ema.00-of-0N`, `.safetensors` or `.pth` (safetensors where there are
               both). Tensor-parallel shards are merged.
@@ -79,28 +84,15 @@ def load(
         UserWarning: a tensor that is NaN throughout.
     """
     stored = _open(Path(path), ema)
-    layers = {m[1] for m in (re.match(r"layers\.(\d+)\.", name) for name in stored.tensors) if m}
-    if stored.config.n_layers > len(layers):
-        raise ValueError(
-            f"{stored.where}: the network has n_layers={stored.config.n_layers}, "
-            f"the file tensors of {len(layers)} layers"
-        )
+    _check_depth(stored)
     shapes = expected_shapes(stored.config)
-    expected = {there: shape for name, shape in shapes.items() for there in stored.names(name)}
+    places = {name: stored.places(name) for name in shapes}
+    expected = {p.name: p.shape(shapes[name]) for name, each in places.items() for p in each}
     _check(stored.where, stored.tensors, expected)
-    state = {}
-    for name in shapes:
-        first, *copies = stored.names(name)
-        state[name] = stored.tensors[first]
-        for copy in copies:
-            if not same(stored.tensors[copy], state[name]):
-                raise ValueError(
-                    f"{stored.where}: {copy} must be a copy of {first}, and differs: "
-                    "a layer of a Next-DiT has one query"
-                )
+    state = {name: _whole(stored, each) for name, each in places.items()}
     _warn_of_nan(stored.where, state)
     with torch.device("meta"):
-        model = NextDiT(stored.config, backend)
+        model = FAMILIES[name_of(stored.config)].network(stored.config, backend)
     return _fill(model, state, device, dtype)
 
 
@@ -144,7 +136,7 @@ def save(
     caption_encoder: CaptionEncoder | None = None,
     metadata: dict[str, str] | None = None,
 ) -> None:
-    """Write the weights of a Next-DiT, in the dtype they have; `load` brings back every bit.
+    """Write the weights of a network, in the dtype they have; `load` brings back every bit.
 
     Every file is written under a temporary name beside its place and renamed when complete, so a
     crash leaves the old file or the new one. In a folder the weights come first, the config last.
@@ -154,12 +146,13 @@ def save(
     gathered: every process calls `save`, the first one writes, and all return when it has.
 
     Args:
-        model: a `lumina.NextDiT` or `lumina.reference.NextDiT`, or what contains one.
+        model: a network of `lumina` or its reference, or what contains one.
         path: the file (format "lumina") or the folder to write; folders are made.
         format: "lumina", one safetensors file with the config in its metadata; "diffusers", a
-            folder that `LuminaNextDiT2DModel.from_pretrained` reads; "original", a folder of
+            folder that `from_pretrained` of the network's class reads; "original", a folder of
             `consolidated.00-of-01.safetensors` and `model_args.pth` (which says the vae and
-            image_size of the released model).
+            image_size of the released model), or, of a Z-Image, the same as "diffusers"; "comfyui",
+            one safetensors file, of a Lumina-Image 2.0 or a Z-Image.
         caption_encoder: goes into the same file; "lumina" only.
         metadata: more strings for the file's metadata; "lumina" only.
 
@@ -180,8 +173,11 @@ def save(
         save_diffusers(model, path)
     elif format == "original":
         save_original(model, path)
+    elif format == "comfyui":
+        save_comfyui(model, path)
     else:
-        raise ValueError(f"format must be 'lumina', 'diffusers' or 'original', got {format!r}")
+        formats = "'lumina', 'diffusers', 'original' or 'comfyui'"
+        raise ValueError(f"format must be {formats}, got {format!r}")
 
 
 def _open(path: Path, ema: bool | None) -> Stored:
@@ -206,11 +202,14 @@ def _open(path: Path, ema: bool | None) -> Stored:
 def _open_lumina(path: Path) -> Stored:
     tensors, metadata = read_safetensors(path)
     if metadata.get("format") != "lumina":
+        return open_comfyui(path, tensors)
+    family = metadata.get("family", "next_dit")  # of files written before there were others
+    if family not in FAMILIES:
         raise ValueError(
-            f"{path} has no Next-DiT config in its metadata; "
-            "of a checkpoint of diffusers or of the original release, give the folder"
+            f"{path}: family must be one of {', '.join(FAMILIES)}, got {shown(family)}"
         )
-    config = construct(path, NextDiTConfig, parse_json(path, metadata.get("config", "")))
+    fields = parse_json(path, metadata.get("config", ""))
+    config = construct(path, FAMILIES[family].config, fields)
     return Stored(path, config, {k: t for k, t in tensors.items() if not k.startswith(ENCODER)})
 
 
@@ -219,13 +218,14 @@ def _save_lumina(
 ) -> None:
     network = network_in(model)
     own, expected = {"format": "lumina", "config": json.dumps(asdict(network.config))}, {}
+    own["family"] = name_of(network.config)
     if encoder is not None:
         plain = network_in(encoder, (CaptionEncoder,))
         sizes = {name: getattr(plain, name) for name in ("dim", "width", "heads")}
         own["caption_encoder"] = json.dumps(sizes)
         with torch.device("meta"):
             expected = {name: t.shape for name, t in CaptionEncoder(**sizes).state_dict().items()}
-    for key in ("format", "config", "caption_encoder"):
+    for key in ("format", "family", "config", "caption_encoder"):
         if key in metadata:
             raise ValueError(f"metadata must not have the key {key!r}, which `save` writes itself")
     with one_writer(model) as writes:
@@ -235,6 +235,41 @@ def _save_lumina(
             state |= {ENCODER + name: tensor for name, tensor in named.items()}
         if writes:
             replace(path, lambda file: save_file(state, file, {**metadata, **own}))
+
+
+def _check_depth(stored: Stored) -> None:
+    """Refuse a depth that the file does not have, before a network of that depth is described."""
+    for stack, field in stored.config.stacks.items():
+        said = getattr(stored.config, field)
+        found = len(
+            {m[1] for m in (re.match(rf"{stack}\.(\d+)\.", n) for n in stored.tensors) if m}
+        )
+        if said > found:
+            raise ValueError(
+                f"{stored.where}: the network has {field}={said}, the file tensors of {found} "
+                f"{stack}"
+            )
+
+
+def _whole(stored: Stored, places: tuple[Place, ...]) -> Tensor:
+    """A tensor of the network, of which the file may hold copies or only the rows."""
+    first, *others = places
+    tensors = [stored.tensors[place.name] for place in places]
+    if first.rows is not None:
+        dtypes = {tensor.dtype for tensor in tensors}
+        if len(dtypes) > 1:
+            raise ValueError(
+                f"{stored.where}: {first.name} and {others[0].name} must have one dtype, "
+                f"got {sorted(map(str, dtypes))}"
+            )
+        return torch.cat(tensors)
+    for place, tensor in zip(others, tensors[1:], strict=True):
+        if not same(tensor, tensors[0]):
+            raise ValueError(
+                f"{stored.where}: {place.name} must be a copy of {first.name}, and differs: "
+                "a layer of a Next-DiT has one query"
+            )
+    return tensors[0]
 
 
 def _check(where: Path, tensors: dict[str, Tensor], expected: dict[str, torch.Size]) -> None:

@@ -7,7 +7,7 @@ import pickle
 import re
 import reprlib
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +16,57 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lumina.models.next_dit.config import NextDiTConfig
+from lumina.models.families import Config
 from lumina_kernels.output import replace
 
 JSON_LIMIT = 2**24  # bytes; what a network of a thousand layers says of itself is under 5 MB
 WEIGHTS = {".safetensors", ".bin", ".pth", ".pt", ".ckpt"}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor of a network lies in a file.
+
+    The tensor called `name` there holds all of it, or the rows (first, end) of it.
+    """
+
+    name: str
+    rows: tuple[int, int] | None = None
+
+    def shape(self, whole: torch.Size) -> torch.Size:
+        """Of the tensor in the file, for that of the network."""
+        if self.rows is None:
+            return whole
+        return torch.Size([self.rows[1] - self.rows[0], *whole[1:]])
+
+
+Places = Callable[[str], tuple[Place, ...]]  # of a tensor: several copies of it, or its rows
+
+
+def as_named(name: str) -> tuple[Place, ...]:
+    """Of a format with the network's own names."""
+    return (Place(name),)
+
+
+def split_qkv(name: str, heads: Sequence[int], head_dim: int, names: Sequence[str]):
+    """The places of one matrix of q, k and v that a format stores as three."""
+    ends = [sum(heads[: i + 1]) * head_dim for i in range(3)]
+    starts = [0, *ends[:2]]
+    each = zip(names, starts, ends, strict=True)
+    return tuple(Place(name.replace("qkv", n), (a, b)) for n, a, b in each)
+
+
+def spread(state: dict[str, Tensor], places: Places) -> dict[str, Tensor]:
+    """The tensors of a file, for those of a network."""
+    out: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        first, *copies = places(name)
+        for place in (first, *copies):
+            if place.rows is not None:
+                out[place.name] = tensor[slice(*place.rows)].clone()
+            else:  # no shared memory
+                out[place.name] = tensor if place is first else tensor.clone()
+    return out
 
 
 @dataclass
@@ -28,9 +74,9 @@ class Stored:
     """A checkpoint that has been opened, but neither read nor checked."""
 
     where: Path  # for messages
-    config: NextDiTConfig
+    config: Config
     tensors: dict[str, Tensor]  # mapped into memory; named as in the file
-    names: Callable[[str], tuple[str, ...]] = lambda name: (name,)  # ours -> in the file
+    places: Places = as_named
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -136,14 +182,32 @@ def weights_in(folder: Path) -> str:
     return f"; {where} has {', '.join(names[:4])}{more}" if names else ""
 
 
-def check_released(where: Path | str, config: NextDiTConfig, **fixed: object) -> None:
+def check_released(where: Path | str, config: Config, **fixed: object) -> None:
     """Refuse a config that differs from the constants of the released code, which would win."""
     for name, value in {"axes": ("h", "w"), "rope_theta": 10000.0, **fixed}.items():
         if (got := getattr(config, name)) != value:
             raise ValueError(f"{where}: {name} can only be {value} in this format, got {got}")
+
+
+def check_alternating(where: Path | str, config: Config) -> None:
+    """Refuse a head_dim of which h and w cannot have half of the pairs each."""
     if config.head_dim % 4:
         got = config.head_dim
         raise ValueError(f"{where}: head_dim must be a multiple of 4 in this format, got {got}")
+
+
+def shape_of(where: Path, tensors: dict[str, Tensor], name: str, ndim: int) -> tuple[int, ...]:
+    """Of a tensor that must be there, with so many dimensions."""
+    got = tuple(tensors[name].shape) if name in tensors else "none"
+    if name not in tensors or len(got) != ndim or 0 in got:
+        raise ValueError(f"{where} must hold {name} with {ndim} dimensions, got {got}")
+    return got
+
+
+def length_of(stack: str, tensors: dict[str, Tensor]) -> int:
+    """Blocks in a list, by the largest number in the names; 0: none."""
+    found = (re.match(rf"{stack}\.([0-9]{{1,9}})\.", name) for name in tensors)
+    return max((int(match[1]) + 1 for match in found if match), default=0)
 
 
 def same(a: Tensor, b: Tensor) -> bool:

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lumina.checkpoints.files import unusual
-from lumina.models.next_dit import reference
-from lumina.models.next_dit.config import NextDiTConfig
-from lumina.models.next_dit.model import NextDiT
+from lumina.models.families import FAMILIES, Config, name_of
 
-NETWORKS = (NextDiT, reference.NextDiT)
+NETWORKS = tuple(
+    kind for family in FAMILIES.values() for kind in (family.network, family.reference)
+)
 FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16} | {
     getattr(torch, f"float8_{kind}") for kind in ("e4m3fn", "e5m2", "e4m3fnuz", "e5m2fnuz")
 }
@@ -28,14 +28,19 @@ WRAPPERS = re.compile(
 )
 
 
-def expected_shapes(config: NextDiTConfig) -> dict[str, torch.Size]:
+def expected_shapes(config: Config) -> dict[str, torch.Size]:
     """Name and shape of every tensor of a network, which is not built for it."""
+    lengths = {stack: getattr(config, field) for stack, field in config.stacks.items()}
     with torch.device("meta"):
-        one = NextDiT(replace(config, n_layers=1)).state_dict()
-    layer = [name for name in one if name.startswith("layers.0.")]
-    shapes = {name: t.shape for name, t in one.items() if name not in layer}
-    for i in range(config.n_layers):
-        shapes |= {name.replace("0", str(i), 1): one[name].shape for name in layer}
+        shortest = replace(config, **dict.fromkeys(config.stacks.values(), 1))
+        one = FAMILIES[name_of(config)].network(shortest).state_dict()
+    shapes = {}
+    for name, tensor in one.items():
+        stack, *rest = name.split(".0.", 1)
+        if stack not in lengths:
+            shapes[name] = tensor.shape
+            continue
+        shapes |= {f"{stack}.{i}.{rest[0]}": tensor.shape for i in range(lengths[stack])}
     return shapes
 
 
@@ -47,8 +52,9 @@ def network_in(model: nn.Module, kinds: tuple[type, ...] = NETWORKS) -> nn.Modul
     """
     found = [module for module in model.modules() if isinstance(module, kinds)]
     if len(found) != 1:
-        name, got = kinds[0].__name__, type(model).__name__
-        raise ValueError(f"model must be or contain one {name}, got a {got} with {len(found)}")
+        names = " or ".join(dict.fromkeys(kind.__name__ for kind in kinds))
+        got = f"a {type(model).__name__} with {len(found)}"
+        raise ValueError(f"model must be or contain one {names}, got {got}")
     return found[0]
 
 

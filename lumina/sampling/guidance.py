@@ -13,7 +13,7 @@ from torch import Tensor
 class Guidance:
     """How the velocity v_c for the caption leads away from v_u, that for the negative caption.
 
-    The guided velocity is v_u + scale * (v_c - v_u).
+    The guided velocity is v_u + scale * (v_c - v_u). A subclass may compute another one.
 
     Args:
         scale: 1 runs the conditional network alone, at half the cost.
@@ -52,6 +52,11 @@ class Guidance:
         """Whether the velocity at time t is guided."""
         # Heun, rk4 and dopri5 also evaluate at t = 1: skipping it would cost them their order.
         return self.needed and (t < self.until or self.until >= 1)
+
+    @property
+    def linear(self) -> bool:
+        """Whether `velocity` is v_u + scale * (v_c - v_u) in its channels, and no more."""
+        return self.renorm is None and type(self).velocity is Guidance.velocity
 
     def velocity(self, v_c: Tensor, v_u: Tensor) -> Tensor:
         """The guided velocity of one picture (C, ...), in at least float32."""

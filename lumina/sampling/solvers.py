@@ -53,6 +53,7 @@ def solve(
             error / (atol + rtol max(|x|, |x_new|)) over all elements of all tensors is at most 1.
             That number is read back to the host.
         callback: called as callback(i, t, x) after step i = 0, 1, ..., with the state x at time t.
+            What it returns, unless None, is the state from there on; it must have the same shapes.
         euler_step: "euler" only: computes (t, dt, x) -> x + dt * velocity(t, x) in place of a call
             of the velocity; x and the result have the dtype of the state, float32 or float64.
 
@@ -82,8 +83,7 @@ def solve(
         euler = _euler if euler_step is None else _System.euler
         step = {"euler": euler, "midpoint": _midpoint, "heun": _heun, "rk4": _rk4}[solver]
         for t, end in zip(times[:-1], times[1:], strict=True):
-            state = step(system, state, t, end)
-            system.accept(end, state)
+            state = system.accept(end, step(system, state, t, end))
     return system.external(state), system.nfe
 
 
@@ -149,10 +149,22 @@ class _System:
         # A copy: a CUDA graph returns the same buffer every time, and several solvers look back.
         return [k.to(x.dtype, copy=True) for k, x in zip(v, state, strict=True)]
 
-    def accept(self, t: float, state: State) -> None:
-        if self._callback is not None:
-            self._callback(self._steps, t, self.external(state))
-        self._steps += 1
+    def accept(self, t: float, state: State) -> State:
+        """The state after a step, which the callback may have replaced."""
+        step, self._steps = self._steps, self._steps + 1
+        if self._callback is None:
+            return state
+        given = self.external(state)
+        returned = self._callback(step, t, given)
+        if returned is None or returned is given:
+            return state
+        tensors = [returned] if isinstance(returned, Tensor) else list(returned)
+        if [x.shape for x in tensors] != self._shapes:
+            expected, got = (
+                [tuple(s) for s in z] for z in (self._shapes, (x.shape for x in tensors))
+            )
+            raise ValueError(f"callback must return shapes {expected}, got {got}")
+        return [x.to(old) for x, old in zip(tensors, state, strict=True)]
 
 
 def _add(state: State, *terms: tuple[float, State]) -> State:
@@ -202,7 +214,7 @@ def _ab2(f: _System, x: State, times: list[float]) -> State:
             half = h / h_before / 2
             x = _add(x, (h * (1 + half), v), (-h * half, before))
         before, h_before = v, h
-        f.accept(end, x)
+        x = f.accept(end, x)
     return x
 
 
@@ -249,8 +261,9 @@ def _dopri5(f: _System, x: State, t: float, end: float, rtol: float, atol: float
         )
         size = _rms(error, x, stage, rtol, atol)
         if size <= 1:
-            t, x, first = t_new, stage, k[-1]
-            f.accept(t, x)
+            t, x, first = t_new, f.accept(t_new, stage), k[-1]
+            if x is not stage and t < end:
+                first = f(t, x)
             h *= min(grow, 0.9 * size**-0.2) if size > 0 else grow
             grow = 10.0
         else:  # NaN too

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
 from lumina.models.next_dit.config import NextDiTConfig
 from lumina.models.parts import norms
 from lumina.models.parts.feed_forward import FeedForward
+from lumina.models.parts.geometry import Geometry
 from lumina.models.parts.windows import Windows, pool
 from lumina_kernels import gqa_attention, qk_norm_rope3d, qk_norm_rope3d_pool, rope3d
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """What self-attention needs to know of the tokens; the same for every block of a call."""
-
-    rope: tuple[Tensor, Tensor, Tensor]  # positions, inv_freq and axis of the rope ops
-    key_mask: Tensor | None  # (B, L) bool, False on padding
-    key_scale: Tensor | None  # factor of the keys, see `_key_scale`
 
 
 class TransformerBlock(nn.Module):

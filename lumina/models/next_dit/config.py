@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import reprlib
 from dataclasses import dataclass
-from numbers import Integral, Real
+from typing import ClassVar
+
+from lumina.models.parts.fields import (
+    check_constants,
+    check_heads,
+    check_sizes,
+    check_widths,
+    shown,
+)
 
 AXES = (("h", "w"), ("t", "h", "w"), ("w",))
-LARGEST = 2**24  # size that is no mistake; the bytes of every tensor stay countable in 64 bits
 
 
 @dataclass(frozen=True)
@@ -52,45 +58,23 @@ class NextDiTConfig:
     rope_theta: float = 10000.0
     axes: tuple[str, ...] = ("h", "w")
 
+    stacks: ClassVar[dict[str, str]] = {"layers": "n_layers"}  # lists of blocks, and their lengths
+    channels_first: ClassVar[bool] = True  # see `lumina.models.parts.patches.Patched`
+
     def __post_init__(self):
         if isinstance(self.axes, list):  # JSON brings one
             object.__setattr__(self, "axes", tuple(self.axes))
-        sizes = "patch_size in_channels dim n_layers n_heads n_kv_heads multiple_of cap_feat_dim"
-        for name in sizes.split():
-            self._check_number(name, Integral, 1, LARGEST)
+        check_sizes(
+            self, "patch_size in_channels dim n_layers n_heads n_kv_heads multiple_of cap_feat_dim"
+        )
         for name in ("qk_norm", "learn_sigma"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be true or false, got {self._shown(name)}")
-        self._check_number("norm_eps", Real, 0, 1)
-        self._check_number("rope_theta", Real, 1, 2.0**127)
-        if self.rope_theta == 1:
-            raise ValueError("rope_theta must be above 1, got 1.0")
-        if self.ffn_dim_multiplier is not None:
-            self._check_number("ffn_dim_multiplier", Real, 1 / LARGEST, LARGEST)
-        for name, divisor in (("dim", "n_heads"), ("n_heads", "n_kv_heads")):
-            a, b = getattr(self, name), getattr(self, divisor)
-            if a % b:
-                raise ValueError(f"{name} must be a multiple of {divisor}, got {a} and {b}")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim = dim / n_heads must be even, got {self.head_dim}")
+                raise ValueError(f"{name} must be true or false, got {shown(self, name)}")
+        check_constants(self)
+        check_heads(self)
         if self.axes not in AXES:
-            raise ValueError(f"axes must be one of {AXES}, got {self._shown('axes')}")
-        for name, width in (
-            ("ffn_dim", self.ffn_dim),
-            ("the width of a patch", self.patch_volume * self.out_channels),
-        ):
-            if not 1 <= width <= LARGEST:
-                raise ValueError(f"{name} must lie in [1, {LARGEST}], got {width}")
-
-    def _check_number(self, name: str, kind: type, low: float, high: float) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:
-            what = "whole number" if kind is Integral else "number"
-            raise ValueError(f"{name} must be a {what} in [{low}, {high}], got {self._shown(name)}")
-        object.__setattr__(self, name, (int if kind is Integral else float)(value))
-
-    def _shown(self, name: str) -> str:
-        return reprlib.repr(getattr(self, name))
+            raise ValueError(f"axes must be one of {AXES}, got {shown(self, 'axes')}")
+        check_widths(self)
 
     @property
     def head_dim(self) -> int:

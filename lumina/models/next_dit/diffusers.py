@@ -5,27 +5,13 @@ Self- and text attention are two modules there, so the query and its norm are st
 
 from __future__ import annotations
 
-import json
 import re
-import reprlib
 from pathlib import Path
 
-from torch import nn
-
-from lumina.checkpoints.files import (
-    Stored,
-    check_released,
-    construct,
-    read_json,
-    read_safetensors,
-    replace_folder,
-    shown,
-)
-from lumina.checkpoints.state import expected_shapes, network_in, one_writer, plain_state
+from lumina.checkpoints.files import Place, Places, check_alternating, check_released
 from lumina.models.next_dit.config import NextDiTConfig
 
 CLASS = "LuminaNextDiT2DModel"
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 # Prefixes of names, relative to the layer where there is one; others are the same in both.
 NAMES = {
@@ -80,59 +66,26 @@ def names(name: str) -> tuple[str, ...]:
     return (name,)
 
 
-def open_diffusers(folder: Path, root: Path) -> Stored:
-    """Open a folder of `config.json` and the weights, in one file or in shards with an index.
+def places(config: NextDiTConfig) -> Places:
+    """Where diffusers stores a tensor."""
+    return lambda name: tuple(map(Place, names(name)))
 
-    root: the folder that was asked for: the pipeline's, or the same.
-    """
-    where = folder / "config.json"
-    stored = read_json(where, root)
-    if stored.get("_class_name") != CLASS:
-        got = reprlib.repr(stored.get("_class_name"))
-        raise ValueError(f"{where} must be of a {CLASS}, got {got}")
+
+def config_from(stored: dict) -> dict:
+    """The fields of a NextDiTConfig out of those of config.json."""
     fields = {ours: stored.get(name, default) for name, (ours, default) in CONFIG.items()}
     if fields["n_kv_heads"] is None:
         fields["n_kv_heads"] = fields["n_heads"]
-    config = construct(where, NextDiTConfig, fields)
-    _check(where, config)
-    index = folder / f"{WEIGHTS}.index.json"
-    if not index.exists():
-        return Stored(folder / WEIGHTS, config, read_safetensors(folder / WEIGHTS)[0], names)
-    places = read_json(index, root).get("weight_map")
-    if not isinstance(places, dict) or not all(
-        isinstance(file, str) and file == Path(file).name for file in places.values()
-    ):
-        raise ValueError(f"{index} must map tensors to files beside it, under 'weight_map'")
-    tensors = {}
-    for file in sorted(set(places.values())):
-        shard, _ = read_safetensors(folder / file)
-        for name, place in places.items():
-            if place == file and name not in shard:
-                raise ValueError(
-                    f"{folder / file} must hold {shown(name)}, as {index.name} says, and does not"
-                )
-        tensors.update(shard)
-    return Stored(index, config, tensors, names)
+    return fields
 
 
-def save_diffusers(model: nn.Module, folder: Path) -> None:
-    """Write a folder that `LuminaNextDiT2DModel.from_pretrained` reads."""
-    network = network_in(model)
-    _check("diffusers", network.config)
-    config = {name: getattr(network.config, ours) for name, (ours, _) in CONFIG.items()}
-    text = json.dumps({"_class_name": CLASS, **config}, indent=2) + "\n"
-    with one_writer(model) as writes:
-        plain, state = plain_state(model, network, expected_shapes(network.config), writes), {}
-        for name, tensor in plain.items():
-            first, *copies = names(name)
-            state[first] = tensor
-            state.update((copy, tensor.clone()) for copy in copies)  # no shared memory
-        if writes:
-            replace_folder(
-                folder, WEIGHTS, state, "config.json", lambda file: file.write_text(text)
-            )
+def config_to(config: NextDiTConfig) -> dict:
+    """The fields of config.json."""
+    return {name: getattr(config, ours) for name, (ours, _) in CONFIG.items()}
 
 
-def _check(where: Path | str, config: NextDiTConfig) -> None:
+def check(where: Path | str, config: NextDiTConfig) -> None:
+    """Refuse what diffusers would run as another network."""
     # The norms of q and k have this epsilon in diffusers whatever norm_eps says.
     check_released(where, config, **({"norm_eps": 1e-5} if config.qk_norm else {}))
+    check_alternating(where, config)

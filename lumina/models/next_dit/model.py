@@ -7,21 +7,21 @@ A conditioning width, H query heads, G key/value heads, K head_dim, Y width of t
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lumina.models.next_dit.block import Attention, Geometry, TransformerBlock
+from lumina.models.next_dit.block import Attention, TransformerBlock
 from lumina.models.next_dit.config import NextDiTConfig
 from lumina.models.parts import norms
-from lumina.models.parts.patches import Grid, Tokens, filled, to_images, to_tokens
+from lumina.models.parts.final_layer import FinalLayer
+from lumina.models.parts.geometry import Geometry, key_scale
+from lumina.models.parts.patches import Tokens, filled, to_images, to_tokens
 from lumina.models.parts.rope import RopeScaling, rope_axes, rope_frequencies
 from lumina.models.parts.timestep import TimestepEmbedder
 from lumina.models.parts.windows import DroppedLayers, windows_of_layers
-from lumina_kernels import norm_modulate
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,14 @@ class Caption:
     keys: list[Tensor]  # per layer (B, T, G, K), normed
     values: list[Tensor]  # per layer (B, T, G, K)
     mask: Tensor  # (B, T) bool
+
+    def padded(self, length: int) -> Caption:
+        """With `length` text tokens, the new ones masked."""
+        more = length - self.mask.shape[1]
+        keys, values = (
+            [F.pad(z, (0, 0, 0, 0, 0, more)) for z in x] for x in (self.keys, self.values)
+        )
+        return Caption(self.pooled, keys, values, F.pad(self.mask, (0, more)))
 
 
 class NextDiT(nn.Module):
@@ -60,7 +68,7 @@ class NextDiT(nn.Module):
         self.layers = nn.ModuleList(
             TransformerBlock(config, backend) for _ in range(config.n_layers)
         )
-        self.final_layer = FinalLayer(config, backend)
+        self.final_layer = FinalLayer(D, A, volume * config.out_channels, backend)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -155,7 +163,7 @@ class NextDiT(nn.Module):
         geometry = Geometry(
             self._rope(tokens, t, rope_scaling),
             tokens.mask,
-            _key_scale(tokens.grids, base_seqlen, h),
+            key_scale(tokens.grids, base_seqlen, h),
         )
         windows = windows_of_layers(tokens.grids, context_drop, len(self.layers), h.device)
 
@@ -215,34 +223,3 @@ class NextDiT(nn.Module):
             device=t.device, dtype=torch.promote_types(tokens.patches.dtype, torch.float32),
         )  # fmt: skip
         return tokens.positions, inv_freq, rope_axes(K, axes, device=t.device)
-
-
-class FinalLayer(nn.Module):
-    """linear(layer_norm(x) * (1 + scale)); the norm has no weight, and an epsilon of its own."""
-
-    def __init__(self, config: NextDiTConfig, backend: str | None):
-        super().__init__()
-        self.linear = nn.Linear(config.dim, config.patch_volume * config.out_channels)
-        # The network applies the SiLU once, for all layers.
-        self.adaLN_modulation = nn.Sequential(nn.Identity(), nn.Linear(config.cond_dim, config.dim))
-        self.backend = backend
-
-    def forward(self, x, c):
-        scale = self.adaLN_modulation(c)
-        x = norm_modulate(x, scale=scale, eps=1e-6, kind="layer", backend=self.backend)
-        return self.linear(x)
-
-
-def _key_scale(grids: list[Grid], base_seqlen: int | None, like: Tensor) -> Tensor | None:
-    """Proportional attention's factor, one of all images or one of each, (B or 1, 1, 1, 1).
-
-    A tensor: as a number it would be a constant of the compiled graph, one graph for every size.
-    """
-    if base_seqlen is None:
-        return None
-    if base_seqlen < 2:
-        raise ValueError(f"base_seqlen must be at least 2 tokens, got {base_seqlen}")
-    # Not in 16 bits: the factor would be off by up to 1/256, and for all keys alike.
-    acc = torch.promote_types(like.dtype, torch.float32)
-    tokens = filled([t * h * w for t, h, w in grids], like.device, acc)
-    return (tokens.log() / math.log(base_seqlen)).sqrt()[:, None, None, None]

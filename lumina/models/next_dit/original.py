@@ -1,8 +1,8 @@
-"""Next-DiT as the original release stores it: `model_args.pth` and `consolidated.00-of-0N`.
+"""Next-DiT as the original release stores it.
 
-`model_args.pth` is a pickled `argparse.Namespace` that names a preset (`NextDiT_2B_GQA_patch2`) and
-says qk_norm, but has no sizes: those come from the shapes of the tensors. norm_eps is 1e-5 and
-rope_theta 10000 in that code. Tensor parallelism (fairscale) leaves N files, which are merged.
+Its `model_args.pth` names a preset (`NextDiT_2B_GQA_patch2`) and says qk_norm, but has no sizes:
+those come from the shapes of the tensors. norm_eps is 1e-5 and rope_theta 10000 in that code.
+Tensor parallelism (fairscale) leaves several files, which are merged.
 """
 
 from __future__ import annotations
@@ -10,27 +10,22 @@ from __future__ import annotations
 import re
 import warnings
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lumina.checkpoints.files import (
-    Stored,
+    check_alternating,
     check_released,
     construct,
-    read_pickle,
-    read_pth,
-    read_safetensors,
-    replace_folder,
+    length_of,
     same,
+    shape_of,
     shown,
-    weights_in,
 )
-from lumina.checkpoints.state import expected_shapes, network_in, one_writer, plain_state
 from lumina.models.next_dit.config import NextDiTConfig
-
-FILE = re.compile(r"(consolidated(?:_ema)?)\.([0-9]+)-of-(0*[1-9][0-9]*)(\.safetensors|\.pth)")
 
 # Linear layers cut by output rows, and the heads that follow them; by input columns; the rest is
 # whole in every file.
@@ -41,38 +36,10 @@ CUT_ROWS = re.compile(
 CUT_COLUMNS = re.compile(r"(\.wo|\.w2|mlp\.2)\.weight$")
 
 
-def open_original(folder: Path, ema: bool | None) -> Stored:
-    """Open a folder of the release; `ema` as for `lumina.load`."""
-    args_file = folder / "model_args.pth"
-    args = read_pickle(args_file, allowed=Namespace)
-    if not isinstance(args, Namespace):
-        raise ValueError(f"{args_file} must hold a Namespace, got {type(args).__name__}")
-    files = _files(folder, ema)
-    shards = [
-        read_pth(file) if file.suffix == ".pth" else read_safetensors(file)[0] for file in files
-    ]
-    tensors = shards[0] if len(shards) == 1 else _merge(files, shards)
-    config = config_from_shapes(files[0], tensors, _preset(args_file, args))
-    if getattr(args, "qk_norm", config.qk_norm) is not config.qk_norm:
-        raise ValueError(
-            f"{args_file} says qk_norm={shown(args.qk_norm)}, the tensors of {files[0].name} "
-            f"say {config.qk_norm}"
-        )
-    return Stored(files[0], config, tensors)
-
-
-def save_original(model: nn.Module, folder: Path) -> None:
-    """Write a folder that the released scripts can read."""
-    network = network_in(model)
-    check_released("original", network.config, norm_eps=1e-5)
-    args = model_args(network.config)
-    with one_writer(model) as writes:
-        state = plain_state(model, network, expected_shapes(network.config), writes)
-        if writes:
-            replace_folder(
-                folder, "consolidated.00-of-01.safetensors", state,
-                "model_args.pth", lambda file: torch.save(args, file),
-            )  # fmt: skip
+def check(config: NextDiTConfig) -> None:
+    """Refuse what the original code would run as another network."""
+    check_released("original", config, norm_eps=1e-5)
+    check_alternating("original", config)
 
 
 def model_args(config: NextDiTConfig) -> Namespace:
@@ -86,40 +53,8 @@ def model_args(config: NextDiTConfig) -> Namespace:
     )  # fmt: skip
 
 
-def _files(folder: Path, ema: bool | None) -> list[Path]:
-    """The files, one per rank, of the set of weights that is asked for."""
-    found: dict[str, dict[str, dict[int, dict[int, Path]]]] = {}  # set, suffix, ranks, rank
-    for file in folder.iterdir():
-        if match := FILE.fullmatch(file.name):
-            of = found.setdefault(match[1], {}).setdefault(match[4], {})
-            of.setdefault(int(match[3]), {})[int(match[2])] = file
-    if ema is None:
-        ema = "consolidated_ema" in found
-    stem = "consolidated_ema" if ema else "consolidated"
-    if stem not in found:
-        raise FileNotFoundError(
-            f"{folder} has no {stem}.00-of-0N.safetensors or .pth{weights_in(folder)}"
-        )
-    suffix = max(found[stem])  # .safetensors rather than .pth
-    ranks, *others = sorted(found[stem][suffix])
-    if others:
-        raise ValueError(f"{folder} has {stem} files of {ranks} and of {others[0]} ranks")
-    files = found[stem][suffix][ranks]
-    for rank in range(ranks):  # ends at the first that is not there
-        if rank not in files:
-            missing = f"{stem}.{rank:02d}-of-{ranks:02d}{suffix}"
-            raise FileNotFoundError(f"{folder / missing} does not exist{weights_in(folder)}")
-    return [files[rank] for rank in range(ranks)]
-
-
-def _preset(where: Path, args: Namespace) -> str:
-    preset = getattr(args, "model", "")
-    if not isinstance(preset, str):
-        raise ValueError(f"{where} must name a model, got a {type(preset).__name__}")
-    return preset
-
-
-def _merge(files: list[Path], shards: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def merge(files: list[Path], shards: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of all ranks."""
     for file, shard in zip(files, shards, strict=True):
         if odd := sorted(shard.keys() ^ shards[0].keys()):
             raise ValueError(f"{files[0]} and {file.name}: only one of them has {shown(odd[0])}")
@@ -150,13 +85,7 @@ def _merge(files: list[Path], shards: list[dict[str, Tensor]]) -> dict[str, Tens
 
 def config_from_shapes(where: Path, tensors: dict[str, Tensor], preset: str) -> NextDiTConfig:
     """The config that these tensors imply; the preset's name gives the patch size."""
-
-    def shape(name: str, ndim: int) -> tuple[int, ...]:
-        got = tuple(tensors[name].shape) if name in tensors else "none"
-        if name not in tensors or len(got) != ndim or 0 in got:
-            raise ValueError(f"{where} must hold {name} with {ndim} dimensions, got {got}")
-        return got
-
+    shape = partial(shape_of, where, tensors)
     dim, patch = shape("x_embedder.weight", 2)
     (heads,) = shape("layers.0.attention.gate", 1)
     kv, _ = shape("layers.0.attention.wk.weight", 2)
@@ -170,13 +99,11 @@ def config_from_shapes(where: Path, tensors: dict[str, Tensor], preset: str) -> 
             f"{dim, patch}, final_layer.linear.weight {out, dim}, wk.weight {kv, dim}, "
             f"{heads} heads"
         )
-    numbers = (re.match(r"layers\.([0-9]{1,9})\.", name) for name in tensors)
-    layers = [int(match[1]) for match in numbers if match]
     multiple_of, multiplier = _ffn(dim, hidden)
     fields = dict(
-        patch_size=side, in_channels=patch // side**2, dim=dim, n_layers=max(layers) + 1,
-        n_heads=heads, n_kv_heads=kv * heads // dim, multiple_of=multiple_of,
-        ffn_dim_multiplier=multiplier, learn_sigma=out != patch,
+        patch_size=side, in_channels=patch // side**2, dim=dim,
+        n_layers=length_of("layers", tensors), n_heads=heads, n_kv_heads=kv * heads // dim,
+        multiple_of=multiple_of, ffn_dim_multiplier=multiplier, learn_sigma=out != patch,
         qk_norm="layers.0.attention.q_norm.weight" in tensors,
         cap_feat_dim=shape("cap_embedder.0.weight", 1)[0],
     )  # fmt: skip

@@ -6,10 +6,10 @@ subclass, a parametrization, a wrapper of PEFT, a forward or backward hook) is c
 arithmetic around it is plain PyTorch. Hooks on all modules of a process
 (`torch.nn.modules.module.register_module_forward_hook`) do not see the fused norms.
 
-A sub-layer adds tanh(gate) * norm(out) to the residual stream h. That pass over memory can make the
-input of the next sub-layer too, so a sub-layer hands on a carry (h, out, weight, gate) instead of
-the sum; where its post-norm had to be called, the sum is done and the carry is (sum, None, None,
-None).
+A sub-layer adds tanh(gate) * norm(out), or norm(out) alone, to the residual stream h. That pass
+over memory can make the input of the next sub-layer too, so a sub-layer hands on a carry (h, out,
+weight, gate) instead of the sum; where its post-norm had to be called, the sum is done and the
+carry is (sum, None, None, None).
 """
 
 from __future__ import annotations
@@ -72,15 +72,16 @@ def modulate(norm: nn.Module, x: Tensor, scale: Tensor | None, backend: str | No
     return normed.to(x.dtype)
 
 
-def post_norm(norm: nn.Module, out: Tensor, h: Tensor, gate: Tensor, eps: float) -> Carry:
-    """The carry of h + tanh(gate) * norm(out), for out and h (B, L, D) and gate (B, D).
+def post_norm(norm: nn.Module, out: Tensor, h: Tensor, gate: Tensor | None, eps: float) -> Carry:
+    """The carry of h + tanh(gate) * norm(out), for out and h (B, L, D), gate (B, D) or None: 1.
 
     eps is the epsilon of the network's norms; the fused op takes one for both norms.
     """
     fused = parameters(norm)
     if fused is not None and norm.eps == eps:
         return h, out, fused[0], gate
-    return (h + gate.tanh()[:, None] * norm(out)).to(h.dtype), None, None, None
+    out = norm(out) if gate is None else gate.tanh()[:, None] * norm(out)
+    return (h + out).to(h.dtype), None, None, None
 
 
 def pre_norm(

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lumina.models.next_dit.config import NextDiTConfig
 from lumina.models.parts.rope import positions
 
 Grid = tuple[int, int, int]
+
+
+class Patched(Protocol):
+    """What a network's config says of its patches."""
+
+    in_channels: int
+    axes: tuple[str, ...]  # of a latent after its channels
+    channels_first: bool  # a patch on its way in is (C, pH, pW), else (pH, pW, C)
+
+    @property
+    def patch(self) -> tuple[int, int, int]: ...  # extent along (t, h, w)
+
+    @property
+    def out_channels(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -24,8 +38,8 @@ class Tokens:
     mask: Tensor | None  # (B, L) bool, False on padding; None: no padding
 
 
-def to_tokens(x: Tensor | list[Tensor], config: NextDiTConfig) -> Tokens:
-    """Cut images into patches of (C, pH, pW); shorter sequences are padded with zeros.
+def to_tokens(x: Tensor | list[Tensor], config: Patched) -> Tokens:
+    """Cut images into patches, in the order of the config; shorter sequences are padded with zeros.
 
     Raises:
         ValueError: channels, dimensions or sides that do not fit the config, or no image.
@@ -54,7 +68,7 @@ def to_tokens(x: Tensor | list[Tensor], config: NextDiTConfig) -> Tokens:
 
 
 def to_images(
-    out: Tensor, tokens: Tokens, like: Tensor | list[Tensor], config: NextDiTConfig
+    out: Tensor, tokens: Tokens, like: Tensor | list[Tensor], config: Patched
 ) -> Tensor | list[Tensor]:
     """Undo `to_tokens` for the network's output, whose patches are (pH, pW, out_channels).
 
@@ -72,7 +86,7 @@ def filled(numbers: list[int], device, dtype: torch.dtype = torch.int64) -> Tens
     return torch.cat([torch.full((1,), n, dtype=dtype, device=device) for n in numbers])
 
 
-def _cut(x: Tensor, config: NextDiTConfig) -> tuple[Tensor, Grid]:
+def _cut(x: Tensor, config: Patched) -> tuple[Tensor, Grid]:
     axes, C, p = config.axes, config.in_channels, config.patch
     ndim = {("w",): (3,), ("h", "w"): (4,), ("t", "h", "w"): (4, 5)}[axes]
     if x.ndim not in ndim or x.shape[1] != C:
@@ -88,11 +102,12 @@ def _cut(x: Tensor, config: NextDiTConfig) -> tuple[Tensor, Grid]:
         raise ValueError(
             f"the sides of x must be positive multiples of the patch {p}, got {tuple(x.shape)}"
         )
-    x = x.reshape(B, C, T, grid[1], p[1], grid[2], p[2]).permute(0, 2, 3, 5, 1, 4, 6)
+    order = (0, 2, 3, 5, 1, 4, 6) if config.channels_first else (0, 2, 3, 5, 4, 6, 1)
+    x = x.reshape(B, C, T, grid[1], p[1], grid[2], p[2]).permute(order)
     return x.reshape(B, grid[0] * grid[1] * grid[2], C * p[1] * p[2]), grid
 
 
-def _paste(out: Tensor, grid: Grid, like: Tensor, config: NextDiTConfig) -> Tensor:
+def _paste(out: Tensor, grid: Grid, like: Tensor, config: Patched) -> Tensor:
     T, h, w = grid
     _, ph, pw = config.patch
     out = out[:, : T * h * w].reshape(-1, T, h, w, ph, pw, config.out_channels)

@@ -1,8 +1,9 @@
-"""Rotary frequencies of Next-DiT, and how to stretch them beyond the training resolution.
+"""Rotary frequencies, and how to stretch them beyond the training resolution.
 
 Pair j (channels 2j, 2j+1) is rotated by position[axes[j % n]] * f_k, with k = j // n,
-f_k = theta^(-e_k) and e_k = 2 n k / K, for n axes and head width K. At s times the trained side
-length each rule multiplies f_k by s^(-p_k):
+f_k = theta^(-e_k) and e_k = 2 n k / K, for n axes and head width K. Where every axis has a block of
+its own of a channels (Lumina-Image 2.0, Z-Image), k counts the pairs within it and e_k = 2 k / a.
+At s times the trained side length each rule multiplies f_k by s^(-p_k):
 
     none             p = 0
     linear           p = 1                          position interpolation
@@ -146,6 +147,40 @@ def rope_frequencies(
     batch = _check_batch(scaling, t, tokens)
     s = _linear_scale(scaling, axes, tokens, device, acc).expand(batch)
     p = _exponent(scaling, numerator, head_dim, theta, t)  # (K/2,) or (B, K/2)
+    return (base * s[:, None] ** -p).to(dtype)  # (B, K/2)
+
+
+def block_axes(dims: Sequence[int], *, device=None) -> Tensor:
+    """`rope_axes` where the i-th axis rotates a block of dims[i] channels: (K/2,) int64."""
+    return torch.cat(
+        [torch.full((dim // 2,), i, dtype=torch.int64, device=device) for i, dim in enumerate(dims)]
+    )
+
+
+def block_frequencies(
+    dims: Sequence[int],
+    theta: float,
+    *,
+    scaling: RopeScaling | None = None,
+    t: Tensor | None = None,
+    tokens: int | Tensor | None = None,
+    device=None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """`rope_frequencies` where the axes (t, h, w) rotate blocks of dims[i] channels.
+
+    Only h and w are stretched: t holds the places of the text.
+    """
+    acc = torch.float32 if torch.device(device).type == "mps" else torch.float64
+    e = torch.cat([torch.arange(0, a, 2, device=device).to(acc) / a for a in dims])  # (K/2,)
+    base = theta**-e
+    if scaling is None or scaling.kind == "none":
+        return base.to(dtype)
+    batch = _check_batch(scaling, t, tokens)
+    s = _linear_scale(scaling, ("h", "w"), tokens, device, acc).expand(batch)
+    K = sum(dims)
+    p = _exponent(scaling, e * K, K, theta, t)  # (K/2,) or (B, K/2)
+    p = torch.where(block_axes(dims, device=device) == 0, 0.0, p)
     return (base * s[:, None] ** -p).to(dtype)  # (B, K/2)
 
 

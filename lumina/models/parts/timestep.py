@@ -9,9 +9,10 @@ from torch import Tensor, nn
 class TimestepEmbedder(nn.Module):
     """MLP of 256 sinusoids of t, cosines first."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, hidden: int | None = None):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        hidden = width if hidden is None else hidden
+        self.mlp = nn.Sequential(nn.Linear(256, hidden), nn.SiLU(), nn.Linear(hidden, width))
 
     def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         """(B, width) for times (B,), from sinusoids rounded to `dtype`."""

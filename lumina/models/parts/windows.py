@@ -49,7 +49,12 @@ class Windows:
 
 
 def windows_of_layers(
-    grids: Sequence[Grid], drop: DroppedLayers | None, n_layers: int, device
+    grids: Sequence[Grid],
+    drop: DroppedLayers | None,
+    n_layers: int,
+    device,
+    *,
+    among_others: bool = False,
 ) -> list[Windows | None]:
     """The windows of each layer, None where it sees every token.
 
@@ -58,6 +63,8 @@ def windows_of_layers(
         drop: which layers pool, and how; None: none does.
         n_layers: layers of the network.
         device: of the batch.
+        among_others: attention sees other keys together with those of the windows, such as the
+            text's, which windows of one size have to outweigh too.
 
     Raises:
         ValueError: drop is for another number of layers.
@@ -66,15 +73,18 @@ def windows_of_layers(
         return [None] * n_layers
     if len(drop.layers) != n_layers:
         raise ValueError(f"context_drop must be for {n_layers} layers, got {len(drop.layers)}")
-    windows = _windows(grids, drop.factor, drop.log_count, device)
+    windows = _windows(grids, drop.factor, drop.log_count, among_others, device)
     return [windows if pooled else None for pooled in drop.layers]
 
 
-def _windows(grids: Sequence[Grid], factor: int, log_count: bool, device) -> Windows:
+def _windows(
+    grids: Sequence[Grid], factor: int, log_count: bool, among_others: bool, device
+) -> Windows:
     if len(grids) == 1:
         _, H, W = grids[0]
-        # Where the sides divide evenly all windows weigh the same, and no bias is faster.
-        return Windows(factor, grids[0], log_count and H % factor + W % factor != 0)
+        # Where all keys are windows of one size, they weigh the same, and no bias is faster.
+        alike = H % factor + W % factor == 0 and not among_others
+        return Windows(factor, grids[0], log_count and not alike)
     each = [_window_tokens(grid, factor, device) for grid in grids]
     longest = max(len(tokens) for tokens in each)
     index = torch.stack([F.pad(z, (0, 0, 0, longest - len(z)), value=-1) for z in each]).flatten(1)

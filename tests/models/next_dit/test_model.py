@@ -9,47 +9,11 @@ import torch
 from common import DEVICE, assert_as_accurate
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import AUDIO, IMAGE, VIDEO, cast, inputs, pair, randn
+from networks import AUDIO, IMAGE, VIDEO, cast, grouped, inputs, pair, randn, run, sizes_of
 
 from lumina import RopeScaling
-from lumina.models.next_dit.model import _key_scale
+from lumina.models.parts.geometry import key_scale
 from lumina.models.parts.windows import DroppedLayers
-
-
-def run(model, arguments, **settings):
-    """Outputs, and the gradients of the parameters, of x and of cap_feats, by name."""
-    x, t, feats, mask = arguments
-    x = [xi.detach().requires_grad_() for xi in (x if isinstance(x, list) else [x])]
-    feats = feats.detach().requires_grad_()
-    model.zero_grad()
-    out = model(x if isinstance(arguments[0], list) else x[0], t, feats, mask, **settings)
-    out = out if isinstance(out, list) else [out]
-    for o in out:  # whole eighths are the same number in every dtype
-        dout = torch.arange(o.numel()).mul(7).remainder(17).sub(8).div(8).view(o.shape)
-        o.backward(dout.to(o), retain_graph=True)
-    results = {f"out {i}": o.detach() for i, o in enumerate(out)}
-    results |= {f"dx {i}": xi.grad for i, xi in enumerate(x)} | {"dcap_feats": feats.grad}
-    grads = {name: p.grad for name, p in model.named_parameters()}
-    pad = grads.pop("pad_token")
-    assert pad is None or not pad.any()  # padding has no influence
-    return results | grads
-
-
-def sizes_of(high):
-    """RMS of every result; ky_norm.bias shifts the scores of a query alike, its gradient is 0."""
-    rms = {name: value.square().mean().sqrt() for name, value in high.items()}
-    return {name: rms[name.replace("ky_norm.bias", "ky_norm.weight")] for name in rms}
-
-
-def grouped(results, high):
-    """Results over their RMS: the outputs, the large gradients, and the small ones together, since
-    in few numbers the size of the rounding error is luck."""
-    rms, groups = sizes_of(high), {}
-    for name in sorted(high):
-        group = "outputs" if name.startswith("out ") else name
-        group = "small gradients" if high[name].numel() < 1000 and group == name else group
-        groups.setdefault(group, []).append((results[name].double() / rms[name]).flatten())
-    return {name: torch.cat(parts) for name, parts in groups.items()}
 
 
 DROP, UNWEIGHTED = DroppedLayers(2, (True, True)), DroppedLayers(2, (True, True), False)
@@ -155,11 +119,11 @@ def test_a_list_is_its_images_alone(name):
 def test_proportional_attention_is_not_rounded_to_16_bits():
     """The factor of each image of a list; off by 1/512, every score would be."""
     like = torch.zeros(2, dtype=torch.bfloat16, device=DEVICE)
-    factor = _key_scale([(1, 2, 3), (1, 1, 2)], 50, like)
+    factor = key_scale([(1, 2, 3), (1, 1, 2)], 50, like)
     expected = [math.sqrt(math.log(n) / math.log(50)) for n in (6, 2)]
     assert factor.shape == (2, 1, 1, 1)
     assert factor.flatten().tolist() == pytest.approx(expected, rel=1e-6)
-    assert _key_scale([(1, 2, 3)], 50, like).item() == pytest.approx(expected[0], rel=1e-6)
+    assert key_scale([(1, 2, 3)], 50, like).item() == pytest.approx(expected[0], rel=1e-6)
 
 
 def test_a_list_of_one_size_is_the_batch():

@@ -1,0 +1,1 @@
+"""Lumina-Image 2.0 (arXiv 2503.21758)."""

@@ -1,0 +1,36 @@
+"""What self-attention needs to know of the tokens."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lumina.models.parts.patches import Grid, filled
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where the tokens are; the same for every block of a call."""
+
+    rope: tuple[Tensor, Tensor, Tensor]  # positions, inv_freq and axis of the rope ops
+    key_mask: Tensor | None  # (B, L) bool, False on padding
+    key_scale: Tensor | None  # factor of the keys, see `key_scale`
+    others: int = 0  # tokens behind the image's that context drop leaves alone
+
+
+def key_scale(grids: list[Grid], base_seqlen: int | None, like: Tensor) -> Tensor | None:
+    """Proportional attention's factor, one of all images or one of each, (B or 1, 1, 1, 1).
+
+    A tensor: as a number it would be a constant of the compiled graph, one graph for every size.
+    """
+    if base_seqlen is None:
+        return None
+    if base_seqlen < 2:
+        raise ValueError(f"base_seqlen must be at least 2 tokens, got {base_seqlen}")
+    # Not in 16 bits: the factor would be off by up to 1/256, and for all keys alike.
+    acc = torch.promote_types(like.dtype, torch.float32)
+    tokens = filled([t * h * w for t, h, w in grids], like.device, acc)
+    return (tokens.log() / math.log(base_seqlen)).sqrt()[:, None, None, None]

@@ -1,0 +1,239 @@
+"""The network around the joint blocks; each family says how it treats the time and the text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from lumina.models.parts import norms
+from lumina.models.parts.final_layer import FinalLayer
+from lumina.models.parts.geometry import Geometry, key_scale
+from lumina.models.parts.joint import JointBlock, JointCaption
+from lumina.models.parts.joint_config import JointConfig
+from lumina.models.parts.patches import Tokens, filled, to_images, to_tokens
+from lumina.models.parts.rope import RopeScaling, block_axes, block_frequencies
+from lumina.models.parts.windows import DroppedLayers, Windows, windows_of_layers
+
+
+class JointTransformer(nn.Module):
+    """A velocity network whose blocks run over image and text in one sequence.
+
+    Before them a few blocks run over the text alone and over the image alone (the refiners).
+    """
+
+    def __init__(
+        self, config: JointConfig, t_embedder: nn.Module, backend: str | None = None
+    ) -> None:
+        super().__init__()
+        self.config, self.backend = config, backend
+        D, Y, volume = config.dim, config.cap_feat_dim, config.patch_volume
+        self.x_embedder = nn.Linear(volume * config.in_channels, D)
+        self.t_embedder = t_embedder
+        self.cap_embedder = nn.Sequential(norms.RMSNorm(Y, config.norm_eps), nn.Linear(Y, D))
+        refiners = range(config.n_refiner_layers)
+        self.noise_refiner = nn.ModuleList(self._block() for _ in refiners)
+        self.context_refiner = nn.ModuleList(JointBlock(config, None, backend) for _ in refiners)
+        self.layers = nn.ModuleList(self._block() for _ in range(config.n_layers))
+        out = volume * config.out_channels
+        self.final_layer = FinalLayer(D, config.cond_dim, out, backend)
+
+    def _modulation(self) -> nn.Module:
+        """What makes scales and gates (B, 4 D) out of the conditioning vector (B, A)."""
+        raise NotImplementedError
+
+    def _conditions(self, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What the blocks and what the final layer take of the time, (B, A) each."""
+        raise NotImplementedError
+
+    def _embedded(self, feats: Tensor, mask: Tensor) -> JointCaption:
+        """The text before its refiner."""
+        raise NotImplementedError
+
+    def _pads(self, tokens: Tokens, h: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        """Tokens (B, P, D) behind the image's, and which of them are attended; None: none."""
+        return None
+
+    def _block(self) -> JointBlock:
+        return JointBlock(self.config, self._modulation(), self.backend)
+
+    def reset_parameters(self) -> None:
+        """Every modulated block starts as the identity, and the output is 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.RMSNorm):
+                module.reset_parameters()
+        for module in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(module.weight, std=0.02)
+        modulated = (*self.noise_refiner, *self.layers, self.final_layer)
+        for module in (self.final_layer.linear, *(m.adaLN_modulation[-1] for m in modulated)):
+            nn.init.zeros_(module.weight)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the activations.
+
+        Taken from a parameter that quantisation and layerwise casting leave alone.
+        """
+        return self.cap_embedder[0].weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the parameters; "meta" while they are offloaded."""
+        return self.cap_embedder[0].weight.device
+
+    def forward(
+        self,
+        x: Tensor | list[Tensor] | None = None,
+        t: Tensor | None = None,
+        cap_feats: Tensor | JointCaption | None = None,
+        cap_mask: Tensor | None = None,
+        *,
+        rope_scaling: RopeScaling | None = None,
+        base_seqlen: int | None = None,
+        context_drop: DroppedLayers | None = None,
+    ) -> Tensor | list[Tensor] | JointCaption:
+        """Return the velocity dx/dt = data - noise at time t, where x = t * data + (1 - t) * noise.
+
+        Without x and t, return the prepared `JointCaption`: `model(cap_feats=f, cap_mask=m)`.
+        `model(x, t, caption)` then equals `model(x, t, f, m)` and spares that part of the work.
+
+        Args:
+            x: latents (B, C, H, W), or a list of B of (C, H, W), of any sizes.
+            t: (B,), 0 is noise, 1 is data.
+            cap_feats: text features (B, T, cap_feat_dim), or a prepared caption.
+            cap_mask: (B, T) bool, True where there is text; any pattern. What it leaves out has no
+                place and no influence. Part of a prepared caption.
+            rope_scaling: how RoPE's frequencies stretch beyond the size of training; None: not.
+            base_seqlen: tokens of an image at training: turns on proportional attention, which
+                multiplies the scores of the joint blocks by sqrt(log(tokens) / log(base_seqlen)),
+                with the tokens of each image. The released models do without.
+            context_drop: joint blocks whose attention sees averages of the keys and values of
+                neighbouring image tokens; see `NextDiT.forward`. None: no block.
+
+        Returns:
+            As x: a tensor of its shape and dtype, or a list.
+
+        Raises:
+            ValueError: shapes that do not fit each other or the config.
+        """
+        caption = cap_feats
+        if not isinstance(caption, JointCaption):
+            caption = self._caption(cap_feats, cap_mask)
+        if x is None and t is None:
+            return caption
+        self._check_batch(x, t, caption.mask)
+        tokens = to_tokens(x, self.config)
+        h = self.x_embedder(tokens.patches)  # (B, L, D)
+        L, B = h.shape[1], h.shape[0]
+        where = tokens.positions.expand(B, L, 3) + _on_first_axis(caption.image_place[:, None])
+        mask, pads = tokens.mask, self._pads(tokens, h)
+        if pads is not None:
+            h = torch.cat([h, pads[0]], 1)
+            where = torch.cat([where, where.new_zeros(B, h.shape[1] - L, 3)], 1)
+            if mask is not None or pads[1] is not None:
+                parts = (tokens.mask, L), (pads[1], h.shape[1] - L)
+                mask = torch.cat([_all_true(m, (B, n), h.device) for m, n in parts], 1)
+        scaled = self._inv_freq(tokens, t, rope_scaling)
+        block_c, final_c = self._conditions(t, tokens.patches.dtype)
+        geometry = Geometry((where, scaled, self._axes(t.device)), mask, None)
+        h = self._run(self.noise_refiner, h, block_c, geometry)
+
+        windows = windows_of_layers(
+            tokens.grids, context_drop, len(self.layers), h.device, among_others=True
+        )
+        mask = torch.cat([_all_true(mask, h.shape[:2], h.device), caption.mask], 1)
+        where = torch.cat([where, _on_first_axis(caption.places)], 1)
+        h = torch.cat([h, caption.text.to(h.dtype)], 1)
+        geometry = replace(
+            geometry, rope=(where, *geometry.rope[1:]), key_mask=mask,
+            key_scale=key_scale(tokens.grids, base_seqlen, h), others=h.shape[1] - L,
+        )  # fmt: skip
+        h = self._run(self.layers, h, block_c, geometry, windows, L)
+        return to_images(self.final_layer(h, final_c), tokens, x, self.config)
+
+    def encode_caption(self, cap_feats: Tensor, cap_mask: Tensor) -> JointCaption:
+        """Do, once for a sampling run, the part of `forward` that depends on the captions alone."""
+        return self(cap_feats=cap_feats, cap_mask=cap_mask)
+
+    def velocity(self, x, t, caption: JointCaption, **options) -> Tensor | list[Tensor]:
+        """The velocity for a caption prepared by `encode_caption`; options as in `forward`."""
+        return self(x, t, caption, **options)
+
+    def _run(
+        self,
+        blocks: nn.ModuleList,
+        h: Tensor,
+        c: Tensor | None,
+        geometry: Geometry,
+        windows: Sequence[Windows | None] | None = None,
+        keep: int | None = None,
+    ) -> Tensor:
+        """h after the blocks; only its first `keep` tokens, if that is given."""
+        carry: norms.Carry = (h, None, None, None)
+        for block, window in zip(blocks, windows or [None] * len(blocks), strict=True):
+            carry = block(*carry, c, geometry, window)
+        h, out, weight, gate = carry
+        if keep is not None:
+            h, out = h[:, :keep], None if out is None else out[:, :keep]
+        return norms.residual_sum((h, out, weight, gate), self.config.norm_eps, self.backend)
+
+    def _caption(self, feats, mask) -> JointCaption:
+        width = self.config.cap_feat_dim
+        if not isinstance(feats, Tensor) or feats.ndim != 3 or feats.shape[-1] != width:
+            got = tuple(feats.shape) if isinstance(feats, Tensor) else feats
+            raise ValueError(f"cap_feats must have shape (B, T, {width}), got {got}")
+        if mask is None:
+            raise ValueError("cap_feats need a cap_mask, got None")
+        if mask.shape != feats.shape[:2] or mask.dtype != torch.bool:
+            raise ValueError(
+                f"cap_mask must be bool of shape {tuple(feats.shape[:2])}, "
+                f"got {mask.dtype} of shape {tuple(mask.shape)}"
+            )
+        # A masked key has weight 0, but 0 * NaN is NaN, and an encoder's padding may hold NaN.
+        caption = self._embedded(feats.masked_fill(~mask[..., None], 0), mask)
+        rope = (
+            _on_first_axis(caption.places),
+            self._inv_freq(None, None, None),
+            self._axes(mask.device),
+        )
+        geometry = Geometry(rope, caption.mask, None)
+        return replace(caption, text=self._run(self.context_refiner, caption.text, None, geometry))
+
+    def _check_batch(self, x, t, mask: Tensor) -> None:
+        if x is None or t is None:
+            raise ValueError("x and t must be given together, or neither for captions alone")
+        # Of a tensor not by len, which would fix the batch of an exported network.
+        B = x.shape[0] if isinstance(x, Tensor) else len(x)
+        if t.shape != (B,) or mask.shape[0] != B:
+            raise ValueError(
+                f"t must have shape ({B},) and there must be {B} captions for {B} images, "
+                f"got {tuple(t.shape)} and {mask.shape[0]}"
+            )
+
+    def _axes(self, device) -> Tensor:
+        return block_axes(self.config.axes_dims, device=device)
+
+    def _inv_freq(self, tokens: Tokens | None, t, scaling: RopeScaling | None) -> Tensor:
+        config, device = self.config, self.device if t is None else t.device
+        frame = [1] if tokens is None else [h * w for _, h, w in tokens.grids]
+        tokens_per_frame = frame[0] if len(frame) == 1 else filled(frame, device)
+        return block_frequencies(
+            config.axes_dims, config.rope_theta, scaling=scaling, t=t, tokens=tokens_per_frame,
+            device=device, dtype=torch.promote_types(self.dtype, torch.float32),
+        )  # fmt: skip
+
+
+def _on_first_axis(places: Tensor) -> Tensor:
+    """(B, T, 3) positions, with zeros on the axes of the image, for (B, T)."""
+    zero = torch.zeros_like(places)
+    return torch.stack([places, zero, zero], -1)
+
+
+def _all_true(mask: Tensor | None, shape, device) -> Tensor:
+    return torch.ones(shape, dtype=torch.bool, device=device) if mask is None else mask

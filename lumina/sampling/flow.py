@@ -1,0 +1,168 @@
+"""The velocity of a batch of pictures, guided by their captions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor, nn
+
+from lumina.models.families import NETWORKS
+from lumina.sampling.context_drop import ContextDrop
+from lumina.sampling.guidance import Guidance
+from lumina_kernels import guided_step
+
+
+def network_of(model: nn.Module) -> nn.Module:
+    """The network itself, within torch.compile, DDP, FSDP, PEFT or no wrapper."""
+    for module in model.modules():
+        if isinstance(module, NETWORKS):
+            return module
+    names = " or ".join(network.__name__ for network in NETWORKS)
+    raise ValueError(f"model must be a {names} or contain one, got {type(model).__name__}")
+
+
+@dataclass(frozen=True)
+class Captions:
+    """The features of a batch of captions and of what guidance leads away from.
+
+    Args:
+        cap_feats, cap_mask, neg_feats, neg_mask: as for `lumina.sample`.
+    """
+
+    cap_feats: Tensor
+    cap_mask: Tensor | None
+    neg_feats: Tensor | None
+    neg_mask: Tensor | None
+
+    def __post_init__(self):
+        for name in ("cap_feats", "neg_feats"):
+            feats = getattr(self, name)
+            if feats is None and name == "neg_feats":
+                continue
+            if not isinstance(feats, Tensor):
+                got = type(feats).__name__
+                raise TypeError(f"{name} must be a tensor of features, got {got}")
+            if not feats.is_floating_point():
+                raise TypeError(f"{name} must be floating, got {feats.dtype}")
+
+    def alone(self, i: int) -> Captions:
+        """Those of picture i."""
+        negative = slice(None) if self.neg_feats is not None and len(self.neg_feats) == 1 else i
+        at = {"cap_feats": i, "cap_mask": i, "neg_feats": negative, "neg_mask": negative}
+        return Captions(**{
+            name: None if (z := getattr(self, name)) is None else z[_as_slice(where)]
+            for name, where in at.items()
+        })  # fmt: skip
+
+
+def _as_slice(where: int | slice) -> slice:
+    return slice(where, where + 1) if isinstance(where, int) else where
+
+
+class Flow:
+    """The velocity of some pictures, guided by their captions."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        captions: Captions,
+        guidance: Guidance,
+        context_drop: ContextDrop | None,
+        options: dict,
+    ):
+        self.model, self.network = model, network_of(model)
+        self.guidance, self.context_drop, self.options = guidance, context_drop, options
+        self._read(captions)
+
+    def alone(self, i: int) -> Flow:
+        """That of picture i."""
+        captions = self.captions.alone(i)
+        return Flow(self.model, captions, self.guidance, self.context_drop, self.options)
+
+    def replace_captions(self, changes: dict[str, Tensor | None]) -> None:
+        """Other features from now on."""
+        self._read(replace(self.captions, **changes))
+
+    def _read(self, captions: Captions) -> None:
+        if self.guidance.needed and captions.neg_feats is None:
+            raise ValueError("guidance needs neg_feats, got None; guidance=1 does without")
+        self.captions = captions
+        # Memory of its own: a CUDA graph overwrites what it returned when it runs again.
+        cloned = _each(self._prepared(captions.cap_feats, captions.cap_mask), torch.clone)
+        self.conditional = self.both = cloned
+        if self.guidance.needed:
+            negative = self._prepared(captions.neg_feats, captions.neg_mask)
+            self.both = _stack(cloned, negative)
+
+    def _prepared(self, feats: Tensor, mask: Tensor | None):
+        # Offloaded parameters have no device; the hooks that load them move the inputs as well.
+        device = self.network.device
+        device = device if device.type != "meta" else feats.device
+        mask = feats.new_ones(feats.shape[:2], dtype=torch.bool) if mask is None else mask
+        feats = feats.to(device, self.network.dtype)
+        return self.model(cap_feats=feats, cap_mask=mask.to(device))
+
+    def evaluate(self, t: float, x: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+        """Velocities for the captions and, where they are guided at t, for the negative ones."""
+        double, dtype = self.guidance.acts_at(t), self.network.dtype
+        if isinstance(x, Tensor):
+            batch = x.to(dtype)
+            batch = torch.cat([batch, batch]) if double else batch
+        else:
+            batch = [xi.to(dtype) for xi in x] * (2 if double else 1)
+        # Never in 16 bits, which would merge neighbouring times.
+        acc = torch.promote_types(dtype, torch.float32)
+        time = torch.full((len(batch),), t, dtype=acc, device=x[0].device)
+        drop = self.context_drop and self.context_drop.at(t, self.network.config.n_layers)
+        caption = self.both if double else self.conditional
+        return self.model(batch, time, caption, context_drop=drop, **self.options)
+
+    def velocity(self, t: float, x: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+        """The guided velocity."""
+        v, B = self.evaluate(t, x), len(x)
+        if len(v) == B:
+            return v
+        v = [self.guidance.velocity(c, u) for c, u in zip(v[:B], v[B:], strict=True)]
+        return torch.stack(v) if isinstance(x, Tensor) else v
+
+    def guided_euler(self, t: float, dt: float, x: Tensor) -> Tensor:
+        """x + dt * velocity(t, x), fused."""
+        v = self.evaluate(t, x)
+        if len(v) == len(x):
+            return x + dt * v
+        scale, channels = self.guidance.scale, self.guidance.channels
+        return guided_step(x, v, scale, dt, channels, backend=self.network.backend)
+
+
+def _each(caption, change: Callable[[Tensor], Tensor]):
+    """A prepared caption of any family with every tensor changed."""
+    changed = {
+        field.name: [change(z) for z in value] if isinstance(value, list) else change(value)
+        for field in fields(caption)
+        for value in [getattr(caption, field.name)]
+    }
+    return replace(caption, **changed)
+
+
+def _stack(conditional, negative):
+    """Both as one batch of 2B; the shorter text is padded, a single negative caption serves all."""
+    B, T = conditional.mask.shape
+    if len(negative.mask) not in (1, B):
+        raise ValueError(f"there must be 1 or {B} negative captions, got {len(negative.mask)}")
+    length = max(T, negative.mask.shape[1])
+    below = iter(_tensors(negative.padded(length)))
+
+    def join(a: Tensor) -> Tensor:
+        b = next(below)
+        return torch.cat([a, b.expand(B, *b.shape[1:])])
+
+    return _each(conditional.padded(length), join)
+
+
+def _tensors(caption) -> list[Tensor]:
+    """In the order of `_each`."""
+    tensors: list[Tensor] = []
+    _each(caption, lambda z: tensors.append(z) or z)
+    return tensors
