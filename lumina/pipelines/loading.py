@@ -130,8 +130,8 @@ def _look_at_vae(folder: Path) -> nn.Module:
 
 
 def _read_vae(folder: Path, dtype: torch.dtype, place) -> nn.Module:
-    # Its name for the dtype changes from version to version.
-    return _read(_vae_class(folder), folder, place).to(dtype)
+    # Cast here: the argument's name changes from version to version, and their `to` warns.
+    return nn.Module.to(_read(_vae_class(folder), folder, place), dtype)
 
 
 def _vae_class(folder: Path) -> type:

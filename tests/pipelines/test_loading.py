@@ -225,6 +225,19 @@ def test_weights_alone_and_the_other_parts_from_elsewhere(folders, ours, tmp_pat
         Pipeline.from_pretrained(file, text_encoder=pipe.text_encoder, vae=pipe.vae)
 
 
+@pytest.mark.parametrize("family", ("lumina2", "z_image"))
+def test_a_file_of_comfyui(family, folders, ours, tmp_path):
+    """One file for everything there: the network is found in it."""
+    pipe, file = ours[family], tmp_path / "network.safetensors"
+    lumina.save(pipe.transformer, file, format="comfyui")
+    parts = {name: folders[family] / name for name in ("text_encoder", "vae", "tokenizer")}
+    made = Pipeline.from_pretrained(file, **parts)
+    made.set_progress_bar_config(disable=True)
+    assert type(made) is type(pipe)
+    assert made.scheduler.config.shift == pipe.scheduler.config.shift  # the released one
+    assert torch.equal(draw(made), draw(pipe))
+
+
 def test_a_part_instead_of_the_folders(folders, ours):
     pipe, folder = ours["lumina_next"], folders["lumina_next"]
     torch.manual_seed(1)
@@ -355,8 +368,9 @@ def test_lumina_is_imported_without_the_libraries():
     code = (
         "import sys; sys.modules['diffusers'] = None\n"
         "import lumina, lumina.pipelines\n"
-        "assert 'LuminaText2ImgPipeline' in dir(lumina.pipelines)\n"
-        "try: lumina.pipelines.Pipeline\n"
+        "from lumina import *\n"
+        "assert 'LuminaText2ImgPipeline' in dir(lumina.pipelines) and 'Pipeline' in dir(lumina)\n"
+        "try: lumina.Pipeline\n"
         "except ImportError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -366,6 +380,7 @@ def test_lumina_is_imported_without_the_libraries():
 
 
 def test_names():
+    assert lumina.Pipeline is Pipeline
     assert lumina.pipelines.LuminaText2ImgPipeline is LuminaPipeline
     assert lumina.pipelines.Lumina2Text2ImgPipeline is lumina.pipelines.Lumina2Pipeline
     for name in lumina.pipelines.__all__:
