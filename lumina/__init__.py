@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lumina.models.parts.rope import RopeScaling
     from lumina.models.z_image.config import ZImageConfig
     from lumina.models.z_image.model import ZImage
-    from lumina.pipelines import Pipeline
+    from lumina.pipelines import Pipeline as Pipeline
     from lumina.sampling.context_drop import ContextDrop
     from lumina.sampling.guidance import Guidance
     from lumina.sampling.sampler import Sample, sample

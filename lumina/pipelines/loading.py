@@ -26,6 +26,8 @@ VAES = ("AutoencoderKL", "AutoencoderTiny")
 WEIGHTS = ("*.safetensors", "*.bin")
 SPLIT = ("auto", "balanced", "balanced_low_0", "sequential")  # over devices, by accelerate
 
+NO_CODE = {"trust_remote_code": False}  # a folder is data
+
 
 def load(cls, folder, *, dtype, device_map, stages: bool, backend, ema, given: dict):
     """`Pipeline.from_pretrained`, which describes the arguments."""
@@ -114,13 +116,13 @@ def check_folder(name: str, folder: Path, patterns: tuple[str, ...]) -> None:
 
 
 def _look_at_encoder(folder: Path) -> nn.Module:
-    config = _from(folder, transformers.AutoConfig.from_pretrained)
+    config = _from(folder, transformers.AutoConfig.from_pretrained, **NO_CODE)
     with torch.device("meta"):
-        return transformers.AutoModel.from_config(config).eval()
+        return transformers.AutoModel.from_config(config, **NO_CODE).eval()
 
 
 def _read_encoder(folder: Path, dtype: torch.dtype, place) -> nn.Module:
-    return _read(transformers.AutoModel, folder, place, dtype=dtype)
+    return _read(transformers.AutoModel, folder, place, dtype=dtype, **NO_CODE)
 
 
 def _look_at_vae(folder: Path) -> nn.Module:
@@ -161,7 +163,7 @@ def _tokenizer(folder: Path, given: dict):
         return part
     if not Path(part).is_dir():
         raise FileNotFoundError(f"{part} does not exist: a pipeline needs its tokenizer")
-    return _from(Path(part), transformers.AutoTokenizer.from_pretrained)
+    return _from(Path(part), transformers.AutoTokenizer.from_pretrained, **NO_CODE)
 
 
 def _scheduler(folder: Path, given: dict, family: type):
@@ -178,8 +180,8 @@ def _scheduler(folder: Path, given: dict, family: type):
 
 
 def _from(folder: Path, read, **options):
-    """What a library reads from a folder, its errors with the folder and in one line."""
+    """What a library reads from a folder, and from nowhere else; its errors in one line."""
     try:
-        return read(folder, **options)
+        return read(folder, local_files_only=True, **options)
     except Exception as error:  # of any kind, by the library and by what is broken
         raise ValueError(f"{folder} can not be read: {one_line(error)}") from error
