@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lumina.models.parts.rope import RopeScaling
     from lumina.models.z_image.config import ZImageConfig
     from lumina.models.z_image.model import ZImage
+    from lumina.pipelines import Pipeline as Pipeline
     from lumina.sampling.context_drop import ContextDrop
     from lumina.sampling.guidance import Guidance
     from lumina.sampling.regions import place_captions
@@ -51,6 +52,8 @@ _MODULES = {
     "save": "checkpoints.checkpoint",
     "save_picture": "emoji.pictures",
 }
+# Need libraries that the others do without: `from lumina import *` does not bring them.
+_OPTIONAL = {"Pipeline": "pipelines"}
 
 __all__ = [
     "COMPACT",
@@ -79,12 +82,13 @@ __all__ = [
 def __getattr__(name: str):
     if name == "__version__":
         return import_module("lumina_kernels").__version__
-    if name not in _MODULES:
+    place = _MODULES.get(name) or _OPTIONAL.get(name)
+    if place is None:
         raise AttributeError(f"module 'lumina' has no attribute {name!r}")
-    module = import_module(f"lumina.{_MODULES[name]}")
+    module = import_module(f"lumina.{place}")
     value = globals()[name] = module if name == "reference" else getattr(module, name)
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULES})
+    return sorted({*globals(), *_MODULES, *_OPTIONAL})

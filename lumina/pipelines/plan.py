@@ -1,0 +1,66 @@
+"""What a call comes to: everything about it that can be wrong is found here, before any work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lumina.pipelines import pictures
+from lumina.pipelines.call import Call, Options, Size
+from lumina.pipelines.parts import network_of
+from lumina.pipelines.schedule import time_grid, timesteps_of
+from lumina.sampling.schedules import start_at
+from lumina.sampling.solvers import check_solver
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A call that has been checked.
+
+    Args:
+        pixels, sizes: (height, width) of each picture, and of its latents.
+        ragged: whether the sizes came as a list, and so do the pictures.
+        channels: of the latents.
+        grid: times from noise to data.
+        timesteps: of the steps that are run, as diffusers counts time; fewer from a picture.
+        image: (1, 3, height, width) for each picture, or None.
+        mask: (1, *size) for each picture, 1 where it is drawn anew, or None.
+    """
+
+    pixels: list[Size]
+    sizes: list[Size]
+    ragged: bool
+    channels: int
+    grid: Tensor
+    timesteps: Tensor
+    image: list[Tensor] | None
+    mask: list[Tensor] | None
+
+
+def make_plan(pipe, call: Call, ours: Options) -> Plan:
+    """The plan of a call of a pipeline.
+
+    Raises:
+        TypeError, ValueError: the rule that is broken, and what came.
+    """
+    channels = network_of(type(pipe), pipe.transformer).config.in_channels
+    call.check_callback(pipe._callback_tensor_inputs)
+    factor, patch = pipe.vae_scale_factor, pipe.patch_size
+    pixels, ragged = call.sizes(pipe.default_image_size, factor * patch)
+    sizes = [(height // factor, width // factor) for height, width in pixels]
+    tokens = None if ragged else (sizes[0][0] // patch) * (sizes[0][1] // patch)
+    grid = time_grid(pipe.scheduler, call.num_inference_steps, call.sigmas, ours.schedule, tokens)
+    if call.latents is not None:
+        pictures.check_latents(call.latents, channels, sizes)
+    if pipe.vae is None and (ours.image is not None or call.output_type != "latent"):
+        raise ValueError("pictures need a vae, this pipeline has none: output_type='latent'")
+    image = mask = None
+    if ours.image is not None:
+        image = pictures.prepare(ours.image, pixels, pipe.image_processor, "image")
+    if ours.mask_image is not None:
+        mask = pictures.prepare(ours.mask_image, pixels, pipe.mask_processor, "mask_image")
+        mask = [pictures.redrawn(each, factor) for each in mask]
+    ran = grid if image is None else start_at(grid, ours.start)
+    check_solver(ours.solver, ran, ours.rtol, ours.atol)
+    return Plan(pixels, sizes, ragged, channels, grid, timesteps_of(ran), image, mask)

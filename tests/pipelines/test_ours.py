@@ -1,0 +1,258 @@
+"""What our pipelines take beyond diffusers' parameters."""
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from pipelines.runs import PROMPTS, SMALL, distance, draw, generator
+
+import lumina
+from lumina.pipelines.lumina2 import RowGuidance
+
+FAMILIES = ("lumina_next", "lumina2", "z_image")
+
+
+def noise(family, batch=1, height=8, width=8, seed=1):
+    shape = (batch, 4 if family == "lumina_next" else 16, height, width)
+    return torch.randn(shape, generator=generator(seed))
+
+
+def features(pipe, prompt="a red apple"):
+    """As arguments of the pipeline, and of lumina.sample."""
+    feats = pipe.encode_prompt(prompt)
+    if isinstance(feats[0], list):
+        given = dict(zip(("prompt_embeds", "negative_prompt_embeds"), feats, strict=True))
+        return given, (feats[0][0][None], None, feats[1][0][None], None)
+    names = ("prompt_embeds", "prompt_attention_mask")
+    given = dict(zip((*names, *(f"negative_{name}" for name in names)), feats, strict=True))
+    return given, (feats[0], feats[1].bool(), feats[2], feats[3].bool())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("solver", ("midpoint", "heun", "rk4", "ab2", "dopri5"))
+def test_solver_schedule_and_guidance(family, solver, ours):
+    """What the sampler gives when it is called by hand."""
+    pipe, x = ours[family], noise(family)
+    options = {
+        "solver": solver,
+        "schedule": "rational:2",
+        "guidance": lumina.Guidance(3.0, until=0.7, renorm=1.0),
+        "context_drop": lumina.ContextDrop(),
+        "rope_scaling": lumina.RopeScaling("time_aware", factor=2.0),
+        "base_seqlen": 64,
+        "rtol": 1e-2,
+    }
+    given, feats = features(pipe)
+    got = draw(pipe, None, latents=x, **given, **options)
+    expected = lumina.sample(
+        pipe.transformer, *feats, size=(8, 8), latents=x, steps=3, **options
+    ).latents
+    assert distance(got, expected) < 1e-5
+    if solver == "midpoint":
+        for name in options.keys() - {"rtol"}:
+            less = {key: value for key, value in options.items() if key != name}
+            assert distance(draw(pipe, None, latents=x, **given, **less), got) > 1e-4, name
+
+
+def test_a_schedule_as_a_function(ours):
+    grid, x = torch.tensor([0, 0.2, 1.0], dtype=torch.float64), noise("lumina_next")
+    seen = []
+
+    def callback(pipe, i, t, kwargs):
+        seen.append((i, round(float(t), 3), pipe.num_timesteps, pipe.guidance_scale))
+        assert pipe.do_classifier_free_guidance and not pipe.interrupt
+
+    draw(ours["lumina_next"], latents=x, schedule=lambda n: grid, callback_on_step_end=callback)
+    assert seen == [(0, 1000.0, 2, 4.0), (1, 800.0, 2, 4.0)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_several_sizes_in_a_call(family, ours):
+    """As one by one, with one grid; the pictures of a prompt share its size."""
+    pipe, sizes = ours[family], [(64, 96), (96, 64), (64, 64)]
+    scaling = {"rope_scaling": lumina.RopeScaling("ntk", base_size=4), "base_seqlen": 16}
+    latents = [noise(family, 1, h // 8, w // 8)[0] for h, w in sizes]
+    change = {"height": [h for h, _ in sizes], "width": [w for _, w in sizes], **scaling}
+    together = draw(pipe, PROMPTS, latents=latents, **change)
+    assert isinstance(together, list)
+    for i, (height, width) in enumerate(sizes):
+        alone = draw(
+            pipe, PROMPTS[i], height=height, width=width, latents=latents[i][None], **scaling
+        )
+        assert distance(together[i], alone[0]) < 1e-5
+    for kind, shape in (("np", (64, 96, 3)), ("pt", (3, 64, 96))):
+        first, *_ = draw(pipe, PROMPTS, **change, output_type=kind)
+        assert first.shape == shape
+    change["height"] = 64
+    sizes = [p.size for p in draw(pipe, PROMPTS, **change, num_images_per_prompt=2,
+                                  output_type="pil")]  # fmt: skip
+    assert sizes == [(96, 64), (96, 64), *[(64, 64)] * 4]
+
+
+def test_the_noise_of_several_sizes(ours):
+    pipe, seeds = ours["lumina_next"], (3, 4)
+    together = draw(
+        pipe, ["a", "b"], height=[64, 96], generator=[generator(s) for s in seeds],
+        scaling_watershed=None,
+    )  # fmt: skip
+    for i, (prompt, height) in enumerate((("a", 64), ("b", 96))):
+        alone = draw(
+            pipe, prompt, height=height, generator=generator(seeds[i]), scaling_watershed=None
+        )
+        assert distance(together[i], alone[0]) < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_from_a_picture(family, ours):
+    """Noised to t = 1 - strength exactly; the weaker, the nearer to what the VAE keeps of it."""
+    pipe, x = ours[family], noise(family)
+    array = np.random.default_rng(0).random((64, 64, 3), dtype=np.float32)
+    picture = PIL.Image.fromarray((array * 255).astype("uint8"))
+    with torch.no_grad():
+        tensor = torch.from_numpy(np.asarray(picture) / 255).permute(2, 0, 1)[None].float()
+        z = pipe.vae.encode(tensor * 2 - 1).latent_dist.mode()
+    z = (z - (pipe.vae.config.shift_factor or 0)) * pipe.vae.config.scaling_factor
+    seen = []
+
+    def callback(pipe, i, t, kwargs):
+        seen.append((i, float(t)))
+
+    change = {"latents": x, "schedule": "uniform", "guidance": lumina.Guidance(2.0)}
+    if family == "lumina_next":
+        change |= {"scaling_watershed": None, "proportional_attn": False}
+    got = draw(
+        pipe, image=picture, strength=0.5, num_inference_steps=4, callback_on_step_end=callback,
+        **change,
+    )  # fmt: skip
+    guide = {"guidance": change["guidance"], "schedule": "uniform", "solver": "euler"}
+    expected = lumina.sample(
+        pipe.transformer, *features(pipe)[1], size=(8, 8), latents=x, steps=4, image=z,
+        strength=0.5, **guide,
+    ).latents  # fmt: skip
+    assert distance(got, expected) < 1e-5
+    assert seen == [(0, 500.0), (1, 250.0)]
+    weak = draw(pipe, image=tensor, strength=0.01, num_inference_steps=4, **change)
+    assert distance(weak, z) < 0.2 * distance(got, z)
+    assert torch.equal(
+        draw(pipe, image=[picture], num_inference_steps=4, **change),
+        draw(pipe, image=picture, num_inference_steps=4, strength=0.6, **change),
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pictures_for_each_prompt_and_size(family, ours):
+    pipe = ours[family]
+    a, b = torch.rand(2, 3, 64, 64, generator=generator(7)).unbind()
+    both = noise(family, 2)
+    change = {"strength": 0.5, "num_inference_steps": 2}
+    together = draw(pipe, ["a", "b"], image=[a, b], latents=both, **change)
+    for i, each in enumerate((a, b)):
+        alone = draw(pipe, "ab"[i], image=each, latents=both[i : i + 1], **change)
+        assert distance(together[i : i + 1], alone) < 1e-5
+    twice = draw(pipe, ["a", "b"], image=torch.stack([a, b]), num_images_per_prompt=2,
+                 latents=both.repeat_interleave(2, 0), **change)  # fmt: skip
+    assert distance(twice, together.repeat_interleave(2, 0)) < 1e-5
+    sizes = draw(pipe, ["a", "b"], image=a, height=[64, 96], **change)
+    assert [tuple(z.shape[1:]) for z in sizes] == [(8, 8), (12, 8)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_inpainting(family, ours):
+    """What the mask leaves is what the VAE keeps of the picture; the rest is drawn anew."""
+    pipe, x = ours[family], noise(family)
+    picture = torch.rand(3, 64, 64, generator=generator(7))
+    mask = PIL.Image.new("L", (64, 64), 0)
+    mask.paste(255, (32, 0, 64, 64))
+    with torch.no_grad():
+        z = pipe.vae.encode(picture[None] * 2 - 1).latent_dist.mode()
+    z = (z - (pipe.vae.config.shift_factor or 0)) * pipe.vae.config.scaling_factor
+    got = draw(pipe, image=picture, mask_image=mask, latents=x)
+    assert distance(got[..., :4], z[..., :4]) < 1e-5
+    assert distance(got[..., 4:], z[..., 4:]) > 0.1
+    assert distance(got[..., 4:], draw(pipe, latents=x)[..., 4:]) > 1e-3
+    everything = torch.ones(1, 64, 64)
+    assert torch.equal(
+        draw(pipe, image=picture, mask_image=everything, latents=x), draw(pipe, latents=x)
+    )
+    one_pixel = torch.zeros(1, 64, 64)
+    one_pixel[0, 17, 63] = 1
+    got = draw(pipe, image=picture, mask_image=one_pixel, latents=x)
+    changed = (got - z).abs().amax(1)[0] > 1e-4
+    assert changed.nonzero().tolist() == [[2, 7]]
+    sizes = draw(pipe, ["a", "b"], image=picture, mask_image=mask, height=[64, 96])
+    assert [tuple(z.shape[1:]) for z in sizes] == [(8, 8), (12, 8)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_can_be_ended(family, ours):
+    def callback(pipe, i, t, kwargs):
+        pipe._interrupt = i == 1
+        return {"latents": kwargs["latents"] * 2} if i == 1 else None
+
+    def kept(pipe, i, t, kwargs):
+        seen.append(kwargs["latents"].clone())
+
+    seen, x = [], noise(family)
+    draw(ours[family], latents=x, callback_on_step_end=kept)
+    got = draw(ours[family], latents=x, callback_on_step_end=callback)
+    assert len(seen) == 3 and distance(got, seen[1] * 2) < 1e-6
+    assert torch.equal(draw(ours[family], latents=x), draw(ours[family], latents=x))
+
+
+def test_a_callback_of_diffusers(ours):
+    from diffusers.callbacks import PipelineCallback
+
+    class Doubled(PipelineCallback):
+        tensor_inputs = ["latents"]
+
+        def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+            return {"latents": callback_kwargs["latents"] * 2}
+
+    pipe, x = ours["lumina_next"], noise("lumina_next")
+    got = draw(pipe, latents=x, callback_on_step_end=Doubled(cutoff_step_ratio=1.0),
+               num_inference_steps=1)  # fmt: skip
+    assert distance(got, 2 * draw(pipe, latents=x, num_inference_steps=1)) < 1e-6
+
+
+def test_rows_keep_their_norm():
+    v_c, v_u = torch.randn(2, 4, 3, 5)
+    v_u[0, 0] = v_c[0, 0] = 0
+    v = RowGuidance(4.0).velocity(v_c, v_u)
+    assert distance(v.norm(dim=-1), v_c.norm(dim=-1)) < 1e-6 and torch.isfinite(v).all()
+    direction = lumina.Guidance(4.0).velocity(v_c, v_u)
+    assert (torch.cosine_similarity(v, direction, dim=-1)[1:] > 0.9999).all()
+    assert RowGuidance(4.0).velocity(v_c.half(), v_u.half()).dtype == torch.float32
+
+
+def test_the_shift_of_positions(ours):
+    """None turns it off, also for small pictures, which diffusers always stretches."""
+    pipe, x = ours["lumina_next"], noise("lumina_next", 1, 16, 8)
+    change = {"latents": x, "height": 128, "width": 64}
+    off = draw(pipe, scaling_watershed=None, **change)
+    assert torch.equal(off, draw(pipe, rope_scaling=lumina.RopeScaling("none"), **change))
+    assert distance(off, draw(pipe, **change)) > 1e-3
+
+
+def test_large_pictures_by_tiles(ours):
+    pipe = ours["lumina_next"]
+    whole = draw(pipe, height=64, width=256, output_type="pt", num_inference_steps=1)
+    pipe.enable_vae_tiling()
+    try:
+        tiled = draw(pipe, height=64, width=256, output_type="pt", num_inference_steps=1)
+    finally:
+        pipe.vae.disable_tiling()
+    assert tiled.shape == whole.shape == (1, 3, 64, 256) and not torch.equal(tiled, whole)
+
+
+def test_the_bar_is_that_of_the_pipeline(ours, capsys):
+    pipe = ours["lumina_next"]
+    pipe.set_progress_bar_config(disable=False, desc="drawing")
+    try:
+        draw(pipe)
+        assert "drawing: 100%" in capsys.readouterr().err
+        draw(pipe, solver="dopri5")
+        assert "drawing: " in capsys.readouterr().err
+    finally:
+        pipe.set_progress_bar_config(disable=True)
+    draw(pipe)
+    assert capsys.readouterr().err == "" and SMALL["num_inference_steps"] == 3
