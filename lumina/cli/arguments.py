@@ -12,6 +12,7 @@ import torch
 import lumina
 import lumina_kernels
 from lumina.cli import commands
+from lumina.cli.pictures import DTYPES
 from lumina.emoji.train import TrainConfig
 from lumina.sampling.solvers import SOLVERS
 
@@ -25,10 +26,17 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells the defaults that there are."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def build_parser(name: str) -> argparse.ArgumentParser:
     """The parser of a program of this name; `run` in what it returns is the command."""
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = _Parser(prog=name, description="A compact Next-DiT and its sampler.")
+    formatter = _Formatter
+    parser = _Parser(prog=name, description="Pictures from text, by the Lumina family.")
     version = f"lumina-kernels {lumina_kernels.__version__}, torch {torch.__version__}"
     parser.add_argument("--version", action="version", version=version)
     choices = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
@@ -39,7 +47,12 @@ def build_parser(name: str) -> argparse.ArgumentParser:
         return sub
 
     sub = command("sample", commands.sample, "draw a picture for each prompt")
-    sub.add_argument("prompts", nargs="+", metavar="PROMPT", help="in any of the 14 languages")
+    sub.add_argument(
+        "prompts",
+        nargs="+",
+        metavar="PROMPT",
+        help="of the shipped model names in any of its 14 languages",
+    )
     sub.add_argument(
         "--out",
         type=Path,
@@ -50,10 +63,13 @@ def build_parser(name: str) -> argparse.ArgumentParser:
     sub.add_argument(
         "--strength",
         type=float,
-        help="share of the time axis run from --image, in (0, 1], 0.8 unless given",
+        help="share of the time axis run from --image, in (0, 1]; unless given, 0.8 with the "
+        "shipped model, with a pipeline 0.6, or 1 with a mask",
     )
     _add_model(sub)
     _add_sampling(sub)
+    _leave_to_pipelines(sub)
+    _add_pipeline(sub)
 
     sub = command(
         "demo", commands.demo, "draw the pictures of the README, checked against the reference"
@@ -196,6 +212,55 @@ def _add_sampling(sub: argparse.ArgumentParser) -> None:
     )
     _add_context_drop(sub)
     sub.add_argument("--seed", type=_seed, default=0, help="of the noise; picture i takes seed + i")
+
+
+def _leave_to_pipelines(sub: argparse.ArgumentParser) -> None:
+    """Let a checkpoint's pipeline choose what is not given."""
+    for action in sub._actions:
+        if action.dest in commands.COMPACT_DEFAULTS:
+            best = action.default if action.default != (32, 32) else "32x32"
+            action.help += f"; unless given, {best} with the shipped model, else the pipeline's own"
+            action.default = None
+        elif action.dest == "checkpoint":
+            action.help += ", or a folder (or file of weights) of Lumina-Next, Lumina-Image 2.0 or "
+            action.help += "Z-Image, which is drawn with by its pipeline"
+
+
+def _add_pipeline(sub: argparse.ArgumentParser) -> None:
+    sub = sub.add_argument_group("with the pipeline of a released model")
+    sub.add_argument("--negative", metavar="TEXT", help="what guidance leads away from")
+    sub.add_argument(
+        "--region",
+        nargs=2,
+        action="append",
+        metavar=("BOX", "TEXT"),
+        help="a caption for a part of the picture, LEFT,TOP,RIGHT,BOTTOM as shares of its sides; "
+        "once for each part (Lumina-Next)",
+    )
+    sub.add_argument(
+        "--mask", type=Path, help="redraw --image where this picture is white (inpainting)"
+    )
+    sub.add_argument("--text-encoder", type=Path, help="folder, for weights that come alone")
+    sub.add_argument("--tokenizer", type=Path, help="folder; unless given, the text encoder's")
+    sub.add_argument("--vae", type=Path, help="folder, for weights that come alone")
+    sub.add_argument(
+        "--dtype", choices=list(DTYPES), help="of network, text encoder and VAE; fp32 unless given"
+    )
+    sub.add_argument(
+        "--stages",
+        action="store_const",
+        const=True,
+        help="have one of text encoder, network and VAE in memory at a time",
+    )
+    sub.add_argument(
+        "--tiled", action="store_const", const=True, help="decode by tiles, for large pictures"
+    )
+    sub.add_argument(
+        "--max-sequence-length", type=_whole(1, 10**6), help="tokens of a prompt that count"
+    )
+    sub.add_argument(
+        "--verbose", action="store_const", const=True, help="tell times and the peak of memory"
+    )
 
 
 def _add_context_drop(sub: argparse.ArgumentParser) -> None:

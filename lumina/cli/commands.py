@@ -13,6 +13,7 @@ import torch
 import lumina
 from lumina import ContextDrop, Guidance, RopeScaling
 from lumina.checkpoints.files import read_safetensors
+from lumina.cli.pictures import ONLY_HERE, draw, has_own_encoder
 from lumina.emoji.data import load_emoji
 from lumina.emoji.demo import draw_demo
 from lumina.emoji.evaluate import evaluate as draws_right
@@ -24,6 +25,12 @@ from lumina.models.next_dit.flops import forward_flops
 from lumina.progress import progress
 from lumina.sampling.schedules import parse_schedule
 
+# What `sample` takes with the shipped model where the arguments do not say; pipelines have theirs.
+COMPACT_DEFAULTS = {
+    **{name: lumina.COMPACT_SETTINGS[name] for name in ("steps", "solver", "schedule", "guidance")},
+    "size": (32, 32),
+    "rope": "time_aware",
+}
 LONG = 10**6  # pixels times steps; the shipped model takes some ten seconds for them on two cores
 
 
@@ -65,6 +72,16 @@ def _base_size(checkpoint: Path) -> int:
 
 
 def sample(args) -> None:
+    if not has_own_encoder(args.checkpoint):
+        draw(args)
+        return
+    for name in ONLY_HERE:
+        if getattr(args, name) is not None:
+            option = "--" + name.replace("_", "-")
+            raise ValueError(f"{option} is for pipelines, {args.checkpoint} has none")
+    for name, value in COMPACT_DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     settings, extra, count = _settings(args), {}, len(args.prompts)
     height, width = args.size
     check_picture(args.out, count * width, height)

@@ -1,0 +1,141 @@
+"""`sample` with a pipeline: from prompts to pictures by a released model."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import lumina
+from lumina.checkpoints.files import read_safetensors
+from lumina.emoji.pictures import check_picture, opened, read_picture, save_picture
+from lumina.progress import progress
+from lumina_kernels.output import check_output
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Options of `sample` that only pipelines have, as argparse names them.
+ONLY_HERE = (
+    "negative mask region text_encoder tokenizer vae dtype stages tiled max_sequence_length verbose"
+).split()
+
+
+def has_own_encoder(checkpoint: Path) -> bool:
+    """Whether it is a file of ours with the text encoder and no VAE, as the shipped one is."""
+    if not checkpoint.is_file():
+        return False
+    metadata = read_safetensors(checkpoint)[1]
+    return metadata.get("format") == "lumina" and "caption_encoder" in metadata
+
+
+def draw(args) -> None:
+    """Draw with the pipeline of a checkpoint."""
+    start = time.perf_counter()
+    check_output(args.out)
+    pipe = _pipeline(args)
+    height, width = args.size or (pipe.default_image_size,) * 2
+    count = len(args.prompts)
+    check_picture(args.out, count * width, height)
+    options = _options(args, pipe, height, width)
+    loaded = time.perf_counter()
+    if args.verbose:
+        _say(f"loaded in {loaded - start:.1f} s")
+    seeds = [(args.seed + i) % 2**64 for i in range(count)]
+    with progress(None, "steps") as bar:
+        images = pipe(
+            args.prompts, height=height, width=width, output_type="pt",
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            callback_on_step_end=lambda *_: bar.update(), **options,
+        ).images  # fmt: skip
+    seconds = time.perf_counter() - loaded
+    save_picture(2 * images.float() - 1, args.out, text="\n".join(args.prompts))
+    pictures = "1 picture" if count == 1 else f"{count} pictures"
+    print(f"{args.out}: {pictures} of {width}x{height}, {seconds:.1f} s, {type(pipe).__name__}")
+    if args.verbose:
+        _say(f"peak memory {_peak(args.device)}")
+
+
+def _pipeline(args):
+    parts = {
+        name: given
+        for name in ("text_encoder", "tokenizer", "vae")
+        if (given := getattr(args, name)) is not None
+    }
+    from lumina.pipelines import Pipeline  # its libraries take seconds to load
+
+    _hush()
+    pipe = Pipeline.from_pretrained(
+        args.checkpoint, dtype=DTYPES[args.dtype or "fp32"], device_map=args.device,
+        stages=bool(args.stages), backend=None if args.backend == "auto" else args.backend, **parts,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    if args.tiled:
+        pipe.enable_vae_tiling()
+    return pipe
+
+
+def _options(args, pipe, height: int, width: int) -> dict:
+    """Arguments of the call, of which those that were not given are the pipeline's to choose."""
+    given = {
+        "num_inference_steps": args.steps,
+        "guidance_scale": args.guidance,
+        "solver": args.solver,
+        "schedule": args.schedule,
+        "negative_prompt": args.negative,
+        "max_sequence_length": args.max_sequence_length,
+        "strength": args.strength,
+    }
+    options = {name: value for name, value in given.items() if value is not None}
+    if args.guidance_until != 1 or args.guidance_renorm is not None:
+        if args.guidance is None:
+            raise ValueError("--guidance-until and --guidance-renorm need --guidance")
+        channels = 3 if type(pipe).__name__ == "LuminaPipeline" else None
+        options["guidance"] = lumina.Guidance(
+            args.guidance, channels, until=args.guidance_until, renorm=args.guidance_renorm
+        )
+    if args.rope is not None:
+        base = pipe.default_image_size // pipe.vae_scale_factor // pipe.patch_size
+        base = None if args.rope == "none" else base
+        options["rope_scaling"] = lumina.RopeScaling(args.rope, base_size=base)
+    if args.context_drop > 1:
+        options["context_drop"] = lumina.ContextDrop(args.context_drop)
+    if args.region:
+        options["regions"] = [(_box(box), caption) for box, caption in args.region]
+    if args.image is not None:
+        options["image"] = (read_picture(args.image, (height, width)) + 1) / 2
+    if args.mask is not None:
+        with opened(args.mask) as picture:
+            options["mask_image"] = picture.convert("L").resize((width, height))
+    return options
+
+
+def _box(text: str) -> tuple[float, ...]:
+    try:
+        left, top, right, bottom = (float(n) for n in text.split(","))
+    except ValueError:
+        raise ValueError(f"--region must be LEFT,TOP,RIGHT,BOTTOM CAPTION, got {text!r}") from None
+    return left, top, right, bottom
+
+
+def _hush() -> None:
+    """The libraries' bars, of which one is for every file of weights."""
+    import diffusers
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
+
+
+def _peak(device: str) -> str:
+    # Kilobytes on Linux, bytes on macOS.
+    unit = 1 if sys.platform == "darwin" else 1024
+    text = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB"
+    if torch.device(device).type == "cuda":
+        text += f", on the GPU {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB"
+    return text
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
