@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lumina.pipelines import Pipeline as Pipeline
     from lumina.sampling.context_drop import ContextDrop
     from lumina.sampling.guidance import Guidance
+    from lumina.sampling.regions import place_captions
     from lumina.sampling.sampler import Sample, sample
 
 # Imported when first used: PyTorch takes seconds, in which the command line has to hear Ctrl-C.
@@ -45,6 +46,7 @@ _MODULES = {
     "ZImageConfig": "models.z_image.config",
     "load": "checkpoints.checkpoint",
     "load_caption_encoder": "checkpoints.checkpoint",
+    "place_captions": "sampling.regions",
     "reference": "models.next_dit.reference",
     "sample": "sampling.sampler",
     "save": "checkpoints.checkpoint",
@@ -69,6 +71,7 @@ __all__ = [
     "ZImageConfig",
     "load",
     "load_caption_encoder",
+    "place_captions",
     "reference",
     "sample",
     "save",

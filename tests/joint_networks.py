@@ -1,4 +1,4 @@
-"""Small joint networks with random weights, ours, the reference and diffusers', and their inputs."""
+"""Small joint networks with random weights, ours and the reference, and their inputs."""
 
 import torch
 from common import DEVICE

@@ -39,11 +39,11 @@ def randomise(model, dtype=torch.float64):
     return model
 
 
-def pair(dtype=torch.float64, **changes):
+def pair(dtype=torch.float64, backend="torch", **changes):
     """Ours and the reference with the same weights, in float64."""
     sizes = config(**changes)
     theirs = randomise(reference.NextDiT(sizes).to(DEVICE), dtype)
-    ours = NextDiT(sizes, backend="torch").to(DEVICE, torch.float64)
+    ours = NextDiT(sizes, backend=backend).to(DEVICE, torch.float64)
     ours.load_state_dict(theirs.state_dict())
     return ours, theirs
 
@@ -95,6 +95,6 @@ def grouped(results, high):
     for name in sorted(high):
         group = "outputs" if name.startswith("out ") else name
         group = "small gradients" if high[name].numel() < 1000 and group == name else group
-        size = rms[name].clamp(min=torch.finfo(torch.float64).tiny)  # 0: without influence
+        size = rms[name].clamp(min=1e-30)  # 0: without influence
         groups.setdefault(group, []).append((results[name].double() / size).flatten())
     return {name: torch.cat(parts) for name, parts in groups.items()}

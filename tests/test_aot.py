@@ -25,8 +25,9 @@ ATTENTION = (
 INSPECT = """
 import json, sys
 from lumina_kernels import aot
+NAMES = "text", "regions", "bias of pairs"
 found = aot.examples
-aot.examples = lambda *given: {name: found(*given)[name] for name in ("text", "bias of pairs")}
+aot.examples = lambda *given: {name: found(*given)[name] for name in NAMES}
 arch, head_dim, dtype, path = sys.argv[1:]
 rows = aot.inspect("gqa_attention", int(arch), int(head_dim), dtype)
 open(path, "w").write(json.dumps(rows))

@@ -123,12 +123,14 @@ def test_the_tiles_of_the_operands_fit_the_shared_memory(kind, arch):
                 assert needed <= aot.SHARED_KIB[arch] << 10, (K, dtype, bias, more, options)
 
 
-def attend(text=False, bias=False, mask=False, K=24):
+def attend(text=False, bias=False, mask=False, own=False, K=24):
     """A call, and one of its backward."""
     q, k, v = (torch.randn(1, 8, count, K, device=DEVICE) for count in (2, 1, 1))
     options = {"key_mask": torch.arange(8, device=DEVICE)[None] % 3 != 1} if mask else {}
     if text:
         options |= {"text_k": k, "text_v": v, "text_gate": q[0, 0, :, 0].clone()}
+    if own:
+        options["text_mask"] = torch.eye(8, device=DEVICE)[None] == 0
     if bias:
         options["bias"] = torch.randn(bias, device=DEVICE)
     q.requires_grad_()
@@ -145,7 +147,14 @@ def on_trial(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "given", ({}, {"text": True, "mask": True}, {"bias": (2, 8, 8)}, {"bias": 8})
+    "given",
+    (
+        {},
+        {"text": True, "mask": True},
+        {"text": True, "own": True},
+        {"bias": (2, 8, 8)},
+        {"bias": 8},
+    ),
 )
 def test_attention_is_tried_once_a_variant(on_trial, given, monkeypatch):
     trials = []

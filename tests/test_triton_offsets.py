@@ -106,6 +106,22 @@ def test_tables_of_heads_and_with_entries_far_apart():
         assert_equal(found, rope_table(x, x, near, near, backend="triton"))
 
 
+@pytest.mark.parametrize("strides", ((0, 2**31, 1), (0, 1, 2**30)))
+def test_text_masks_of_tokens_far_apart(strides):
+    far = apart((1, 2, 3), strides, torch.uint8).view(torch.bool)
+    far.copy_(torch.tensor([[1, 0, 1], [0, 1, 1]]))
+    x, text, gate = torch.randn(1, 2, 1, K), torch.randn(1, 3, 1, K), torch.ones(1)
+    results = []
+    for mask in (far, far.contiguous()):
+        leaves = [z.detach().requires_grad_() for z in (x, text)]
+        q, y = leaves
+        out = gqa_attention(
+            q, x, x, text_k=y, text_v=y, text_mask=mask, text_gate=gate, backend="triton"
+        )
+        results.append((out, *torch.autograd.grad(out, leaves, out.detach().sin())))
+    assert_equal(*results)
+
+
 @pytest.mark.parametrize("op", (sandwich_norm, sandwich_norm_chain))
 def test_gates_and_scales_of_samples_far_apart(op):
     shapes = ((3, 2, K), (3, 2, K), (K,), (3, K), (K,), (3, K))

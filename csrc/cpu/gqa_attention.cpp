@@ -34,8 +34,9 @@ template <class Unit>
 void attend(const Attention& a, const Keys& keys, bool biased, int64_t b, int64_t g, int64_t first,
             int64_t rows, const float* q, Sums* sums, KeyTile& tile) {
   const int64_t units = units_of<Unit>(a.K), channels = round_up(a.K, kStep);
-  int64_t next = 0;
-  while (const int64_t count = keys.next_valid(b, next, kKeys, tile.index)) {
+  uint64_t seen[kKeys];
+  ValidKeys valid = a.valid(keys, b, first, rows);
+  while (const int64_t count = valid.next(kKeys, tile.index)) {
     const int64_t padded = round_up(count, kStep);
     const auto key = [&](int64_t n) { return keys.k(b, tile.index[n], g); };
     const auto value = [&](int64_t n) { return keys.v(b, tile.index[n], g); };
@@ -43,11 +44,12 @@ void attend(const Attention& a, const Keys& keys, bool biased, int64_t b, int64_
     pack_pairs<Unit>(tile.v, count, padded, a.K, value);
     for (int64_t block = 0; block * kRows < rows; ++block) {
       const Sums& sum = sums[block];
-      const int64_t at = block * kRows;
+      const int64_t at = block * kRows, some = std::min(kRows, rows - at);
+      if (keys.own_masks() && !rows_that_see(seen, a, b, first + at, some, tile.index, count))
+        continue;
       scores<Unit>(tile.s, q + at * units, tile.k, units, padded);
-      if (biased)
-        add_bias(a, tile.s, kRows, 1, b, g, first + at, std::min(kRows, rows - at), tile.index,
-                 count);
+      if (biased) add_bias(a, tile.s, kRows, 1, b, g, first + at, some, tile.index, count);
+      if (keys.own_masks()) hide(tile.s, seen, count, -INFINITY);
       softmax<Unit>(tile.s, count, padded, biased ? kUnscaled : keys.split, sum.top, sum.total,
                     tile.factor);
       add_product<Unit>(sum.out, tile.factor, tile.s, tile.v, padded / Unit::kPer, channels);

@@ -12,28 +12,69 @@
 
 namespace lumina_kernels::cpu {
 
+// Bytes of 0 or 1, null if all keys are valid. A mask of (B, keys), or one that is expanded over
+// the tokens, is that of all tokens, and the step l is 0; else every token has its own.
+struct KeyMask {
+  const uint8_t* bits = nullptr;
+  int64_t b = 0, l = 0, n = 0;
+
+  const uint8_t* of(int64_t sample, int64_t token) const {
+    return bits ? bits + (sample * b + token * l) : nullptr;
+  }
+};
+
+inline KeyMask mask_of(const OptionalTensor& mask) {
+  if (!mask) return {};
+  const int64_t last = mask->dim() - 1;
+  return {.bits = static_cast<const uint8_t*>(mask->data_ptr()),
+          .b = mask->stride(0),
+          .l = last == 2 && mask->size(1) > 1 ? mask->stride(1) : 0,
+          .n = mask->stride(last)};
+}
+
 // Keys and values of one softmax, and which of them are valid.
 struct Keys {
   Rows k, v;
-  OptionalTensor mask;
+  KeyMask mask;
   int64_t count = 0;
   float scale = 0;          // of the scores, for base e
   SplitScale split;         // the same for base 2
   std::vector<float> bias;  // (B, count) if there is one that all queries share, else empty
 
-  // Finds the next valid keys of sample b from `from` on, at most `limit`, and moves `from` past
-  // them. A bias of -inf is a mask.
-  int64_t next_valid(int64_t b, int64_t& from, int64_t limit, int32_t* found) const {
-    const int64_t step = mask ? mask->stride(1) : 0;
-    const bool* bits =
-        mask ? static_cast<const bool*>(mask->data_ptr()) + b * mask->stride(0) : nullptr;
-    const float* added = bias.empty() ? nullptr : bias.data() + b * count;
+  bool own_masks() const { return mask.l != 0; }
+};
+
+// The keys of sample b that are valid, one after the other; where tokens have masks of their own,
+// for one of the tokens [first, end). A bias of -inf is a mask.
+class ValidKeys {
+ public:
+  ValidKeys(const Keys& keys, int64_t b, int64_t first, int64_t end)
+      : count_(keys.count), bits_(keys.mask.of(b, first)), step_(keys.mask.n) {
+    if (!keys.bias.empty()) bias_ = keys.bias.data() + b * count_;
+    if (!keys.own_masks()) return;
+    seen_.resize(count_);
+    for (int64_t l = first; l < end; ++l) {
+      const uint8_t* bits = keys.mask.of(b, l);
+      for (int64_t n = 0; n < count_; ++n) seen_[n] |= bits[n * step_];
+    }
+    bits_ = seen_.data(), step_ = 1;
+  }
+
+  // Writes down the next ones, at most `limit`, and returns how many.
+  int64_t next(int64_t limit, int32_t* found) {
     int64_t n = 0;
-    for (; n < limit && from < count; ++from)
-      if ((!bits || bits[from * step]) && (!added || added[from] != -INFINITY))
-        found[n++] = static_cast<int32_t>(from);
+    for (; n < limit && next_ < count_; ++next_)
+      if ((!bits_ || bits_[next_ * step_]) && (!bias_ || bias_[next_] != -INFINITY))
+        found[n++] = static_cast<int32_t>(next_);
     return n;
   }
+
+ private:
+  int64_t count_, next_ = 0;
+  const uint8_t* bits_;
+  int64_t step_;
+  const float* bias_ = nullptr;
+  std::vector<uint8_t> seen_;
 };
 
 // Added to the scores of the first softmax. A step is 0 where the bias is broadcast.
@@ -61,6 +102,10 @@ struct Attention {
   std::vector<float> gate;  // tanh of the text's gate, (H,)
 
   int64_t rows() const { return L * R; }
+  // The valid keys of some rows of sample b.
+  ValidKeys valid(const Keys& keys, int64_t b, int64_t first, int64_t rows) const {
+    return {keys, b, first / R, ceil_div(first + rows, R)};
+  }
   // Where a row begins in a contiguous (B, L, H, K).
   int64_t offset(int64_t b, int64_t g, int64_t row) const {
     return ((b * L + row / R) * H + g * R + row % R) * K;
@@ -117,13 +162,13 @@ inline Attention attention_of(const Tensor& q, const Tensor& k, const Tensor& v,
                               const OptionalTensor& bias) {
   const int64_t H = q.size(2), G = k.size(2), K = q.size(3);
   Attention a{.B = q.size(0), .L = q.size(1), .H = H, .G = G, .K = K, .R = H / G, .q = rows_of(q)};
-  a.image = {rows_of(k),        rows_of(v), key_mask, k.size(1), static_cast<float>(scale),
+  a.image = {rows_of(k),        rows_of(v), mask_of(key_mask), k.size(1), static_cast<float>(scale),
              split_scale(scale)};
   a.bias = bias_of(bias);
   a.image.bias = bias_of_keys(a.bias, a.B, a.image.count);
   if (text_k) {
     const float plain = 1.f / std::sqrt(static_cast<float>(K));
-    a.text = {rows_of(*text_k),  rows_of(*text_v), text_mask, text_k->size(1), plain,
+    a.text = {rows_of(*text_k),  rows_of(*text_v), mask_of(text_mask), text_k->size(1), plain,
               split_scale(plain)};
     const Tensor gates = torch::stable::contiguous(*text_gate);
     a.gate = floats(gates);

@@ -17,15 +17,6 @@
 namespace lumina_kernels::cpu::LUMINA_LEVEL {
 namespace {
 
-void store_dbias(const Gradients& a, const float* ds, int64_t b, int64_t g, int64_t first,
-                 int64_t rows, const int32_t* keys, int64_t count) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t l = (first + r) / a.R, h = g * a.R + (first + r) % a.R;
-    float* line = a.dbias + ((b * a.H + h) * a.L + l) * a.image.count;
-    for (int64_t n = 0; n < count; ++n) line[keys[n]] = ds[n * kRows + r];
-  }
-}
-
 struct KeyTileBwd {
   float *k, *v, *k_pairs, *s, *dp;
   int32_t index[kKeys];
@@ -45,8 +36,9 @@ void rows_over_keys(const Gradients& a, const Keys& keys, bool is_text, bool fin
   alignas(64) float ones[kRows];
   std::fill(ones, ones + kRows, 1.f);
   const bool biased = !is_text && a.bias.base;
-  int64_t next = 0;
-  while (const int64_t count = keys.next_valid(b, next, kKeys, tile.index)) {
+  uint64_t seen[kKeys];
+  ValidKeys valid = a.valid(keys, b, first, rows);
+  while (const int64_t count = valid.next(kKeys, tile.index)) {
     const int64_t padded = round_up(count, kStep);
     const auto key = [&](int64_t n) { return keys.k(b, tile.index[n], g); };
     pack_rows<Unit>(tile.k, count, padded, a.K, key);
@@ -56,9 +48,11 @@ void rows_over_keys(const Gradients& a, const Keys& keys, bool is_text, bool fin
     for (int64_t i = 0; i * kRows < rows; ++i) {
       const RowBlock& block = blocks[i];
       const int64_t start = first + i * kRows, some = std::min(kRows, rows - i * kRows);
+      if (keys.own_masks() && !rows_that_see(seen, a, b, start, some, tile.index, count)) continue;
       scores<Unit>(tile.s, block.q, tile.k, units, padded);
       scores<Unit>(tile.dp, block.dout, tile.v, units, padded);
       if (biased) add_bias(a, tile.s, kRows, 1, b, g, start, some, tile.index, count);
+      if (keys.own_masks()) hide_pairs(tile.s, tile.dp, seen, count);
       const RowTerms terms = is_text ? block.text : block.image;
       float* raw = !is_text && a.dbias ? tile.dp : nullptr;
       row_gradients<Unit>(tile.s, tile.dp, count, padded, biased ? kUnscaled : keys.split, terms,
@@ -186,12 +180,16 @@ void add_rows(const Gradients& a, KeyBlock& block, RowTile& tile, bool is_text, 
   alignas(64) float ones[kRows];
   std::fill(ones, ones + kRows, 1.f);
   const int64_t units = units_of<Unit>(a.K), channels = round_up(a.K, kStep);
+  const Keys& keys = is_text ? a.text : a.image;
   const bool biased = !is_text && a.bias.base;
+  uint64_t seen[kKeys];
+  if (keys.own_masks() && !keys_seen_by(seen, a, b, first, rows, block.index, block.count)) return;
   scores<Unit>(tile.s, block.k, tile.q, units, padded);
   scores<Unit>(tile.dp, block.v, tile.dout, units, padded);
   if (biased) add_bias(a, tile.s, 1, kRows, b, g, first, rows, block.index, block.count);
-  const SplitScale own = (is_text ? a.text : a.image).split, split = biased ? kUnscaled : own;
-  key_gradients<Unit>(tile.s, tile.dp, rows, padded, split, own.inner, tile.terms);
+  if (keys.own_masks()) hide_pairs(tile.s, tile.dp, seen, rows);
+  key_gradients<Unit>(tile.s, tile.dp, rows, padded, biased ? kUnscaled : keys.split,
+                      keys.split.inner, tile.terms);
   add_product<Unit>(block.dv, ones, tile.s, tile.dout_pairs, padded / Unit::kPer, channels);
   add_product<Unit>(block.dk, ones, tile.dp, tile.q_pairs, padded / Unit::kPer, channels);
 }
@@ -271,10 +269,8 @@ float* data_of(const Tensor& tensor) { return static_cast<float*>(tensor.data_pt
 void keys_backward(const Gradients& a, bool is_text) {
   const Keys& keys = is_text ? a.text : a.image;
   std::vector<std::vector<int32_t> > valid(a.B, std::vector<int32_t>(keys.count));
-  for (int64_t b = 0; b < a.B; ++b) {
-    int64_t next = 0;
-    valid[b].resize(keys.next_valid(b, next, keys.count, valid[b].data()));
-  }
+  for (int64_t b = 0; b < a.B; ++b)
+    valid[b].resize(a.valid(keys, b, 0, a.rows()).next(keys.count, valid[b].data()));
   parallel_blocks(a, keys.count, 256, [&](int64_t b, int64_t g, int64_t first, int64_t count) {
     count = std::min<int64_t>(count, static_cast<int64_t>(valid[b].size()) - first);
     if (count > 0) LUMINA_CALL(keys_backward, a, is_text, b, g, valid[b].data() + first, count);

@@ -329,5 +329,17 @@ inline void add_bias(const Attention& a, float* s, int64_t key_step, int64_t row
   }
 }
 
+// Gradients of that bias.
+inline void store_dbias(const Gradients& a, const float* ds, int64_t b, int64_t g, int64_t first,
+                        int64_t rows, const int32_t* keys, int64_t count) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t l = (first + r) / a.R, h = g * a.R + (first + r) % a.R;
+    float* line = a.dbias + ((b * a.H + h) * a.L + l) * a.image.count;
+    for (int64_t n = 0; n < count; ++n) line[keys[n]] = ds[n * kRows + r];
+  }
+}
+
 }  // namespace
 }  // namespace lumina_kernels::cpu::LUMINA_LEVEL
+
+#include "cpu/gqa_attention_own_masks.h"

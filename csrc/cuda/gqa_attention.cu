@@ -14,6 +14,7 @@ using Saved = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 struct Inputs {
   Tensor q, k, v;
   OptionalTensor key_mask, text_k, text_v, text_mask, text_gate, bias;
+  OptionalTensor own_masks;  // text_mask is missing if every token has its own
   double scale;
 };
 
@@ -60,6 +61,11 @@ AttentionBias bias_of(const OptionalTensor& bias) {
   return found;
 }
 
+AttentionOwnMasks own_masks_of(const OptionalTensor& mask) {
+  if (!mask) return {};
+  return {pointer_to<const uint8_t>(*mask), step(*mask, 0), step(*mask, 1), step(*mask, 2)};
+}
+
 template <class T>
 AttentionFwdParams<T> arguments(const Inputs& x, const Saved& outs) {
   const auto& [out, error, stats, text_stats] = outs;
@@ -75,6 +81,7 @@ AttentionFwdParams<T> arguments(const Inputs& x, const Saved& outs) {
   }
   p.gate = values_of(x.text_gate);
   p.bias = bias_of(x.bias);
+  p.text_masks = own_masks_of(x.own_masks);
   p.out = pointer_to<T>(out);
   if (error.numel() > 0) p.error = pointer_to<uint8_t>(error);
   p.stats = pointer_to<float>(stats);
@@ -92,21 +99,23 @@ void launch_float(const Inputs& x, const Saved& outs) {
   LUMINA_LAUNCH(x.q, config, gqa_attention_float_fwd_kernel<kLaneColumns>, p);
 }
 
-template <int kHeadDim, Dtype kDtype, bool kBias>
+template <int kHeadDim, Dtype kDtype, bool kBias, bool kOwnMasks>
 void launch_mma(const Inputs& x, const Saved& outs) {
   AttentionFwdParams<uint16_t> p = arguments<uint16_t>(x, outs);
   p.row_blocks = static_cast<int>(ceil_div(p.rows, AttentionTile<kHeadDim, kBias>::kRows));
   const LaunchConfig config =
       gqa_attention_config<kHeadDim, kBias>(x.q.size(0) * p.G, p.rows, x.text_k.has_value());
-  LUMINA_LAUNCH(x.q, config, (gqa_attention_fwd_kernel<kHeadDim, kDtype, kBias>), p);
+  LUMINA_LAUNCH(x.q, config, (gqa_attention_fwd_kernel<kHeadDim, kDtype, kBias, kOwnMasks>), p);
 }
 
 template <int kHeadDim, Dtype kDtype>
 void launch_mma(const Inputs& x, const Saved& outs) {
-  if (x.bias) {
-    launch_mma<kHeadDim, kDtype, true>(x, outs);
+  if (x.bias) {  // rarely with text: one kernel takes both kinds of masks
+    launch_mma<kHeadDim, kDtype, true, true>(x, outs);
+  } else if (x.own_masks) {
+    launch_mma<kHeadDim, kDtype, false, true>(x, outs);
   } else {
-    launch_mma<kHeadDim, kDtype, false>(x, outs);
+    launch_mma<kHeadDim, kDtype, false, false>(x, outs);
   }
 }
 
@@ -137,15 +146,23 @@ Saved gqa_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
   const Saved outs =
       outputs_of(q, k.size(2), text_k.has_value(), with_error && dtype != Dtype::kFloat);
   if (std::get<0>(outs).numel() == 0) return outs;
+  // A mask that is expanded over the tokens is that of all of them.
+  OptionalTensor shared = text_mask, own;
+  if (text_mask && text_mask->dim() == 3) {
+    Tensor mask = *text_mask;
+    shared = torch::stable::narrow(mask, 1, 0, 1);
+    if (step(mask, 1) != 0) own = mask, shared = OptionalTensor();
+  }
   const Inputs x{.q = packed(q),
                  .k = packed(k),
                  .v = packed(v),
                  .key_mask = packed(key_mask),
                  .text_k = packed(text_k),
                  .text_v = packed(text_v),
-                 .text_mask = packed(text_mask),
+                 .text_mask = packed(shared),
                  .text_gate = packed(text_gate),
                  .bias = bias,
+                 .own_masks = own,
                  .scale = scale};
   check_sizes(x);
   const int64_t K = q.size(3);

@@ -154,11 +154,11 @@ LaunchConfig gqa_attention_config(int64_t heads, int64_t rows, bool text) {
 }
 
 // out = P v + tanh(gate) P_t v_t,  P = softmax(scale q kᵀ + bias) over the valid keys, or 0 without
-// any.
+// any. With kOwnMasks every token may have a mask of its own for the text.
 //
 // One barrier per tile: once all threads have reached it, the tile has arrived and nobody reads the
 // previous one, whose place the next tile may take during the computation with this one.
-template <int kHeadDim, Dtype kDtype, bool kBias>
+template <int kHeadDim, Dtype kDtype, bool kBias, bool kOwnMasks>
 __global__ void __launch_bounds__(kAttentionThreads, AttentionTile<kHeadDim, kBias>::kBlocks)
     gqa_attention_fwd_kernel(const LUMINA_GRID_CONSTANT AttentionFwdParams<uint16_t> p) {
   using Tile = AttentionTile<kHeadDim, kBias>;
@@ -198,7 +198,11 @@ __global__ void __launch_bounds__(kAttentionThreads, AttentionTile<kHeadDim, kBi
       warp.multiply_keys(tile);
       const bool biased = kBias && branch == 0;
       if (biased) warp.add_bias(p.bias, at, first_row(), first, keys.count, fabsf(keys.scale));
-      if (bits != walk.kFull) warp.mask(bits);
+      if (kOwnMasks && branch == 1 && p.text_masks.data != nullptr) {
+        warp.mask_rows(at, first_row(), first, keys.count);
+      } else if (bits != walk.kFull) {
+        warp.mask(bits);
+      }
       warp.exponentials({fabsf(keys.split.inner), keys.split.outer});
       warp.multiply_values(tile + Tile::kElements);
     }

@@ -57,7 +57,8 @@ struct AttentionFloatWarp {
   // scores become weights, or 0 if not `valid`; out is rescaled.
   __device__ __forceinline__ void exponentials(const AttentionPlace<float>& at, int first_row,
                                                int key, bool valid,
-                                               const AttentionKeys<float>& keys, bool biased) {
+                                               const AttentionKeys<float>& keys, bool biased,
+                                               bool own_masks) {
     const AttentionBias& bias = at.p.bias;
     const float multiplier = biased ? keys.scale : keys.split.inner;
 #pragma unroll
@@ -68,6 +69,11 @@ struct AttentionFloatWarp {
         score += load1(bias.values, i);
       }
       if (!valid) score = kMinusInfinity;
+      if (own_masks && valid && first_row + r < at.p.rows) {
+        const uint8_t seen =
+            load_global<uint8_t>(at.mask(first_row + r) + key * at.p.text_masks.step_key);
+        if (seen == 0) score = kMinusInfinity;
+      }
       float largest = score;
 #pragma unroll
       for (int bit = 16; bit > 0; bit /= 2) {
@@ -198,7 +204,8 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
       warp.multiply_keys(queries, tiles, p.K);
       const bool valid = (walk.bits >> warp.lane & 1) != 0;
       warp.exponentials(at, first_row, walk.first + warp.lane, valid, keys,
-                        branch == 0 && p.bias.values.data != nullptr);
+                        branch == 0 && p.bias.values.data != nullptr,
+                        branch == 1 && p.text_masks.data != nullptr);
       warp.multiply_values(weights, tiles + Tile::kValues);
     }
     warp.finish(at, first_row, branch == 1);

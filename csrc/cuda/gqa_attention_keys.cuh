@@ -44,12 +44,20 @@ struct AttentionBias {
   int64_t step_b, step_h, step_l, step_key;
 };
 
+// Which keys of the text each token sees, bytes of 0 or 1 at data[b * step_b + l * step_l + key *
+// step_key]; null if the keys have a mask that all tokens share, or none.
+struct AttentionOwnMasks {
+  Global<const uint8_t> data;
+  int64_t step_b, step_l, step_key;
+};
+
 template <class T>
 struct AttentionFwdParams {
   AttentionHeads<T> q;
   AttentionKeys<T> keys[2];  // of the image, and of the text if `text`
   Values gate;               // (H,)
   AttentionBias bias;
+  AttentionOwnMasks text_masks;
   Global<T> out;                    // (B, L, H, K)
   Global<uint8_t> error;            // the rounding error of out, int8, or null
   Global<float> stats, text_stats;  // (B, G, L, R, 2)
@@ -86,6 +94,11 @@ struct AttentionPlace {
   }
   __device__ __forceinline__ Global<const T> keys(const AttentionHeads<T>& x) const {
     return x.data + (b * x.step_b + g * x.step_h);
+  }
+  // Where a token's mask of its own begins.
+  __device__ __forceinline__ Global<const uint8_t> mask(int row) const {
+    const AttentionOwnMasks& masks = p.text_masks;
+    return masks.data + (b * masks.step_b + token(row) * masks.step_l);
   }
   // Where the row begins in q, or in the bias.
   template <class Steps>

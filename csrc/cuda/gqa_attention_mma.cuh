@@ -251,6 +251,31 @@ struct AttentionWarp {
     }
   }
 
+  // -inf for the keys that a row's token does not see.
+  __device__ __forceinline__ void mask_rows(const Place& at, int first_row, int first_key,
+                                            int count) {
+    const int lane = lane_index();
+    const int64_t step = at.p.text_masks.step_key;
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = first_row + 16 * m + 8 * i + lane / 4;
+        const Global<const uint8_t> seen = at.mask(min(row, at.p.rows - 1));
+#pragma unroll
+        for (int n = 0; n < kKeyTiles; ++n) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const int key = first_key + 8 * n + lane % 4 * 2 + e;
+            if (key >= count || load_global<uint8_t>(seen + key * step) == 0) {
+              scores[m][n][2 * i + e] = kMinusInfinity;
+            }
+          }
+        }
+      }
+    }
+  }
+
   // scores become weights; out is rescaled to the new top.
   __device__ __forceinline__ void exponentials(SplitScale split) {
 #pragma unroll

@@ -28,37 +28,38 @@ class Captions:
     """The features of a batch of captions and of what guidance leads away from.
 
     Args:
-        cap_feats, cap_mask, neg_feats, neg_mask: as for `lumina.sample`.
+        cap_feats, cap_mask, neg_feats, neg_mask, pooled_feats, pooled_mask: as for `lumina.sample`.
     """
 
     cap_feats: Tensor
     cap_mask: Tensor | None
     neg_feats: Tensor | None
     neg_mask: Tensor | None
+    pooled_feats: Tensor | None = None
+    pooled_mask: Tensor | None = None
 
     def __post_init__(self):
-        for name in ("cap_feats", "neg_feats"):
+        for name in ("cap_feats", "neg_feats", "pooled_feats"):
             feats = getattr(self, name)
-            if feats is None and name == "neg_feats":
+            if feats is None and name != "cap_feats":
                 continue
             if not isinstance(feats, Tensor):
                 got = type(feats).__name__
                 raise TypeError(f"{name} must be a tensor of features, got {got}")
             if not feats.is_floating_point():
                 raise TypeError(f"{name} must be floating, got {feats.dtype}")
+        for kind, name in (("negative", "neg_feats"), ("pooled", "pooled_feats")):
+            B, feats = len(self.cap_feats), getattr(self, name)
+            if feats is not None and len(feats) not in (1, B):
+                raise ValueError(f"there must be 1 or {B} {kind} captions, got {len(feats)}")
 
-    def alone(self, i: int) -> Captions:
-        """Those of picture i."""
-        negative = slice(None) if self.neg_feats is not None and len(self.neg_feats) == 1 else i
-        at = {"cap_feats": i, "cap_mask": i, "neg_feats": negative, "neg_mask": negative}
+    def part(self, pictures: slice) -> Captions:
+        """Those of some pictures; what there is one of serves all."""
+        each = {field.name: getattr(self, field.name) for field in fields(self)}
+        B = len(self.cap_feats)
         return Captions(**{
-            name: None if (z := getattr(self, name)) is None else z[_as_slice(where)]
-            for name, where in at.items()
+            name: z if z is None or len(z) != B else z[pictures] for name, z in each.items()
         })  # fmt: skip
-
-
-def _as_slice(where: int | slice) -> slice:
-    return slice(where, where + 1) if isinstance(where, int) else where
 
 
 class Flow:
@@ -76,11 +77,6 @@ class Flow:
         self.guidance, self.context_drop, self.options = guidance, context_drop, options
         self._read(captions)
 
-    def alone(self, i: int) -> Flow:
-        """That of picture i."""
-        captions = self.captions.alone(i)
-        return Flow(self.model, captions, self.guidance, self.context_drop, self.options)
-
     def replace_captions(self, changes: dict[str, Tensor | None]) -> None:
         """Other features from now on."""
         self._read(replace(self.captions, **changes))
@@ -90,19 +86,26 @@ class Flow:
             raise ValueError("guidance needs neg_feats, got None; guidance=1 does without")
         self.captions = captions
         # Memory of its own: a CUDA graph overwrites what it returned when it runs again.
-        cloned = _each(self._prepared(captions.cap_feats, captions.cap_mask), torch.clone)
+        cloned = _each(self._prepared("cap"), torch.clone)
         self.conditional = self.both = cloned
         if self.guidance.needed:
-            negative = self._prepared(captions.neg_feats, captions.neg_mask)
-            self.both = _stack(cloned, negative)
+            self.both = _stack(cloned, self._prepared("neg"))
 
-    def _prepared(self, feats: Tensor, mask: Tensor | None):
+    def _prepared(self, kind: str):
         # Offloaded parameters have no device; the hooks that load them move the inputs as well.
         device = self.network.device
-        device = device if device.type != "meta" else feats.device
-        mask = feats.new_ones(feats.shape[:2], dtype=torch.bool) if mask is None else mask
-        feats = feats.to(device, self.network.dtype)
-        return self.model(cap_feats=feats, cap_mask=mask.to(device))
+        device = device if device.type != "meta" else self.captions.cap_feats.device
+
+        def given(kind: str) -> tuple[Tensor, Tensor]:
+            feats, mask = (getattr(self.captions, f"{kind}_{part}") for part in ("feats", "mask"))
+            mask = feats.new_ones(feats.shape[:2], dtype=torch.bool) if mask is None else mask
+            return feats.to(device, self.network.dtype), mask.to(device)
+
+        feats, mask = given(kind)
+        pooled = {}
+        if self.captions.pooled_feats is not None:
+            pooled = dict(zip(("pooled_feats", "pooled_mask"), given("pooled"), strict=True))
+        return self.model(cap_feats=feats, cap_mask=mask, **pooled)
 
     def evaluate(self, t: float, x: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
         """Velocities for the captions and, where they are guided at t, for the negative ones."""
@@ -148,10 +151,11 @@ def _each(caption, change: Callable[[Tensor], Tensor]):
 
 def _stack(conditional, negative):
     """Both as one batch of 2B; the shorter text is padded, a single negative caption serves all."""
-    B, T = conditional.mask.shape
-    if len(negative.mask) not in (1, B):
-        raise ValueError(f"there must be 1 or {B} negative captions, got {len(negative.mask)}")
-    length = max(T, negative.mask.shape[1])
+    B, *tokens, T = conditional.mask.shape
+    if tokens and negative.mask.ndim == 2:  # every image token sees the negative caption
+        mask = negative.mask[:, None].expand(-1, *tokens, -1)
+        negative = replace(negative, mask=mask)
+    length = max(T, negative.mask.shape[-1])
     below = iter(_tensors(negative.padded(length)))
 
     def join(a: Tensor) -> Tensor:

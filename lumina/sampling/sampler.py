@@ -43,6 +43,8 @@ def sample(
     neg_feats: Tensor | None = None,
     neg_mask: Tensor | None = None,
     *,
+    pooled_feats: Tensor | None = None,
+    pooled_mask: Tensor | None = None,
     size: int | Size | Sequence[Size],
     steps: int = 10,
     solver: str = "midpoint",
@@ -68,9 +70,12 @@ def sample(
             `torch.compile(model)`, a wrapper for distributed use or for adapters, a network with
             hooks.
         cap_feats, cap_mask: captions, (B, T, cap_feat_dim) and (B, T) bool; None: all of it is
-            text.
+            text. A NextDiT also takes the text that each token of the image sees, (B, L, T);
+            `lumina.place_captions` makes it from boxes.
         neg_feats, neg_mask: what guidance leads away from, usually the encoded empty caption:
             (1 or B, T', cap_feat_dim) and (1 or B, T'). Needed unless guidance is 1.
+        pooled_feats, pooled_mask: of a NextDiT, the caption whose mean conditions the blocks in
+            place of both captions' own: (1 or B, T'', cap_feat_dim) and (1 or B, T'').
         size: of a latent without batch and channels: (H, W), or (T, H, W), or (L,) for audio, or
             a number for all sides; a list of B of them samples pictures of different sizes in one
             batch.
@@ -106,7 +111,7 @@ def sample(
     """
     network = network_of(model)
     config = network.config
-    captions = Captions(cap_feats, cap_mask, neg_feats, neg_mask)
+    captions = Captions(cap_feats, cap_mask, neg_feats, neg_mask, pooled_feats, pooled_mask)
     B = len(cap_feats)
     sizes, common = picture_sizes(size, B, config)
     ragged = common is None
@@ -129,13 +134,14 @@ def sample(
     check_solver(solver, grid, rtol, atol)
 
     options = {"rope_scaling": rope_scaling, "base_seqlen": base_seqlen}
-    flow = Flow(model, captions, guidance, context_drop, options)
+    # An adaptive solver would choose steps that suit all pictures: none may depend on its batch.
+    parts = [slice(i, i + 1) for i in range(B)] if solver == "dopri5" and B > 1 else [slice(B)]
+    runs = [
+        (Flow(model, captions.part(part), guidance, context_drop, options), part) for part in parts
+    ]
     if B == 0:
         shape = (0, config.in_channels, *(common or ()))
         return Sample([] if ragged else torch.empty(shape, dtype=acc, device=device), 0)
-    # An adaptive solver would choose steps that suit all pictures: none may depend on its batch.
-    apart = solver == "dopri5" and B > 1
-    runs = [(flow.alone(i), slice(i, i + 1)) for i in range(B)] if apart else [(flow, slice(B))]
     # Guidance and the update in one pass, where nothing else needs the guided velocity.
     fused = solver == "euler" and guidance.needed and guidance.linear and not ragged
 

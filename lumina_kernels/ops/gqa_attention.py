@@ -18,7 +18,7 @@ from lumina_kernels.kernel_op import kernel_op, like
 
 MAX_HEAD_DIM = 256  # what the tiles of the kernels hold
 Keys, KeyMask = Annotated[Tensor, "B M H K"], Annotated[Tensor, "B M"]
-Text, TextMask = Annotated[Tensor, "B T H K"], Annotated[Tensor, "B T"]
+Text, TextMask = Annotated[Tensor, "B T H K"], Annotated[Tensor, "B [L] T"]
 Gate, Bias = Annotated[Tensor, "H"], Annotated[Tensor, "[B] [H] [L] [M]"]
 SoftmaxStats = Annotated[Tensor, "B H L R S"]
 
@@ -33,7 +33,7 @@ def gqa_attention(
     Query head h reads key/value head h // (H / G) (grouped queries, arXiv 2305.13245). The second
     term is Lumina-Next's text branch (arXiv 2406.18583): the same queries, a softmax of its own,
     always scaled by 1/sqrt(K), one gate per head. Without text_k it is left out. A row with no
-    valid key, by mask or by a bias of -inf, adds 0 and has zero gradients.
+    valid key, by mask or by a bias of -inf, adds 0 and has zero gradients; in each term by itself.
 
     Args:
         q: queries, (B, L, H, K).
@@ -42,7 +42,8 @@ def gqa_attention(
             be finite.
         scale: of q kᵀ; None is 1/sqrt(K).
         text_k, text_v: keys and values of the text, (B, T, G, K), same dtype.
-        text_mask: True for text tokens that count, (B, T) bool.
+        text_mask: True for text tokens that count, (B, T) bool, or (B, L, T) where every query has
+            text of its own (regional prompts). Any strides, an expanded one is not copied.
         text_gate: gate before the tanh, (H,).
         bias: added to the scaled scores, broadcastable to (B, H, L, L_kv). A float mask is a bias.
         backend: None takes the best one available; see `lumina_kernels.backend`.
@@ -99,7 +100,8 @@ def _attend(q, k, v, scale, key_mask, bias):
         if bias is not None:
             scores = scores + bias.to(acc)
         if key_mask is not None:
-            scores = scores.masked_fill(~key_mask[:, None, None], -torch.inf)
+            rows = key_mask.unsqueeze(1) if key_mask.ndim == 2 else key_mask  # (B, 1 or L, L_kv)
+            scores = scores.masked_fill(~rows.unsqueeze(1), -torch.inf)
         # A softmax over -inf alone is NaN, in the backward too: such rows take part as zeros.
         empty = (scores == -torch.inf).all(-1, keepdim=True)  # (B, H, L, 1)
         weights = scores.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)
@@ -127,13 +129,14 @@ def _check_text(q, k, text_k, text_v, text_mask, text_gate) -> None:
     if missing:
         raise ValueError(f"text_k, text_v and text_gate come together, {missing[0]} is None")
     check_axes("text_k", text_k, "B, T, G, K")
-    B, _, H, K = q.shape
-    shape = (B, text_k.shape[1], k.shape[2], K)
+    B, L, H, K = q.shape
+    T = text_k.shape[1]
+    shape = (B, T, k.shape[2], K)
     check_float("text_k", text_k, q.device, shape)
     check_float("text_v", text_v, q.device, shape)
     check_same_dtype(q=q, text_k=text_k, text_v=text_v)
     check_float("text_gate", text_gate, q.device, (H,))
-    check_mask("text_mask", text_mask, q.device, shape[:2])
+    check_mask("text_mask", text_mask, q.device, (B, T), (B, L, T))
 
 
 @kernel_op("out error stats text_stats", over="B L H")

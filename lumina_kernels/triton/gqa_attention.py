@@ -47,7 +47,7 @@ def gqa_attention_fwd(
         return out, error, stats, text_stats
     added = _bias(bias, (B, H, L, L_kv))
     if _is_on_trial(q):
-        prove(gqa_attention_fwd, None, q, key_mask, text_k, added)
+        prove(gqa_attention_fwd, None, q, key_mask, text_k, text_mask, added)
     heads, unit = in_units(*map(heads_of, (q, k, v, text_k, text_v)))
     q, k, v, text_k, text_v = heads
     tokens = _branch(k, v, key_mask, abs(scale), bias)
@@ -95,7 +95,7 @@ def gqa_attention_bwd(
     else:
         added = _bias(bias, (B, H, L, L_kv))
         if _is_on_trial(q):
-            prove(gqa_attention_fwd, gqa_attention_bwd, q, key_mask, text_k, added)
+            prove(gqa_attention_fwd, gqa_attention_bwd, q, key_mask, text_k, text_mask, added)
         heads, unit = in_units(*map(heads_of, (dout, q, k, v, text_k, text_v)))
         dout, q, k, v, text_k, text_v = heads
         tokens = _branch(k, v, key_mask, scale, bias)
@@ -171,9 +171,14 @@ def _has_two_layouts(branch: tuple) -> bool:
 
 
 def _mask(mask: Tensor | None) -> tuple | None:
-    """(mask as int8, stride of b), the keys of a sample next to each other."""
+    """(mask as int8, stride of b), the keys of a sample next to each other; or, where every token
+    has a mask of its own, (mask, stride of b, of l, of the key)."""
     if mask is None:
         return None
+    if mask.ndim == 3:
+        if mask.stride(1) != 0:
+            return mask.view(torch.int8), *mask.stride()
+        mask = mask[:, 0]  # it is the same for all tokens
     if mask.stride(1) != 1:
         mask = mask.contiguous()
     return mask.view(torch.int8), mask.stride(0)

@@ -36,6 +36,7 @@ from lumina_kernels.triton.gqa_attention_walk import (
     load_keys,
     load_queries,
     load_stats,
+    own_keys,
     program_block,
     row_numbers,
     tanh_gate,
@@ -153,8 +154,8 @@ def _add_delta(
     inside = None
     if MASKED:
         inside = columns < tile[2]
-    valid = valid_keys(tile, columns, inside)
-    return e + tl.sum(tl.where(valid[None, :], p * dp, 0.0), 1)
+    valid = valid_keys(tile, columns, inside, context[6], R)
+    return e + tl.sum(tl.where(valid, p * dp, 0.0), 1)
 
 
 @triton.jit
@@ -174,8 +175,7 @@ def _add_dq(
         dp *= before
     ds = p * (dp - delta[:, None])
     if MASKED:  # masked keys may be anything, P inf or NaN
-        valid = valid_keys(tile, columns, inside)
-        ds = tl.where(valid[None, :], ds, 0.0)
+        ds = tl.where(valid_keys(tile, columns, inside, branch[6], R), ds, 0.0)
     if dbias_ptr is not None:
         b, g, rows, n_rows = branch[6]
         exist = (rows < n_rows)[:, None] & (columns < tile[2])[None, :]
@@ -200,7 +200,7 @@ def gqa_attention_dkv_kernel(
 
     Scores are transposed here, (keys, rows). What a masked key gets stays within its own row of dk
     and dv, so the loop does no masking: the result is replaced by 0 at the end. A tile without a
-    valid key skips the loop."""
+    valid key skips the loop. The masks that tokens have of their own are read in the loop."""
     _, _, mask, n_keys, scales = branch
     n_rows = L * R
     block, g, b = program_block(tl.cdiv(n_keys, BLOCK_N), G)
@@ -209,10 +209,14 @@ def gqa_attention_dkv_kernel(
     inside = columns < n_keys
     valid = inside
     end = n_rows
+    own = None
     if mask is not None:
-        mask_ptr, stride_b = mask
-        valid = tl.load(mask_ptr + b * stride_b + columns, mask=inside, other=0) != 0
-        end = tl.where(tl.max(valid.to(tl.int32), 0) > 0, n_rows, 0)
+        if len(mask) > 2:
+            own = (mask[0] + b * mask[1], mask[2], mask[3])
+        else:
+            mask_ptr, stride_b = mask
+            valid = tl.load(mask_ptr + b * stride_b + columns, mask=inside, other=0) != 0
+            end = tl.where(tl.max(valid.to(tl.int32), 0) > 0, n_rows, 0)
     k, v = keys_of(branch, b, g, UNIT)
     k_tile = load_keys(k, block * BLOCK_N, inside, BLOCK_N, K, KS)
     v_tile = load_keys(v, block * BLOCK_N, inside, BLOCK_N, K, KS)
@@ -234,10 +238,15 @@ def gqa_attention_dkv_kernel(
         if weight_ptr is not None:
             weight = tl.load(weight_ptr + stats + rows, mask=exist, other=0.0)
             p *= weight[None, :]
+        if own is not None:
+            seen = own_keys(own, rows[None, :], n_rows, columns[:, None], inside[:, None], R)
+            p = tl.where(seen, p, 0.0)
         dout_tile = load_queries(dout, start, exist, b, g, R, UNIT, BLOCK_M, K, KS)
         dv = add_dot(dv, p, dout_tile)
         delta = tl.load(delta_ptr + stats + rows, mask=exist, other=0.0) * before
         ds = p * (dot_rows(v_tile, dout_tile) * before - delta[None, :])
+        if own is not None:  # the other factor may be infinite
+            ds = tl.where(p == 0, 0.0, ds)
         dk = add_dot(dk, ds, q_tile)
     out_rows = ((b * n_keys + columns) * G + g)[:, None] * K
     dk = scale_by(dk, scales[0] / before)

@@ -113,8 +113,7 @@ def _step(
         exist, there = (rows < n_rows)[:, None], (columns < tile[2])[None, :]
         s = s * scale + bias_tile(bias, b, g, rows[:, None], columns[None, :], exist, there, R)
     if MASKED:
-        valid = valid_keys(tile, columns, inside)
-        s = tl.where(valid[None, :], s, -float("inf"))
+        s = tl.where(valid_keys(tile, columns, inside, where, R), s, -float("inf"))
     m_new = tl.maximum(m, tl.max(s, 1) * inner)
     top = m_new
     if MASKED or bias is not None:

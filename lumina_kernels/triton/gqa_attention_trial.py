@@ -20,7 +20,9 @@ SIZES = 2, 96, 300, 80
 _errors: dict[tuple, float] = {}
 
 
-def prove(fwd: Callable, bwd: Callable | None, q: Tensor, key_mask, text_k, bias) -> None:
+def prove(
+    fwd: Callable, bwd: Callable | None, q: Tensor, key_mask, text_k, text_mask, bias
+) -> None:
     """Try the launchers, the backward unless it is None, on a small input of the same kind as the
     given arguments, of which the bias comes as for the kernels. That waits for the GPU, so call
     the op before a CUDA graph is recorded.
@@ -28,7 +30,8 @@ def prove(fwd: Callable, bwd: Callable | None, q: Tensor, key_mask, text_k, bias
     Raises:
         RuntimeError: a result is wrong.
     """
-    optional = key_mask is not None, text_k is not None, len(bias or ())
+    own = text_mask is not None and text_mask.ndim == 3
+    optional = key_mask is not None, text_k is not None, own, len(bias or ())
     key = (q.device, q.dtype, q.shape[-1], *optional, bwd is not None)
     if key not in _errors:
         _errors[key] = 0.0  # the trial itself comes along here
@@ -41,8 +44,11 @@ def prove(fwd: Callable, bwd: Callable | None, q: Tensor, key_mask, text_k, bias
         )
 
 
-def _trial(fwd, bwd, like: Tensor, masked: bool, with_text: bool, bias_kind: int) -> float:
-    """The largest relative error of the results. bias_kind: the length of its tuple, 0 for none."""
+def _trial(
+    fwd, bwd, like: Tensor, masked: bool, with_text: bool, own: bool, bias_kind: int
+) -> float:
+    """The largest relative error of the results. own: every query has text of its own; bias_kind:
+    the length of its tuple, 0 for none."""
     (H, L, M, T), K = SIZES, like.shape[-1]
     generator = torch.Generator(like.device).manual_seed(0)
 
@@ -54,7 +60,9 @@ def _trial(fwd, bwd, like: Tensor, masked: bool, with_text: bool, bias_kind: int
     k, v, text_k, text_v = (normal(1, count, 1, K) for count in (M, M, T, T))
     mask = torch.arange(M, device=like.device)[None] % 3 != 1 if masked else None
     bias = normal(1, 1, 1, M) if bias_kind == 3 else normal(1, H, L, M) if bias_kind else None
-    text = (text_k, text_v, None, gate) if with_text else (None,) * 4
+    tokens, texts = (torch.arange(count, device=like.device) for count in (L, T))
+    text_mask = ((tokens[:, None] + texts) % 3 != 1)[None] if own else None
+    text = (text_k, text_v, text_mask, gate) if with_text else (None,) * 4
     given = q, k, v, mask, K**-0.5, *text, bias
     out, *kept = fwd(*given, bwd is not None)
     found = [out]
@@ -65,7 +73,7 @@ def _trial(fwd, bwd, like: Tensor, masked: bool, with_text: bool, bias_kind: int
     grads = [dq, dk, dv]
     if with_text:
         t = gate.float().tanh()[:, None]
-        text_out, text_dq, *text_grads = _attend(q, text_k, text_v, dout * t, None, None)
+        text_out, text_dq, *text_grads = _attend(q, text_k, text_v, dout * t, text_mask, None)
         expected, grads = expected + t * text_out, [dq + text_dq, dk, dv, *text_grads]
     pairs = zip(found, [expected, *grads], strict=False)
     errors = [(x.float() - y).norm() / y.norm() for x, y in pairs]
@@ -80,7 +88,8 @@ def _attend(q, k, v, dout, mask, bias) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if bias is not None:
         scores = scores + bias.float()
     if mask is not None:
-        scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
+        mask = mask[:, None] if mask.ndim == 2 else mask
+        scores = scores.masked_fill(~mask[:, None], -torch.inf)
     P = scores.softmax(-1)
     dP = dout @ v.mT
     dS = P * (dP - (P * dP).sum(-1, keepdim=True)) * scale

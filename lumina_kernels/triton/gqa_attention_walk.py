@@ -5,11 +5,12 @@ Rows. The R = H / G query heads of one key/value head are packed with the tokens
 m // R, head g*R + m % R. One tile of keys and values serves them all.
 
 Branches. The keys of the tokens and those of the text come as tuples (k, v, mask, number of keys,
-scales): k and v are heads (pointer, stride of b, of l, of h), the mask is int8, (pointer, stride of
-b) or None, with the keys of a sample next to each other. The scales are (scale, inner, outer,
-before): the next two are for weights, the last is a power of 2 that score gradients are multiplied
-by before the sums over queries or keys, which might else be infinite where these are large and the
-scale is small.
+scales): k and v are heads (pointer, stride of b, of l, of h). The mask is int8: None, or (pointer,
+stride of b), with the keys of a sample next to each other, or, where every token has a mask of its
+own, (pointer, stride of b, of l, of the key). The scales are (scale, inner, outer, before): the
+next two are for weights, the last is a power of 2 that score gradients are multiplied by before the
+sums over queries or keys, which might else be infinite where these are large and the scale is
+small.
 
 Weights. That of a product s = q kᵀ is 2^((inner * s - top) * outer), top being the row's largest
 inner * s; with a bias s is the biased score. The difference comes before the product with the
@@ -101,7 +102,8 @@ def walk_tiles(
 
     Wholly valid tiles come first, without any masking; then the others, in steps of EDGE keys, so
     that masking takes no more registers than the large tiles do. Tiles without a valid key are not
-    touched. EDGE = BLOCK, for few keys: all tiles take the masked loop, which saves the other one.
+    touched. EDGE = BLOCK, for few keys: all tiles take the masked loop, which saves the other one,
+    and is where tokens may have masks of their own; these are read pair by pair.
     """
     if mask is None:
         first = 0
@@ -112,33 +114,44 @@ def walk_tiles(
             first = n_full * BLOCK
         state = _loop(STEP, state, context, None, n_keys, first, tl.cdiv(n_keys - first, EDGE), 0,
                       K, KS, R, EDGE, EDGE, True)  # fmt: skip
+    elif len(mask) > 2:
+        tl.static_assert(EDGE == BLOCK)
+        ptr, stride_b, stride_l, stride_key = mask
+        own = (ptr + b * stride_b, stride_l, stride_key)
+        state = _loop(STEP, state, context, own, n_keys, 0, tl.cdiv(n_keys, EDGE), 0,
+                      K, KS, R, EDGE, EDGE, True)  # fmt: skip
     else:
         ptr, stride_b = mask
         ptr += b * stride_b
         for first in range(0, n_keys, SCAN * BLOCK):
             full, some, n_full, n_some = _scan_mask(ptr, first, n_keys, BLOCK, SCAN)
             if EDGE < BLOCK:
-                state = _loop(STEP, state, context, ptr, n_keys, first, n_full, full,
+                state = _loop(STEP, state, context, (ptr,), n_keys, first, n_full, full,
                               K, KS, R, BLOCK, BLOCK, False)  # fmt: skip
             else:
                 some |= full
                 n_some += n_full
-            state = _loop(STEP, state, context, ptr, n_keys, first, n_some * (BLOCK // EDGE), some,
+            state = _loop(STEP, state, context, (ptr,), n_keys, first,
+                          n_some * (BLOCK // EDGE), some,
                           K, KS, R, BLOCK, EDGE, True)  # fmt: skip
     return state
 
 
 @triton.jit
 def _loop(
-    STEP: tl.constexpr, state, context, mask_ptr, n_keys, first, count, bits,
+    STEP: tl.constexpr, state, context, mask, n_keys, first, count, bits,
     K: tl.constexpr, KS: tl.constexpr, R: tl.constexpr,
     BLOCK: tl.constexpr, PART: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """`count` steps of PART keys: those of the tiles named by `bits`, or of all without a mask.
+    """`count` steps of PART keys: those of the tiles named by `bits`, or of all without a mask of
+    keys.
 
-    STEP takes a tile as (mask pointer or None, its first key, number of all keys)."""
+    STEP takes a tile as (mask, its first key, number of all keys). The mask is that of the sample:
+    None, or (pointer,), or (pointer, stride of l, of the key)."""
     for i in range(count):
-        if mask_ptr is None:
+        if mask is None:
+            start = first + i * PART
+        elif len(mask) > 1:
             start = first + i * PART
         else:
             # The lowest bit's index is the exponent of a float32.
@@ -150,17 +163,34 @@ def _loop(
                 start += part * PART
                 low = tl.where(part == BLOCK // PART - 1, low, 0)
             bits ^= low
-        state = STEP(state, context, (mask_ptr, start, n_keys), K, KS, R, PART, MASKED)
+        state = STEP(state, context, (mask, start, n_keys), K, KS, R, PART, MASKED)
     return state
 
 
 @triton.jit
-def valid_keys(tile, columns, inside):
-    """Which keys of a tile with masked ones are valid."""
-    if tile[0] is None:
-        return inside
+def valid_keys(tile, columns, inside, where, R: tl.constexpr):
+    """Which keys of a tile with masked ones are valid, as one row for all rows or as one for each;
+    these are at `where`: (b, g, rows, number of all rows)."""
+    mask, _, _ = tile
+    if mask is None:
+        return inside[None, :]
+    elif len(mask) > 1:
+        _, _, rows, n_rows = where
+        return own_keys(mask, rows[:, None], n_rows, columns[None, :], inside[None, :], R)
     else:
-        return tl.load(tile[0] + columns, mask=inside, other=0) != 0
+        valid = tl.load(mask[0] + columns, mask=inside, other=0) != 0
+        return valid[None, :]
+
+
+@triton.jit
+def own_keys(mask, rows, n_rows, keys, inside, R: tl.constexpr):
+    """Which keys, none outside `inside`, are valid for the tokens of some rows, all given as (M, 1)
+    and (1, N) or transposed, by a sample's mask (pointer, stride of l, of the key). For rows that
+    do not exist it is what it is for the last one."""
+    ptr, stride_l, stride_key = mask
+    tokens = tl.minimum(rows, n_rows - 1) // R
+    ptrs = ptr + tokens.to(tl.int64) * stride_l + keys.to(tl.int64) * stride_key
+    return tl.load(ptrs, mask=inside, other=0) != 0
 
 
 @triton.jit

@@ -189,7 +189,7 @@ def test_nothing_there(tmp_path):
     with pytest.raises(ValueError, match="holds no caption encoder"):
         checkpoint.load_caption_encoder(tmp_path)
     save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match="no Next-DiT config in its metadata"):
+    with pytest.raises(ValueError, match="neither a config in its metadata nor"):
         checkpoint.load(tmp_path / "a.safetensors")
     checkpoint.save(network(), tmp_path / "d", format="diffusers")
     (tmp_path / "d" / WEIGHTS).unlink()
@@ -201,8 +201,8 @@ def test_nothing_there(tmp_path):
     "fields, message",
     [
         (
-            {"_class_name": "Lumina2Transformer2DModel"},
-            "must be of a LuminaNextDiT2DModel, got 'Lu",
+            {"_class_name": "PixArtTransformer2DModel"},
+            "must be of a LuminaNextDiT2DModel or Lumina2Transformer2DModel or ZImage.*, got 'Pix",
         ),
         ({"num_attention_heads": 5}, "dim must be a multiple of n_heads, got 48 and 5"),
         ({"hidden_size": "48"}, "config.json: "),
@@ -258,7 +258,9 @@ def test_formats_refuse_what_they_cannot_say(tmp_path):
             with pytest.raises(ValueError, match=f"{format}: {message}"):
                 checkpoint.save(model, tmp_path / "w", format=format)
     model.config = CONFIG
-    with pytest.raises(ValueError, match="format must be 'lumina', 'diffusers' or 'original'"):
+    with pytest.raises(
+        ValueError, match="format must be 'lumina', 'diffusers', 'original' or 'comfyui'"
+    ):
         checkpoint.save(model, tmp_path / "w", format="gguf")
     with pytest.raises(ValueError, match="'diffusers' has no place for a caption_encoder or metad"):
         checkpoint.save(model, tmp_path / "w", format="diffusers", metadata={"a": "b"})

@@ -58,7 +58,8 @@ def eager(
         scores = q.transpose(1, 2) @ k.transpose(2, 3) * scale
         scores = scores if bias is None else scores + bias
         if mask is not None:
-            scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
+            mask = mask[:, None] if mask.ndim == 2 else mask
+            scores = scores.masked_fill(~mask[:, None], -torch.inf)
         empty = (scores == -torch.inf).all(-1, keepdim=True)
         weights = scores.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)
         return (weights.to(v.dtype) @ v).transpose(1, 2)

@@ -1,4 +1,5 @@
 import math
+import re
 
 import pytest
 import torch
@@ -28,7 +29,8 @@ def with_loops(
 
     def attend(k, v, mask, scale, bias, b, i, h):
         g = h // (H // k.shape[2])
-        keys = [m for m in range(k.shape[1]) if mask is None or mask[b, m]]
+        seen = mask[:, i] if mask is not None and mask.ndim == 3 else mask
+        keys = [m for m in range(k.shape[1]) if seen is None or seen[b, m]]
         keys = [m for m in keys if bias is None or bias[b, h, i, m] != -math.inf]
         if not keys:
             return 0 * q[b, i, h]
@@ -72,8 +74,11 @@ def with_sdpa(
     return out + torch.tanh(text_gate)[:, None] * attend(text_k, text_v, text_mask, None)
 
 
-def test_gradcheck_with_holes_and_rows_without_a_key():
+@pytest.mark.parametrize("own", (False, True))
+def test_gradcheck_with_holes_and_rows_without_a_key(own):
     inputs = make_inputs(B=2, L=2, L_kv=3, T=2, H=2, G=1, K=3) | {"bias": randn(2, 2, 2, 3)}
+    if own:  # every query has text of its own, the last one none
+        inputs["text_mask"] = torch.tensor([[[1, 1], [0, 1]], [[1, 0], [0, 0]]], device=DEVICE) > 0
     leaves = {name: x.requires_grad_() for name, x in inputs.items() if is_float(x)}
 
     def op(*tensors):
@@ -86,6 +91,13 @@ def test_gradcheck_with_holes_and_rows_without_a_key():
 def test_matches_loops(G):
     inputs = make_inputs(B=2, L=2, L_kv=4, T=3, H=8, G=G, K=6)
     inputs["bias"] = randn(2, 8, 2, 4)
+    assert_same_in_float64(gqa_attention, with_loops, inputs)
+
+
+def test_matches_loops_where_every_query_has_text_of_its_own():
+    inputs = make_inputs(B=3, L=4, T=5, H=4, G=2, K=6)
+    inputs["text_mask"] = make_mask(3, 20).view(3, 4, 5)
+    inputs["text_mask"][0, 1] = False
     assert_same_in_float64(gqa_attention, with_loops, inputs)
 
 
@@ -159,4 +171,9 @@ def test_errors():
     raises(TypeError, "text_k must have the dtype of q", op, good, text_k=text_k.float())
     raises(ValueError, r"text_gate .* shape \(8,\), got \(2,\)", op, good, text_gate=randn(2))
     raises(ValueError, r"text_mask must have shape \(3, 4\)", op, good, text_mask=make_mask(3, 5))
+    for shape in ((3, 1, 4), (3, 4, 5), (3, 5, 1, 4), (1, 5, 4), (4,)):
+        match = rf"text_mask must have shape \(3, 4\) or \(3, 5, 4\), got {re.escape(str(shape))}"
+        text_mask = torch.ones(shape, dtype=torch.bool, device=DEVICE)
+        raises(ValueError, match, op, good, text_mask=text_mask)
+    raises(TypeError, "text_mask must be bool", op, good, text_mask=randn(3, 5, 4))
     raises(TypeError, "text_mask must be bool", op, good, text_mask=good["text_mask"].int())

@@ -10,7 +10,7 @@ from networks import pair
 from sampling_runs import SIZE, assert_same, captions, draw, loop, models, noise
 
 from lumina import ContextDrop, Guidance, RopeScaling, save
-from lumina.sampling import sampler
+from lumina.sampling import flow
 from lumina.sampling.schedules import rational
 from lumina.sampling.solvers import SOLVERS, solve
 
@@ -94,13 +94,13 @@ def test_truncated_guidance_spares_the_network(calls):
 
 def test_guidance_and_euler_are_one_op(monkeypatch):
     """Where nothing but the update needs the guided velocity; with the same settings."""
-    seen, op = [], sampler.guided_step
+    seen, op = [], flow.guided_step
 
     def recorded(x, v, weight, dt, channels=None, *, backend=None):
         seen.append((weight, round(dt, 12), channels, backend))
         return op(x, v, weight, dt, channels, backend=backend)
 
-    monkeypatch.setattr(sampler, "guided_step", recorded)
+    monkeypatch.setattr(flow, "guided_step", recorded)
     four = dict(schedule="uniform", steps=4)
     draw(**four, guidance=Guidance(channels=3, until=0.5))
     assert seen == [(4.0, 0.25, 3, "torch")] * 2

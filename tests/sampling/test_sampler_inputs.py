@@ -262,7 +262,10 @@ def test_errors():
         feats[..., 1:], mask, negative, negative_mask))  # fmt: skip
     refuse("guidance scale must be finite", guidance=math.nan)
     refuse(r"guidance channels must lie in \[1, 4\], got 5", guidance=Guidance(channels=5))
-    refuse("must be a NextDiT or contain one, got Linear", model=torch.nn.Linear(1, 1))
+    refuse(
+        "must be a NextDiT or Lumina2 or ZImage or contain one, got Linear",
+        model=torch.nn.Linear(1, 1),
+    )
     refuse("strength 0.5 needs an image", strength=0.5)
     for strength in (0.0, -0.1, 1.1, math.nan):
         refuse(r"strength must lie in \(0, 1\]", image=noise(), strength=strength)

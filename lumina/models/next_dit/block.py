@@ -51,7 +51,7 @@ class TransformerBlock(nn.Module):
         Args:
             text: features (B, T, Y), or the keys and values (B, T, G, K) that this block made of
                 them.
-            text_mask: (B, T) bool.
+            text_mask: (B, T) or (B, L, T) bool.
             h, out, weight, gate: the carry of the block before, (h, None, None, None) at first.
             c: SiLU of the conditioning vector, (B, A).
             geometry: where the tokens are.

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lumina.models.next_dit.block import Attention, TransformerBlock
 from lumina.models.next_dit.config import NextDiTConfig
 from lumina.models.parts import norms
+from lumina.models.parts.captions import check_features
 from lumina.models.parts.final_layer import FinalLayer
 from lumina.models.parts.geometry import Geometry, key_scale
 from lumina.models.parts.patches import Tokens, filled, to_images, to_tokens
@@ -34,11 +35,11 @@ class Caption:
     pooled: Tensor  # (B, A)
     keys: list[Tensor]  # per layer (B, T, G, K), normed
     values: list[Tensor]  # per layer (B, T, G, K)
-    mask: Tensor  # (B, T) bool
+    mask: Tensor  # (B, T) or (B, L, T) bool
 
     def padded(self, length: int) -> Caption:
         """With `length` text tokens, the new ones masked."""
-        more = length - self.mask.shape[1]
+        more = length - self.mask.shape[-1]
         keys, values = (
             [F.pad(z, (0, 0, 0, 0, 0, more)) for z in x] for x in (self.keys, self.values)
         )
@@ -109,6 +110,8 @@ class NextDiT(nn.Module):
         cap_feats: Tensor | Caption | None = None,
         cap_mask: Tensor | None = None,
         *,
+        pooled_feats: Tensor | None = None,
+        pooled_mask: Tensor | None = None,
         rope_scaling: RopeScaling | None = None,
         base_seqlen: int | None = None,
         context_drop: DroppedLayers | None = None,
@@ -123,8 +126,11 @@ class NextDiT(nn.Module):
                 ("w",); or a list of B of them without the batch, of any sizes.
             t: (B,), 0 is noise, 1 is data; used as it is, not times 1000.
             cap_feats: text features (B, T, cap_feat_dim), or a prepared caption.
-            cap_mask: (B, T) bool, True where there is text; any pattern, also nowhere. Part of a
-                prepared caption.
+            cap_mask: (B, T) bool, True where there is text; any pattern, also nowhere. Or
+                (B, L, T), the text that each image token sees, in row-major order of the patches
+                (regional prompts). Part of a prepared caption.
+            pooled_feats, pooled_mask: (B or 1, T', cap_feat_dim) and (B or 1, T') bool, the caption
+                whose mean conditions the blocks. None: the text that any token sees.
             rope_scaling: how RoPE's frequencies stretch beyond the size of training; None: not.
             base_seqlen: tokens of an image at training: turns on proportional attention, which
                 multiplies the scores of self-attention by sqrt(log(tokens) / log(base_seqlen)),
@@ -143,10 +149,17 @@ class NextDiT(nn.Module):
             pooled, mask = cap_feats.pooled, cap_feats.mask
             texts = list(zip(cap_feats.keys, cap_feats.values, strict=True))
         else:
-            self._check_caption(cap_feats, cap_mask)
+            check_features("cap", cap_feats, cap_mask, self.config.cap_feat_dim, by_token=True)
+            mask, seen = cap_mask, cap_mask if cap_mask.ndim == 2 else cap_mask.any(1)
             # A masked key has weight 0, but 0 * NaN is NaN, and an encoder's padding may hold NaN.
-            cap_feats, mask = cap_feats.masked_fill(~cap_mask[..., None], 0), cap_mask
-            pooled, texts = self._pooled(cap_feats, mask), [cap_feats] * len(self.layers)
+            cap_feats = cap_feats.masked_fill(~seen[..., None], 0)
+            if pooled_feats is None:
+                pooled = self._pooled(cap_feats, seen)
+            else:
+                check_features("pooled", pooled_feats, pooled_mask, self.config.cap_feat_dim)
+                rest = pooled_feats.masked_fill(~pooled_mask[..., None], 0)
+                pooled = self._pooled(rest, pooled_mask).expand(len(cap_feats), -1)
+            texts = [cap_feats] * len(self.layers)
         if x is None and t is None:
             keys, values = zip(
                 *(layer(text) for layer, text in zip(self.layers, texts, strict=True)), strict=True
@@ -154,6 +167,11 @@ class NextDiT(nn.Module):
             return Caption(pooled, list(keys), list(values), mask)
         self._check_batch(x, t, mask)
         tokens = to_tokens(x, self.config)
+        if mask.ndim == 3 and mask.shape[1] != tokens.patches.shape[1]:
+            raise ValueError(
+                f"cap_mask must be (B, T) or (B, {tokens.patches.shape[1]}, T) for this image, "
+                f"got {tuple(mask.shape)}"
+            )
         h = self.x_embedder(tokens.patches)  # (B, L, D)
         c = self.t_embedder(t, tokens.patches.dtype) + pooled  # (B, A)
         if torch.is_grad_enabled():
@@ -186,19 +204,6 @@ class NextDiT(nn.Module):
         acc = torch.promote_types(cap_feats.dtype, torch.float32)
         pooled = cap_feats.to(acc).sum(1) / cap_mask.sum(1, keepdim=True).clamp(min=1)
         return self.cap_embedder(pooled.to(cap_feats.dtype))
-
-    def _check_caption(self, cap_feats, cap_mask) -> None:
-        width = self.config.cap_feat_dim
-        if cap_feats is None or cap_feats.ndim != 3 or cap_feats.shape[-1] != width:
-            got = None if cap_feats is None else tuple(cap_feats.shape)
-            raise ValueError(f"cap_feats must have shape (B, T, {width}), got {got}")
-        if cap_mask is None:
-            raise ValueError("cap_feats need a cap_mask, got None")
-        if cap_mask.shape != cap_feats.shape[:2] or cap_mask.dtype != torch.bool:
-            raise ValueError(
-                f"cap_mask must be bool of shape {tuple(cap_feats.shape[:2])}, "
-                f"got {cap_mask.dtype} of shape {tuple(cap_mask.shape)}"
-            )
 
     def _check_batch(self, x, t, mask: Tensor) -> None:
         if x is None or t is None:

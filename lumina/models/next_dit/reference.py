@@ -30,14 +30,33 @@ class NextDiT(nn.Module):
         self.final_layer = FinalLayer(D, A, volume * config.out_channels)
 
     def forward(
-        self, x, t, cap_feats, cap_mask, *, rope_scaling=None, base_seqlen=None, context_drop=None
-    ):
-        if isinstance(x, list):  # images of several sizes: each on its own
-            alone = dict(
-                rope_scaling=rope_scaling, base_seqlen=base_seqlen, context_drop=context_drop
-            )
-            args = zip(x, t, cap_feats, cap_mask, strict=True)
-            return [self(xi[None], ti[None], f[None], m[None], **alone)[0] for xi, ti, f, m in args]
+        self, x, t, cap_feats, cap_mask, *, pooled_feats=None, pooled_mask=None, rope_scaling=None,
+        base_seqlen=None, context_drop=None,
+    ):  # fmt: skip
+        pooled = self.pooled(cap_feats, cap_mask if cap_mask.ndim == 2 else cap_mask.any(1))
+        if pooled_feats is not None:
+            pooled = self.pooled(pooled_feats, pooled_mask).expand_as(pooled)
+        options = rope_scaling, base_seqlen, context_drop
+        if not isinstance(x, list):
+            return self.velocity(x, t, cap_feats, cap_mask, pooled, *options)
+        # Images of several sizes: each on its own.
+        area = math.prod(self.config.patch)
+        lengths = [xi[0].numel() // area for xi in x]
+        args = zip(x, t, cap_feats, cap_mask, pooled, lengths, strict=True)
+        return [
+            self.velocity(
+                xi[None], ti[None], f[None], m[None] if m.ndim == 1 else m[None, :n], p[None],
+                *options,
+            )[0]
+            for xi, ti, f, m, p, n in args
+        ]  # fmt: skip
+
+    def pooled(self, feats, mask):
+        """What the mean of a caption's features (B, T, Y) adds to the conditioning vector."""
+        mask = mask[:, :, None].to(feats.dtype)
+        return self.cap_embedder((feats * mask).sum(1) / mask.sum(1).clamp(min=1))
+
+    def velocity(self, x, t, cap_feats, cap_mask, pooled, rope_scaling, base_seqlen, context_drop):
         shape = x.shape
         if x.ndim == 3:
             x = x[:, :, None, None, :]  # audio: one frame, one row
@@ -49,9 +68,7 @@ class NextDiT(nn.Module):
         x = x.reshape(B, C, T, grid[1], ph, grid[2], pw).permute(0, 2, 3, 5, 1, 4, 6)
         x = self.x_embedder(x.reshape(B, -1, C * ph * pw))  # (B, L, D); a patch is (C, pH, pW)
 
-        mask = cap_mask[:, :, None].to(cap_feats.dtype)
-        pooled = (cap_feats * mask).sum(1) / mask.sum(1).clamp(min=1)
-        c = F.silu(self.t_embedder(t.to(x.dtype)) + self.cap_embedder(pooled))  # (B, A)
+        c = F.silu(self.t_embedder(t.to(x.dtype)) + pooled)  # (B, A)
 
         rotation = rotations(self.config, grid, rope_scaling, t)  # (B or 1, L, 1, K/2)
         scale = self.config.head_dim**-0.5
@@ -128,14 +145,14 @@ class Attention(nn.Module):
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask=None, bias=None) -> Tensor:
     """softmax(q k^T scale + bias) v; each kv head serves H / G query heads, no valid key gives 0.
 
-    key_mask (B, keys) and bias (keys,), either may be None.
+    key_mask (B, keys) or (B, L, keys) and bias (keys,), either may be None.
     """
     k, v = (z.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for z in (k, v))
     scores = torch.einsum("blhk,bmhk->bhlm", q, k) * scale
     if bias is not None:
         scores = scores + bias.to(scores.dtype)
     if key_mask is not None:
-        key_mask = key_mask[:, None, None, :]
+        key_mask = key_mask[:, None, None] if key_mask.ndim == 2 else key_mask[:, None]
         scores = scores.masked_fill(~key_mask, -1e30)
     weights = scores.softmax(dim=-1)
     if key_mask is not None:

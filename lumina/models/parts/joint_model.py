@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lumina.models.parts import norms
+from lumina.models.parts.captions import check_features
 from lumina.models.parts.final_layer import FinalLayer
 from lumina.models.parts.geometry import Geometry, key_scale
 from lumina.models.parts.joint import JointBlock, JointCaption
@@ -184,17 +185,7 @@ class JointTransformer(nn.Module):
         return norms.residual_sum((h, out, weight, gate), self.config.norm_eps, self.backend)
 
     def _caption(self, feats, mask) -> JointCaption:
-        width = self.config.cap_feat_dim
-        if not isinstance(feats, Tensor) or feats.ndim != 3 or feats.shape[-1] != width:
-            got = tuple(feats.shape) if isinstance(feats, Tensor) else feats
-            raise ValueError(f"cap_feats must have shape (B, T, {width}), got {got}")
-        if mask is None:
-            raise ValueError("cap_feats need a cap_mask, got None")
-        if mask.shape != feats.shape[:2] or mask.dtype != torch.bool:
-            raise ValueError(
-                f"cap_mask must be bool of shape {tuple(feats.shape[:2])}, "
-                f"got {mask.dtype} of shape {tuple(mask.shape)}"
-            )
+        check_features("cap", feats, mask, self.config.cap_feat_dim)
         # A masked key has weight 0, but 0 * NaN is NaN, and an encoder's padding may hold NaN.
         caption = self._embedded(feats.masked_fill(~mask[..., None], 0), mask)
         rope = (

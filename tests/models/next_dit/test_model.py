@@ -15,7 +15,6 @@ from lumina import RopeScaling
 from lumina.models.parts.geometry import key_scale
 from lumina.models.parts.windows import DroppedLayers
 
-
 DROP, UNWEIGHTED = DroppedLayers(2, (True, True)), DroppedLayers(2, (True, True), False)
 RAGGED = (3, 4, 6), (3, 2, 2), (3, 6, 2)
 BY_SIZE = dict(factor=None, base_size=2)
