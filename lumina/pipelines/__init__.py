@@ -42,7 +42,7 @@ def __getattr__(name: str):
         if error.name not in ("diffusers", "transformers"):
             raise
         raise ImportError(
-            f"pipelines need {error.name}: pip install 'lumina-kernels[diffusers]'"
+            f"pipelines need {error.name}: pip install diffusers transformers accelerate"
         ) from error
     return getattr(module, _FORMER.get(name, name))
 

@@ -16,6 +16,7 @@ from lumina.sampling.guidance import Guidance
 
 OUTPUTS = ("pil", "np", "pt", "latent")
 Size = tuple[int, int]  # (height, width)
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,10 @@ class Options:
         strength: share of the way from noise that is run anew, the start is noised to it exactly;
             None: 0.6, with a mask 1.
         mask_image: redraw `image` where this is white (as `image`), and keep it elsewhere.
+        regions: of Lumina-Next: what parts of the picture show, pairs of a box (left, top, right,
+            bottom), in shares of the width and height, and a prompt; a box of None is the rest.
+            The one prompt of the call then conditions the whole by its mean, also where it is
+            guided away from; no part sees its words.
         rtol, atol: of dopri5.
     """
 
@@ -46,6 +51,7 @@ class Options:
     image: object = None
     strength: float | None = None
     mask_image: object = None
+    regions: Sequence[tuple[Box | None, str]] = ()
     rtol: float = 1e-3
     atol: float = 1e-3
 
@@ -55,6 +61,11 @@ class Options:
             raise TypeError(f"guidance must be a lumina.Guidance, got {got}; guidance_scale is one")
         if self.image is None and not (self.mask_image is None and self.strength is None):
             raise ValueError("strength and mask_image need an image to start from")
+        if not all(_is_region(region) for region in self.regions):
+            raise TypeError(
+                "regions must be pairs of a box (left, top, right, bottom) or None, and a prompt, "
+                f"got {self.regions!r}"
+            )
         if self.strength is not None and not 0 < self.strength <= 1:
             raise ValueError(f"strength must lie in (0, 1], got {self.strength}")
 
@@ -182,6 +193,14 @@ def prompts_of(name: str, prompt) -> list[str] | None:
 def is_count(value) -> bool:
     """Whether it is a whole number above 0; True is none."""
     return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
+
+
+def _is_region(region) -> bool:
+    if not isinstance(region, (tuple, list)) or len(region) != 2:
+        return False
+    box, prompt = region
+    sides = box is None or (len(box) == 4 and all(isinstance(side, Real) for side in box))
+    return sides and isinstance(prompt, str)
 
 
 def check_scale(name: str, value) -> float:

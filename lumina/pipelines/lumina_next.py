@@ -132,12 +132,13 @@ class LuminaPipeline(Pipeline):
         )
         scale = check_scale("guidance_scale", guidance_scale)
         base = self.default_image_size // 16
+        parts = [prompt for _, prompt in ours.regions]
         return self._draw(
             call,
             ours,
             scale=scale,
             guidance=(lambda grid: Guidance(scale, channels=3)) if scale > 1 else None,
-            texts=lambda guided: self._texts(call, guided, clean_caption=clean_caption),
+            texts=lambda guided: self._texts(call, guided, parts, clean_caption=clean_caption),
             rope_scaling=lambda pixels: self._rope_scaling(scaling_watershed, pixels),
             base_seqlen=base**2 if proportional_attn else None,
         )

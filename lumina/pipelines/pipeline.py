@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -18,7 +18,7 @@ from lumina.pipelines.call import Call, Options, Size, check_scale, is_count
 from lumina.pipelines.denoising import denoise, like
 from lumina.pipelines.loading import load, save
 from lumina.pipelines.parts import check_parts, halvings, network_of
-from lumina.pipelines.plan import make_plan
+from lumina.pipelines.plan import make_plan, place
 from lumina.pipelines.text import Text, encode, same_length, text_of
 from lumina.sampling.guidance import Guidance
 
@@ -180,12 +180,18 @@ class Pipeline(DiffusionPipeline):
         return prompts
 
     @torch.no_grad()
-    def _texts(self, call: Call, guided: bool, **treatment) -> tuple[Text, Text | None]:
-        """Features of the prompts and, if guided, of the negative ones, unless they were given."""
+    def _texts(
+        self, call: Call, guided: bool, parts: Sequence[str] = (), **treatment
+    ) -> tuple[Text, Text | None]:
+        """Features of the prompts and, if guided, of the negative ones, unless they were given.
+
+        parts: prompts of regions, which come before the others.
+        """
         text, negative = call.text, call.negative_text
         jobs = []
         if text is None:
-            jobs.append((self._words(call.prompt, **treatment), call.prompt))
+            prompts = [*parts, *call.prompt]
+            jobs.append((self._words(prompts, **treatment), prompts))
         if guided and negative is None:
             prompts = call.negative_prompt or [""] * call.batch
             jobs.append((self._negative_words(prompts), prompts))
@@ -258,6 +264,9 @@ class Pipeline(DiffusionPipeline):
         self._guidance_scale = ours.guidance.scale if ours.guidance else scale
 
         text, negative = texts(rule.needed)
+        whole = {}
+        if ours.regions:
+            text, whole = place(ours, text, plan.sizes[0], self.patch_size)
         text, negative = (t and t.repeated(call.num_images_per_prompt) for t in (text, negative))
         noise = call.latents
         if noise is None:
@@ -276,7 +285,7 @@ class Pipeline(DiffusionPipeline):
             solver=ours.solver, rtol=ours.rtol, atol=ours.atol, guidance=rule,
             base_seqlen=base_seqlen if ours.base_seqlen is None else ours.base_seqlen,
             rope_scaling=scaling, context_drop=ours.context_drop,
-            latents=noise, image=image, strength=ours.start, mask=mask,
+            latents=noise, image=image, strength=ours.start, mask=mask, **whole,
         )  # fmt: skip
         if noise_dtype is None:
             latents = _each(latents, lambda z: z.to(text.feats.dtype))

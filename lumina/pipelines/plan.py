@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lumina.pipelines import pictures
 from lumina.pipelines.call import Call, Options, Size
 from lumina.pipelines.parts import network_of
 from lumina.pipelines.schedule import time_grid, timesteps_of
+from lumina.pipelines.text import Text
+from lumina.sampling.regions import place_captions
 from lumina.sampling.schedules import start_at
 from lumina.sampling.solvers import check_solver
 
@@ -51,6 +54,8 @@ def make_plan(pipe, call: Call, ours: Options) -> Plan:
     sizes = [(height // factor, width // factor) for height, width in pixels]
     tokens = None if ragged else (sizes[0][0] // patch) * (sizes[0][1] // patch)
     grid = time_grid(pipe.scheduler, call.num_inference_steps, call.sigmas, ours.schedule, tokens)
+    if ours.regions:
+        _check_regions(pipe, call, ours, sizes[0], ragged)
     if call.latents is not None:
         pictures.check_latents(call.latents, channels, sizes)
     if pipe.vae is None and (ours.image is not None or call.output_type != "latent"):
@@ -64,3 +69,26 @@ def make_plan(pipe, call: Call, ours: Options) -> Plan:
     ran = grid if image is None else start_at(grid, ours.start)
     check_solver(ours.solver, ran, ours.rtol, ours.atol)
     return Plan(pixels, sizes, ragged, channels, grid, timesteps_of(ran), image, mask)
+
+
+def _check_regions(pipe, call: Call, ours: Options, size: Size, ragged: bool) -> None:
+    if pipe.network != "NextDiT":
+        raise ValueError(f"regions are for Lumina-Next, this is a {type(pipe).__name__}")
+    if call.prompt is None or len(call.prompt) != 1 or ragged:
+        raise ValueError("regions are of one picture: give one prompt and one size")
+    if "prompt_embeds" in call.callback_on_step_end_tensor_inputs:
+        raise ValueError("a callback can not change prompt_embeds of regions")
+    rows = len(ours.regions) + 1
+    nothing = Text(torch.zeros(rows, 1, 1), torch.ones(rows, 1, dtype=torch.bool))
+    place(ours, nothing, size, pipe.patch_size)
+
+
+def place(ours: Options, text: Text, size: Size, patch: int) -> tuple[Text, dict[str, Tensor]]:
+    """The text that each token sees, and what the sampler gets of that of the whole picture.
+
+    text: of each region, and of the whole at the end.
+    """
+    boxes = [box for box, _ in ours.regions]
+    grid = (size[0] // patch, size[1] // patch)
+    text_of_parts = place_captions(text.feats[:-1], text.mask[:-1], boxes, grid)
+    return Text(*text_of_parts), {"pooled_feats": text.feats[-1:], "pooled_mask": text.mask[-1:]}

@@ -122,6 +122,26 @@ def test_what_is_said_of_attention(family, ours):
             ours[family]("a", **SMALL, **{name: {"scale": "1"}})
 
 
+def test_regions(ours):
+    box = (0, 0, 0.5, 1)
+    for error, message, wrong in (
+        (TypeError, "regions must be pairs of a box", {"regions": [box]}),
+        (TypeError, "regions must be pairs of a box", {"regions": [((0, 0, 1), "a")]}),
+        (TypeError, "regions must be pairs of a box", {"regions": [(box, 1)]}),
+        (ValueError, "a box must be left,top,right,bottom", {"regions": [((1, 0, 0, 1), "a")]}),
+        (ValueError, "holds no token", {"regions": [((0, 0, 0.01, 1), "a")]}),
+        (ValueError, "one prompt and one size", {"regions": [(box, "a")], "prompt": ["a", "b"]}),
+        (ValueError, "one prompt and one size", {"regions": [(box, "a")], "height": [64]}),
+        (ValueError, "callback can not change prompt_embeds",
+         {"regions": [(box, "a")], "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}),
+    ):  # fmt: skip
+        with no_work(ours["lumina_next"]), pytest.raises(error, match=message):
+            ours["lumina_next"](**{"prompt": "a", **SMALL, **wrong})
+    for family in ("lumina2", "z_image"):
+        with no_work(ours[family]), pytest.raises(ValueError, match="regions are for Lumina-Next"):
+            ours[family]("a", **SMALL, regions=[(box, "a")])
+
+
 def test_a_callback_that_returns_another_shape(ours):
     def callback(pipe, i, t, kwargs):
         return {"prompt_embeds": kwargs["prompt_embeds"][:, 1:]}

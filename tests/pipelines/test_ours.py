@@ -256,3 +256,32 @@ def test_the_bar_is_that_of_the_pipeline(ours, capsys):
         pipe.set_progress_bar_config(disable=True)
     draw(pipe)
     assert capsys.readouterr().err == "" and SMALL["num_inference_steps"] == 3
+
+
+def test_regions(ours):
+    """Each part sees its own prompt, all of them the mean of that of the whole; the sampler's rules
+    on the features of the parts."""
+    pipe, x = ours["lumina_next"], noise("lumina_next", 1, 8, 12)
+    parts = [((0, 0, 0.5, 1), "a cat"), (None, "a dog under a tree, by the sea")]
+    change = {"latents": x, "width": 96, "scaling_watershed": None, "proportional_attn": False}
+    got = draw(pipe, "two animals", regions=parts, **change)
+    embeds, mask, negative, no = pipe.encode_prompt(
+        ["a cat", parts[1][1], "two animals"], negative_prompt=""
+    )
+    feats = lumina.place_captions(
+        embeds[:2], mask[:2].bool(), [(0, 0, 0.5, 1), (0.5, 0, 1, 1)], (4, 6)
+    )
+    expected = lumina.sample(
+        pipe.transformer, *feats, negative[:1], no[:1].bool(), size=(8, 12), latents=x, steps=3,
+        solver="euler", schedule=lambda _: 1 - pipe.scheduler.sigmas.double(),
+        guidance=lumina.Guidance(4.0, channels=3), pooled_feats=embeds[2:],
+        pooled_mask=mask[2:].bool(),
+    ).latents  # fmt: skip
+    assert distance(got, expected) < 1e-5
+    assert distance(got, draw(pipe, "two animals", **change)) > 1e-3
+    everywhere = [((0, 0, 1, 1), "two animals")]
+    alone = {**change, "guidance_scale": 1.0}  # else the negative rows have the whole's mean too
+    whole = draw(pipe, "two animals", **alone)
+    assert distance(draw(pipe, "two animals", regions=everywhere, **alone), whole) < 1e-5
+    twice = {**change, "latents": x.expand(2, -1, -1, -1), "num_images_per_prompt": 2}
+    assert distance(draw(pipe, "two animals", regions=parts, **twice)[1:], got) < 1e-5
