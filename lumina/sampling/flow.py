@@ -110,11 +110,7 @@ class Flow:
     def evaluate(self, t: float, x: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
         """Velocities for the captions and, where they are guided at t, for the negative ones."""
         double, dtype = self.guidance.acts_at(t), self.network.dtype
-        if isinstance(x, Tensor):
-            batch = x.to(dtype)
-            batch = torch.cat([batch, batch]) if double else batch
-        else:
-            batch = [xi.to(dtype) for xi in x] * (2 if double else 1)
+        batch = x.to(dtype) if isinstance(x, Tensor) else [xi.to(dtype) for xi in x]
         # Never in 16 bits, which would merge neighbouring times.
         acc = torch.promote_types(dtype, torch.float32)
         time = torch.full((len(batch),), t, dtype=acc, device=x[0].device)

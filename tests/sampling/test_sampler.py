@@ -55,15 +55,15 @@ def test_other_axes(kind, size):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """(number of images, t) of every call of the network."""
+    """(number of captions, t) of every call of the network."""
     model, seen = models()[0], []
     forward = model.forward
 
-    def counted(x=None, t=None, *args, **kwargs):
+    def counted(x=None, t=None, *caption, **kwargs):
         if x is not None:  # else it prepares captions
-            seen.append((len(x), t[0].item()))
+            seen.append((len(caption[0].mask), t[0].item()))
             assert t.shape == (len(x),) and bool((t == t[0]).all())
-        return forward(x, t, *args, **kwargs)
+        return forward(x, t, *caption, **kwargs)
 
     monkeypatch.setattr(model, "forward", counted)
     return seen

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from lumina.models.next_dit.block import Attention, TransformerBlock
 from lumina.models.next_dit.config import NextDiTConfig
 from lumina.models.parts import norms
-from lumina.models.parts.captions import check_features
+from lumina.models.parts.captions import captions_of_each, check_features
 from lumina.models.parts.final_layer import FinalLayer
 from lumina.models.parts.geometry import Geometry, key_scale
-from lumina.models.parts.patches import Tokens, filled, to_images, to_tokens
+from lumina.models.parts.patches import Tokens, filled, repeated, to_images, to_tokens
 from lumina.models.parts.rope import RopeScaling, rope_axes, rope_frequencies
 from lumina.models.parts.timestep import TimestepEmbedder
 from lumina.models.parts.windows import DroppedLayers, windows_of_layers
@@ -121,13 +121,17 @@ class NextDiT(nn.Module):
         Without x and t, return the prepared `Caption` instead: `model(cap_feats=f, cap_mask=m)`.
         `model(x, t, caption)` then equals `model(x, t, f, m)` and spares that part of the work.
 
+        There may be n captions for every image, of all images the first, then of all the second,
+        and so on, as guidance needs them: `model(x, t, ...)` is `model(cat([x] * n), cat([t] * n),
+        ...)`.
+
         Args:
             x: latents (B, C, H, W); (B, C, T, H, W) with axes ("t", "h", "w"); (B, C, L) with axes
                 ("w",); or a list of B of them without the batch, of any sizes.
             t: (B,), 0 is noise, 1 is data; used as it is, not times 1000.
-            cap_feats: text features (B, T, cap_feat_dim), or a prepared caption.
-            cap_mask: (B, T) bool, True where there is text; any pattern, also nowhere. Or
-                (B, L, T), the text that each image token sees, in row-major order of the patches
+            cap_feats: text features (n B, T, cap_feat_dim), or a prepared caption.
+            cap_mask: (n B, T) bool, True where there is text; any pattern, also nowhere. Or
+                (n B, L, T), the text that each image token sees, in row-major order of the patches
                 (regional prompts). Part of a prepared caption.
             pooled_feats, pooled_mask: (B or 1, T', cap_feat_dim) and (B or 1, T') bool, the caption
                 whose mean conditions the blocks. None: the text that any token sees.
@@ -140,7 +144,7 @@ class NextDiT(nn.Module):
                 as a float, because reading the tensor `t` would stall the host. None: no layer.
 
         Returns:
-            As x: a tensor of its shape and dtype, or a list.
+            As x: a tensor of its dtype, n times its batch, or a list.
 
         Raises:
             ValueError: shapes that do not fit each other or the config.
@@ -165,7 +169,8 @@ class NextDiT(nn.Module):
                 *(layer(text) for layer, text in zip(self.layers, texts, strict=True)), strict=True
             )
             return Caption(pooled, list(keys), list(values), mask)
-        self._check_batch(x, t, mask)
+        n = captions_of_each(x, t, mask.shape[0])
+        x, t = repeated(x, n), repeated(t, n)
         tokens = to_tokens(x, self.config)
         if mask.ndim == 3 and mask.shape[1] != tokens.patches.shape[1]:
             raise ValueError(
@@ -204,17 +209,6 @@ class NextDiT(nn.Module):
         acc = torch.promote_types(cap_feats.dtype, torch.float32)
         pooled = cap_feats.to(acc).sum(1) / cap_mask.sum(1, keepdim=True).clamp(min=1)
         return self.cap_embedder(pooled.to(cap_feats.dtype))
-
-    def _check_batch(self, x, t, mask: Tensor) -> None:
-        if x is None or t is None:
-            raise ValueError("x and t must be given together, or neither for captions alone")
-        # Of a tensor not by len, which would fix the batch of an exported network.
-        B = x.shape[0] if isinstance(x, Tensor) else len(x)
-        if t.shape != (B,) or mask.shape[0] != B:
-            raise ValueError(
-                f"t must have shape ({B},) and there must be {B} captions for {B} images, "
-                f"got {tuple(t.shape)} and {mask.shape[0]}"
-            )
 
     def _rope(
         self, tokens: Tokens, t: Tensor, scaling: RopeScaling | None

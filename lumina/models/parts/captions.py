@@ -22,3 +22,23 @@ def check_features(
             f"{kind}_mask must be bool of shape {(B, T)}{more}, "
             f"got {mask.dtype} of shape {tuple(mask.shape)}"
         )
+
+
+def captions_of_each(x: Tensor | list[Tensor] | None, t: Tensor | None, captions: int) -> int:
+    """How many captions there are for every image; refuses a batch that does not fit."""
+    if x is None or t is None:
+        raise ValueError("x and t must be given together, or neither for captions alone")
+    # Of a tensor not by len, which would fix the batch of an exported network.
+    B = x.shape[0] if isinstance(x, Tensor) else len(x)
+    if captions == B:
+        n = 1
+    elif B == 0 or captions % B:
+        n = 0
+    else:
+        n = captions // B
+    if t.shape != (B,) or n == 0:
+        raise ValueError(
+            f"t must have shape ({B},) and there must be {B} captions for {B} images, or a "
+            f"multiple, got {tuple(t.shape)} and {captions}"
+        )
+    return n

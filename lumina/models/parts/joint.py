@@ -74,6 +74,7 @@ class JointBlock(nn.Module):
         c: Tensor | None = None,
         geometry: Geometry | None = None,
         windows: Windows | None = None,
+        keep: int | None = None,
     ) -> norms.Carry:
         """Return the carry after this block.
 
@@ -82,6 +83,7 @@ class JointBlock(nn.Module):
             c: what the modulation takes, (B, A); None without a modulation.
             geometry: where the tokens are.
             windows: over which attention averages the keys and values of the image, or None.
+            keep: how many tokens, the first ones, go on; None: all.
         """
         eps, backend = self.eps, self.backend
         scale_msa = gate_msa = scale_mlp = gate_mlp = None
@@ -90,7 +92,7 @@ class JointBlock(nn.Module):
         h, pre = norms.pre_norm(
             self.attention_norm1, scale_msa, (h, out, weight, gate), eps, backend
         )
-        out = self.attention(pre, geometry, windows)
+        out, h = self.attention(pre, geometry, windows, keep), h[:, :keep]
         carry = norms.post_norm(self.attention_norm2, out, h, gate_msa, eps)
         h, pre = norms.pre_norm(self.ffn_norm1, scale_mlp, carry, eps, backend)
         out = self.feed_forward(pre)
@@ -114,8 +116,14 @@ class JointAttention(nn.Module):
         self.out = nn.Linear(D, D, bias=False)
         self.q_norm, self.k_norm = norms.RMSNorm(K, 1e-5), norms.RMSNorm(K, 1e-5)
 
-    def forward(self, x: Tensor, geometry: Geometry, windows: Windows | None = None) -> Tensor:
-        """(B, L, D) for x of this shape."""
+    def forward(
+        self,
+        x: Tensor,
+        geometry: Geometry,
+        windows: Windows | None = None,
+        keep: int | None = None,
+    ) -> Tensor:
+        """(B, L, D) for x of this shape, or (B, keep, D) for its first tokens."""
         backend, key_mask, bias = self.backend, geometry.key_mask, None
         q, k, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)
         weights = norms.parameters(self.q_norm), norms.parameters(self.k_norm)
@@ -128,7 +136,7 @@ class JointAttention(nn.Module):
             k, v, key_mask, bias = pooled(k, v, geometry, windows, backend)
         if geometry.key_scale is not None:
             k = (k * geometry.key_scale).to(k.dtype)
-        out = gqa_attention(q, k, v, key_mask, bias=bias, backend=backend)
+        out = gqa_attention(q[:, :keep], k, v, key_mask, bias=bias, backend=backend)
         return self.out(out.flatten(2))
 
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from lumina.models.parts import norms
-from lumina.models.parts.captions import check_features
+from lumina.models.parts.captions import captions_of_each, check_features
 from lumina.models.parts.final_layer import FinalLayer
 from lumina.models.parts.geometry import Geometry, key_scale
 from lumina.models.parts.joint import JointBlock, JointCaption
 from lumina.models.parts.joint_config import JointConfig
-from lumina.models.parts.patches import Tokens, filled, to_images, to_tokens
+from lumina.models.parts.patches import Tokens, filled, repeated, to_images, to_tokens
 from lumina.models.parts.rope import RopeScaling, block_axes, block_frequencies
 from lumina.models.parts.windows import DroppedLayers, Windows, windows_of_layers
 
@@ -53,8 +53,8 @@ class JointTransformer(nn.Module):
         """The text before its refiner."""
         raise NotImplementedError
 
-    def _pads(self, tokens: Tokens, h: Tensor) -> tuple[Tensor, Tensor | None] | None:
-        """Tokens (B, P, D) behind the image's, and which of them are attended; None: none."""
+    def _padding(self, tokens: Tokens) -> tuple[Tensor, Tensor | None] | None:
+        """Tokens (1, P, D) behind the image's, and which of them are attended, (B, P) or None."""
         return None
 
     def _block(self) -> JointBlock:
@@ -104,12 +104,16 @@ class JointTransformer(nn.Module):
         Without x and t, return the prepared `JointCaption`: `model(cap_feats=f, cap_mask=m)`.
         `model(x, t, caption)` then equals `model(x, t, f, m)` and spares that part of the work.
 
+        There may be n captions for every image, of all images the first, then of all the second,
+        and so on, as guidance needs them: `model(x, t, ...)` is `model(cat([x] * n), cat([t] * n),
+        ...)`, and what does not depend on the caption is computed once.
+
         Args:
             x: latents (B, C, H, W), or a list of B of (C, H, W), of any sizes.
             t: (B,), 0 is noise, 1 is data.
-            cap_feats: text features (B, T, cap_feat_dim), or a prepared caption.
-            cap_mask: (B, T) bool, True where there is text; any pattern. What it leaves out has no
-                place and no influence. Part of a prepared caption.
+            cap_feats: text features (n B, T, cap_feat_dim), or a prepared caption.
+            cap_mask: (n B, T) bool, True where there is text; any pattern. What it leaves out has
+                no place and no influence. Part of a prepared caption.
             rope_scaling: how RoPE's frequencies stretch beyond the size of training; None: not.
             base_seqlen: tokens of an image at training: turns on proportional attention, which
                 multiplies the scores of the joint blocks by sqrt(log(tokens) / log(base_seqlen)),
@@ -118,7 +122,7 @@ class JointTransformer(nn.Module):
                 neighbouring image tokens; see `NextDiT.forward`. None: no block.
 
         Returns:
-            As x: a tensor of its shape and dtype, or a list.
+            As x: a tensor (n B, C, H, W) of its dtype, or a list.
 
         Raises:
             ValueError: shapes that do not fit each other or the config.
@@ -128,35 +132,41 @@ class JointTransformer(nn.Module):
             caption = self._caption(cap_feats, cap_mask)
         if x is None and t is None:
             return caption
-        self._check_batch(x, t, caption.mask)
+        n = captions_of_each(x, t, len(caption.mask))
         tokens = to_tokens(x, self.config)
         h = self.x_embedder(tokens.patches)  # (B, L, D)
-        L, B = h.shape[1], h.shape[0]
-        where = tokens.positions.expand(B, L, 3) + _on_first_axis(caption.image_place[:, None])
-        mask, pads = tokens.mask, self._pads(tokens, h)
-        if pads is not None:
-            h = torch.cat([h, pads[0]], 1)
-            where = torch.cat([where, where.new_zeros(B, h.shape[1] - L, 3)], 1)
-            if mask is not None or pads[1] is not None:
-                parts = (tokens.mask, L), (pads[1], h.shape[1] - L)
-                mask = torch.cat([_all_true(m, (B, n), h.device) for m, n in parts], 1)
-        scaled = self._inv_freq(tokens, t, rope_scaling)
-        block_c, final_c = self._conditions(t, tokens.patches.dtype)
-        geometry = Geometry((where, scaled, self._axes(t.device)), mask, None)
+        L = h.shape[1]
+        # All tokens of an image have one place on the first axis, and a rotation that queries and
+        # keys share cancels: one pass of the refiner serves all captions of an image. Not beside
+        # padding, whose place is another.
+        before, after = (1, n) if self._padding(tokens) is None else (n, 1)
+        h, t, tokens = repeated(h, before), repeated(t, before), tokens.repeated(before)
+        place = caption.image_place[: len(h), None]
+        h, where, mask = self._padded(h, tokens, place)
+        block_c, final_c = self._conditions(t, h.dtype)
+        inv_freq, axis = self._inv_freq(tokens, t, rope_scaling), self._axes(t.device)
+        geometry = Geometry((where, inv_freq, axis), mask, None)
         h = self._run(self.noise_refiner, h, block_c, geometry)
 
-        windows = windows_of_layers(
-            tokens.grids, context_drop, len(self.layers), h.device, among_others=True
-        )
+        if after > 1:
+            where = where - _on_first_axis(place)
+            h, where, mask, t = (repeated(z, after) for z in (h, where, mask, t))
+            block_c, final_c = repeated(block_c, after), repeated(final_c, after)
+            where, tokens = (
+                where + _on_first_axis(caption.image_place[:, None]),
+                tokens.repeated(after),
+            )
+            inv_freq = self._inv_freq(tokens, t, rope_scaling)
         mask = torch.cat([_all_true(mask, h.shape[:2], h.device), caption.mask], 1)
         where = torch.cat([where, _on_first_axis(caption.places)], 1)
         h = torch.cat([h, caption.text.to(h.dtype)], 1)
-        geometry = replace(
-            geometry, rope=(where, *geometry.rope[1:]), key_mask=mask,
-            key_scale=key_scale(tokens.grids, base_seqlen, h), others=h.shape[1] - L,
-        )  # fmt: skip
+        factor = key_scale(tokens.grids, base_seqlen, h)
+        geometry = Geometry((where, inv_freq, axis), mask, factor, others=h.shape[1] - L)
+        windows = windows_of_layers(
+            tokens.grids, context_drop, len(self.layers), h.device, among_others=True
+        )
         h = self._run(self.layers, h, block_c, geometry, windows, L)
-        return to_images(self.final_layer(h, final_c), tokens, x, self.config)
+        return to_images(self.final_layer(h, final_c), tokens, repeated(x, n), self.config)
 
     def encode_caption(self, cap_feats: Tensor, cap_mask: Tensor) -> JointCaption:
         """Do, once for a sampling run, the part of `forward` that depends on the captions alone."""
@@ -177,12 +187,11 @@ class JointTransformer(nn.Module):
     ) -> Tensor:
         """h after the blocks; only its first `keep` tokens, if that is given."""
         carry: norms.Carry = (h, None, None, None)
-        for block, window in zip(blocks, windows or [None] * len(blocks), strict=True):
-            carry = block(*carry, c, geometry, window)
-        h, out, weight, gate = carry
-        if keep is not None:
-            h, out = h[:, :keep], None if out is None else out[:, :keep]
-        return norms.residual_sum((h, out, weight, gate), self.config.norm_eps, self.backend)
+        windows = windows or [None] * len(blocks)
+        for i, (block, window) in enumerate(zip(blocks, windows, strict=True)):
+            last = keep if i + 1 == len(blocks) else None
+            carry = block(*carry, c, geometry, window, last)
+        return norms.residual_sum(carry, self.config.norm_eps, self.backend)
 
     def _caption(self, feats, mask) -> JointCaption:
         check_features("cap", feats, mask, self.config.cap_feat_dim)
@@ -196,16 +205,23 @@ class JointTransformer(nn.Module):
         geometry = Geometry(rope, caption.mask, None)
         return replace(caption, text=self._run(self.context_refiner, caption.text, None, geometry))
 
-    def _check_batch(self, x, t, mask: Tensor) -> None:
-        if x is None or t is None:
-            raise ValueError("x and t must be given together, or neither for captions alone")
-        # Of a tensor not by len, which would fix the batch of an exported network.
-        B = x.shape[0] if isinstance(x, Tensor) else len(x)
-        if t.shape != (B,) or mask.shape[0] != B:
-            raise ValueError(
-                f"t must have shape ({B},) and there must be {B} captions for {B} images, "
-                f"got {tuple(t.shape)} and {mask.shape[0]}"
-            )
+    def _padded(
+        self, h: Tensor, tokens: Tokens, place: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The image's tokens with those behind them, their positions, and which are attended."""
+        B, L, _ = h.shape
+        where, mask = tokens.positions.expand(B, L, 3) + _on_first_axis(place), tokens.mask
+        padding = self._padding(tokens)
+        if padding is None:
+            return h, where, mask
+        more, attended = padding
+        P = more.shape[1]
+        more = more.expand(B, -1, -1)
+        where = torch.cat([where, where.new_zeros(B, P, 3)], 1)
+        if mask is not None or attended is not None:
+            attended = _all_true(attended, (len(tokens.grids), P), h.device).expand(B, P)
+            mask = torch.cat([_all_true(mask, (B, L), h.device), attended], 1)
+        return torch.cat([h, more], 1), where, mask
 
     def _axes(self, device) -> Tensor:
         return block_axes(self.config.axes_dims, device=device)

@@ -37,6 +37,12 @@ class Tokens:
     positions: Tensor  # (L, 3) for one grid, else (B, L, 3)
     mask: Tensor | None  # (B, L) bool, False on padding; None: no padding
 
+    def repeated(self, n: int) -> Tokens:
+        """The batch n times in a row."""
+        grids = self.grids if len(self.grids) == 1 else self.grids * n
+        where = self.positions if self.positions.ndim == 2 else repeated(self.positions, n)
+        return Tokens(repeated(self.patches, n), grids, where, repeated(self.mask, n))
+
 
 def to_tokens(x: Tensor | list[Tensor], config: Patched) -> Tokens:
     """Cut images into patches, in the order of the config; shorter sequences are padded with zeros.
@@ -79,6 +85,13 @@ def to_images(
     grids = tokens.grids * len(like) if len(tokens.grids) == 1 else tokens.grids
     each = zip(out, grids, like, strict=True)
     return [_paste(o[None], grid, image[None], config)[0] for o, grid, image in each]
+
+
+def repeated(x, n: int):
+    """A batch, a tensor or a list of its images, n times in a row; None stays None."""
+    if n == 1 or x is None:
+        return x
+    return x * n if isinstance(x, list) else torch.cat([x] * n)
 
 
 def filled(numbers: list[int], device, dtype: torch.dtype = torch.int64) -> Tensor:

@@ -64,13 +64,14 @@ class ZImage(JointTransformer):
         places = 1 + torch.where(mask, mask.cumsum(1) - 1, count[:, None] + rank)
         return JointCaption(text, mask | filled_up, places, 1 + count + filling)
 
-    def _pads(self, tokens: Tokens, h: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    def _padding(self, tokens: Tokens) -> tuple[Tensor, Tensor | None] | None:
         each = [-t * r * c % MULTIPLE for t, r, c in tokens.grids]
         most = max(each)
         # The gradient of a parameter without influence is 0; DDP waits for it in every step.
         if most == 0 and not torch.is_grad_enabled():
             return None
-        pads = self.x_pad_token.to(h.dtype).expand(h.shape[0], most, -1)
+        token = self.x_pad_token.to(tokens.patches.dtype).expand(1, most, -1)
         if all(n == most for n in each):
-            return pads, None
-        return pads, torch.arange(most, device=h.device) < filled(each, h.device)[:, None]
+            return token, None
+        attended = torch.arange(most, device=token.device)
+        return token, attended < filled(each, token.device)[:, None]

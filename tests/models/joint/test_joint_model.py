@@ -97,6 +97,23 @@ def test_no_text(name):
     torch.testing.assert_close(alone, out[1:2].detach(), rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("size", [(4, 6), (8, 16)], ids=["with padding", "without"])
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("name", ["lumina2", "z_image"])
+def test_several_captions_of_an_image(name, ragged, size):
+    """Of other lengths, so that the image lies elsewhere; the refiner's pass is shared if it can."""
+    (ours, theirs), (x, t, feats, mask) = pair(name), inputs(size)
+    x = x[:, :, :4, :6] if ragged else x
+    x, t = (list(x[:2]) if ragged else x[:2]), t[:2]
+    x = [x[0], x[1][:, :2]] if ragged else x
+    feats, mask = torch.cat([feats, feats[:1]]), torch.cat([mask, mask[2:]])
+    with torch.no_grad():
+        out = ours(x, t, feats, mask)
+        expected = theirs(x * 2 if ragged else torch.cat([x, x]), torch.cat([t, t]), feats, mask)
+    for a, b in zip(out, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+
+
 @pytest.mark.parametrize("name", ["lumina2", "z_image"])
 def test_trains(name):
     """A few steps of descent halve the loss, from the initial weights of a new network."""
@@ -135,6 +152,10 @@ def test_compiled_once_for_all_sizes(name):
         (dict(x=torch.zeros(3, 4, 5, 6)), "sides of x must be positive multiples of the patch"),
         (dict(x=torch.zeros(3, 3, 4, 6)), r"with C = 4 .* got shape \(3, 3, 4, 6\)"),
         (dict(t=torch.zeros(2)), r"t must have shape \(3,\) and there must be 3 captions"),
+        (
+            dict(x=torch.zeros(2, 4, 4, 6), t=torch.zeros(2)),
+            r"2 captions .*multiple, got \(2,\) and 3",
+        ),
         (dict(t=None), "x and t must be given together"),
         (dict(cap_feats=torch.zeros(3, 35, 21)), r"shape \(B, T, 20\), got \(3, 35, 21\)"),
         (dict(cap_mask=None), "cap_feats need a cap_mask"),

@@ -242,3 +242,13 @@ def test_any_list(grids, base_seqlen):
         out = ours(x, *rest, base_seqlen=base_seqlen)
         for a, b in zip(out, theirs(x, *rest, base_seqlen=base_seqlen), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+def test_several_captions_of_an_image():
+    ours, (x, t, feats, mask) = pair()[0], inputs(*IMAGE)
+    more = torch.cat([feats, feats.flip(0)]), torch.cat([mask, mask.flip(0)])
+    expected = ours(torch.cat([x, x]), torch.cat([t, t]), *more)
+    torch.testing.assert_close(ours(x, t, *more), expected, rtol=0, atol=0)
+    torch.testing.assert_close(
+        torch.stack(ours(list(x), t, ours.encode_caption(*more))), expected, rtol=0, atol=1e-12
+    )
