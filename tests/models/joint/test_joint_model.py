@@ -101,7 +101,7 @@ def test_no_text(name):
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("name", ["lumina2", "z_image"])
 def test_several_captions_of_an_image(name, ragged, size):
-    """Of other lengths, so that the image lies elsewhere; the refiner's pass is shared if it can."""
+    """Of other lengths, so that the image lies elsewhere; the refiner's pass is shared or not."""
     (ours, theirs), (x, t, feats, mask) = pair(name), inputs(size)
     x = x[:, :, :4, :6] if ragged else x
     x, t = (list(x[:2]) if ragged else x[:2]), t[:2]
