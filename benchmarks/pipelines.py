@@ -98,9 +98,7 @@ def load(side: str, name: str, folder: Path, dtype: torch.dtype):
     else:
         import diffusers
 
-        pipe = getattr(diffusers, pipeline).from_pretrained(
-            folder, dtype=dtype, text_encoder=None
-        )
+        pipe = getattr(diffusers, pipeline).from_pretrained(folder, dtype=dtype, text_encoder=None)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -177,12 +175,12 @@ def peak_of(side: str, name: str, folder: Path, tokens: int, args) -> float:
 
 def peak(side: str, name: str, folder: str, tokens: str) -> float:
     """In this process, in MiB."""
-    import resource
+    from lumina.cli.pictures import peak_memory
 
     dtype = torch.bfloat16
     pipe = load(side, name, Path(folder), dtype)
     call(pipe, inputs(name, int(tokens), dtype), 2, "np")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB
+    return peak_memory() / MIB
 
 
 HEAD = """\

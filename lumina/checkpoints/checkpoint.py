@@ -1,9 +1,10 @@
 """Weights on disk: our own file, diffusers folders, folders of the releases, files of ComfyUI.
 
 All are read in the same order: map the files into memory and look at names, shapes and dtypes;
-compare them with the network of the stored sizes, which has no memory yet; then allocate it and
-copy, converting on the way. So an error comes before anything is loaded, and memory holds no more
-than the network and the files' pages (plus one copy where tensor-parallel shards are merged).
+compare them with the network of the stored sizes, which has no memory yet; then give it the
+tensors, converted or joined where they have to be, one after the other. So an error comes before
+anything is loaded, and memory holds no more than the network (plus one copy where tensor-parallel
+shards are merged).
 """
 
 from __future__ import annotations
@@ -252,9 +253,9 @@ def _check_depth(stored: Stored) -> None:
 
 
 def _whole(stored: Stored, places: tuple[Place, ...]) -> Tensor:
-    """A tensor of the network, of which the file may hold copies or only the rows."""
+    """A tensor of the network, taken out of the file, which may hold copies or only the rows."""
     first, *others = places
-    tensors = [stored.tensors[place.name] for place in places]
+    tensors = [stored.tensors.pop(place.name) for place in places]
     if first.rows is not None:
         dtypes = {tensor.dtype for tensor in tensors}
         if len(dtypes) > 1:
@@ -305,12 +306,16 @@ def _warn_of_nan(where: Path, state: dict[str, Tensor]) -> None:
 
 
 def _fill(model: nn.Module, state: dict[str, Tensor], device, dtype: torch.dtype | None):
-    """Give a network on the meta device memory, and copy the weights into it."""
+    """Give a network on the meta device its weights.
+
+    Those that have the device and dtype already stay where they are: in the pages of the file, of
+    which the system brings what is read, and copies what is written.
+    """
     if dtype is None:
         dtypes = {tensor.dtype for tensor in state.values()}
         if len(dtypes) > 1:  # torch does not promote those of 8 bits, which float16 holds
             dtypes = {dtype if dtype.itemsize > 1 else torch.float16 for dtype in dtypes}
         dtype = functools.reduce(torch.promote_types, dtypes)
-    model = model.to(dtype).to_empty(device=device)
-    model.load_state_dict(state)
+    state = {name: state.pop(name).to(device, dtype) for name in list(state)}
+    model.load_state_dict(state, assign=True)
     return model.eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import pickle
 import re
 import reprlib
@@ -80,16 +81,39 @@ class Stored:
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors, mapped into memory rather than read, and metadata of a safetensors file."""
+    """Tensors and metadata of a safetensors file.
+
+    Every tensor is a map of its own part of the file: nothing is read before it is used, and the
+    pages that a tensor takes are gone with it.
+    """
     check_there(path)
     try:
-        _check_header(path)
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+        header, start = _header(path)
+        with safe_open(path, framework="pt") as file:  # the library's checks of the whole
+            metadata, names = file.metadata() or {}, list(file.keys())
+            kinds = {name: file.get_tensor(name) for name in names}  # of which nothing is read
+        with open(path, "rb") as file:
+            tensors = {
+                name: _mapped(file, start + header[name]["data_offsets"][0], kind)
+                for name, kind in kinds.items()
+            }
+        return tensors, metadata
     except Exception as error:  # the library lets errors of torch through
         raise ValueError(
             f"{path} is damaged or not a safetensors file: {one_line(error)}"
         ) from error
+
+
+def _mapped(file, begin: int, kind: Tensor) -> Tensor:
+    """A tensor of this kind, at this place of a file."""
+    if kind.numel() == 0:
+        return torch.empty_like(kind)
+    page = begin // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+    size = begin - page + kind.nbytes
+    # Written to, it changes in memory only.
+    pages = mmap.mmap(file.fileno(), size, offset=page, access=mmap.ACCESS_COPY)
+    raw = torch.frombuffer(pages, dtype=torch.uint8, offset=begin - page, count=kind.nbytes)
+    return raw.view(kind.dtype).view(kind.shape)
 
 
 def read_pth(path: Path) -> dict[str, Tensor]:
@@ -267,8 +291,11 @@ def _record_sizes(path: Path) -> list[int]:
     return sorted(record.file_size for record in records if record.file_size)
 
 
-def _check_header(path: Path) -> None:
-    """Refuse what the format forbids and its parser takes: names that come twice."""
+def _header(path: Path) -> tuple[dict, int]:
+    """What a file says of its tensors, and where they begin.
+
+    Refuses what the format forbids and its parser takes: names that come twice.
+    """
 
     def once(pairs: list[tuple[str, object]]) -> dict:
         fields = dict(pairs)
@@ -282,4 +309,4 @@ def _check_header(path: Path) -> None:
         size = int.from_bytes(file.read(8), "little")
         if size > min(JSON_LIMIT, path.stat().st_size):
             raise ValueError(f"its header would be of {size} bytes")
-        json.loads(file.read(size) or b"{}", object_pairs_hook=once)
+        return json.loads(file.read(size) or b"{}", object_pairs_hook=once), 8 + size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
 import time
@@ -129,12 +130,20 @@ def _hush() -> None:
 
 
 def _peak(device: str) -> str:
-    # Kilobytes on Linux, bytes on macOS.
-    unit = 1 if sys.platform == "darwin" else 1024
-    text = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB"
+    text = f"{peak_memory() / 2**30:.2f} GiB"
     if torch.device(device).type == "cuda":
         text += f", on the GPU {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB"
     return text
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has had in memory."""
+    try:  # the number below may be that of the process that started this one
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status)[1])
+    except (OSError, TypeError):
+        unit = 1 if sys.platform == "darwin" else 1024
+        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _say(text: str) -> None:

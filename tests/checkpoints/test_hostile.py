@@ -99,7 +99,7 @@ def test_bad_json(kind, tmp_path):
         (tmp_path / "d" / file).write_bytes(text)
         refused(tmp_path / "d", str(tmp_path / "d" / file))
         (tmp_path / "d" / "config.json").write_text(json.dumps({"_class_name": "X"}))
-        refused(tmp_path / "d", "must be of a LuminaNextDiT2DModel, got 'X'")
+        refused(tmp_path / "d", "or ZImageTransformer2DModel, got 'X'")
         checkpoint.save(network(), tmp_path / "e", format="diffusers")
         os.replace(tmp_path / "e" / "config.json", tmp_path / "d" / "config.json")
 

@@ -41,6 +41,13 @@ class JointCaption:
             places=F.pad(self.places, (0, more)),
         )  # fmt: skip
 
+    def split(self, n: int) -> list[JointCaption]:
+        """In n parts of as many captions."""
+        if n == 1:
+            return [self]
+        each = (z.chunk(n) for z in (self.text, self.mask, self.places, self.image_place))
+        return [JointCaption(*part) for part in zip(*each, strict=True)]
+
 
 class JointBlock(nn.Module):
     """h + tanh(gate) * norm2(layer(norm1(h) * (1 + scale))), for attention, then for the FFN.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,22 @@ from lumina.models.parts.joint_config import JointConfig
 from lumina.models.parts.patches import Tokens, filled, repeated, to_images, to_tokens
 from lumina.models.parts.rope import RopeScaling, block_axes, block_frequencies
 from lumina.models.parts.windows import DroppedLayers, Windows, windows_of_layers
+
+
+@dataclass(frozen=True)
+class Images:
+    """A batch of images on its way through the network."""
+
+    h: Tensor  # (B, L, D), later with the padding behind
+    tokens: Tokens
+    t: Tensor  # (B,)
+    c: Tensor  # of the blocks, (B, A)
+    final_c: Tensor  # of the final layer, (B, A)
+
+    def repeated(self, n: int) -> Images:
+        """The batch n times in a row."""
+        h, t, c, final_c = (repeated(z, n) for z in (self.h, self.t, self.c, self.final_c))
+        return Images(h, self.tokens.repeated(n), t, c, final_c)
 
 
 class JointTransformer(nn.Module):
@@ -134,39 +150,24 @@ class JointTransformer(nn.Module):
             return caption
         n = captions_of_each(x, t, len(caption.mask))
         tokens = to_tokens(x, self.config)
-        h = self.x_embedder(tokens.patches)  # (B, L, D)
-        L = h.shape[1]
+        h = self.x_embedder(tokens.patches)
+        images = Images(h, tokens, t, *self._conditions(t, h.dtype))
         # All tokens of an image have one place on the first axis, and a rotation that queries and
         # keys share cancels: one pass of the refiner serves all captions of an image. Not beside
         # padding, whose place is another.
-        before, after = (1, n) if self._padding(tokens) is None else (n, 1)
-        h, t, tokens = repeated(h, before), repeated(t, before), tokens.repeated(before)
-        place = caption.image_place[: len(h), None]
-        h, where, mask = self._padded(h, tokens, place)
-        block_c, final_c = self._conditions(t, h.dtype)
-        inv_freq, axis = self._inv_freq(tokens, t, rope_scaling), self._axes(t.device)
-        geometry = Geometry((where, inv_freq, axis), mask, None)
-        h = self._run(self.noise_refiner, h, block_c, geometry)
-
-        if after > 1:
-            where = where - _on_first_axis(place)
-            h, where, mask, t = (repeated(z, after) for z in (h, where, mask, t))
-            block_c, final_c = repeated(block_c, after), repeated(final_c, after)
-            where, tokens = (
-                where + _on_first_axis(caption.image_place[:, None]),
-                tokens.repeated(after),
-            )
-            inv_freq = self._inv_freq(tokens, t, rope_scaling)
-        mask = torch.cat([_all_true(mask, h.shape[:2], h.device), caption.mask], 1)
-        where = torch.cat([where, _on_first_axis(caption.places)], 1)
-        h = torch.cat([h, caption.text.to(h.dtype)], 1)
-        factor = key_scale(tokens.grids, base_seqlen, h)
-        geometry = Geometry((where, inv_freq, axis), mask, factor, others=h.shape[1] - L)
-        windows = windows_of_layers(
-            tokens.grids, context_drop, len(self.layers), h.device, among_others=True
-        )
-        h = self._run(self.layers, h, block_c, geometry, windows, L)
-        return to_images(self.final_layer(h, final_c), tokens, repeated(x, n), self.config)
+        shared = self._padding(tokens) is None
+        if shared:
+            images = self._refined(images, None, rope_scaling)
+        # A processor gains nothing from larger batches, and smaller ones take less memory.
+        eager = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        parts, out = n if eager and h.device.type == "cpu" else 1, []
+        for own in caption.split(parts):
+            some = images.repeated(n // parts)
+            if not shared:
+                some = self._refined(some, own.image_place, rope_scaling)
+            out.append(self._joint(some, own, rope_scaling, base_seqlen, context_drop))
+        out = out[0] if parts == 1 else torch.cat(out)
+        return to_images(out, tokens.repeated(n), repeated(x, n), self.config)
 
     def encode_caption(self, cap_feats: Tensor, cap_mask: Tensor) -> JointCaption:
         """Do, once for a sampling run, the part of `forward` that depends on the captions alone."""
@@ -175,6 +176,56 @@ class JointTransformer(nn.Module):
     def velocity(self, x, t, caption: JointCaption, **options) -> Tensor | list[Tensor]:
         """The velocity for a caption prepared by `encode_caption`; options as in `forward`."""
         return self(x, t, caption, **options)
+
+    def _refined(self, images: Images, place: Tensor | None, scaling: RopeScaling | None) -> Images:
+        """After the blocks over the image alone, which lies at `place` (B,); with its padding."""
+        h, padding = images.h, self._padding(images.tokens)
+        if padding is not None:
+            h = torch.cat([h, padding[0].expand(len(h), -1, -1)], 1)
+        where, mask = self._positions(images, place)
+        geometry = Geometry(self._rope(where, images, scaling), mask, None)
+        h = self._run(self.noise_refiner, h, images.c, geometry)
+        return replace(images, h=h)
+
+    def _joint(
+        self,
+        images: Images,
+        caption: JointCaption,
+        scaling: RopeScaling | None,
+        base_seqlen: int | None,
+        context_drop: DroppedLayers | None,
+    ) -> Tensor:
+        """The patches of the velocity (B, L, ...), from the refined image and text."""
+        grids, L = images.tokens.grids, images.tokens.patches.shape[1]
+        where, mask = self._positions(images, caption.image_place)
+        mask = torch.cat(
+            [_all_true(mask, images.h.shape[:2], caption.mask.device), caption.mask], 1
+        )
+        where = torch.cat([where, _on_first_axis(caption.places)], 1)
+        h = torch.cat([images.h, caption.text.to(images.h.dtype)], 1)
+        rope, factor = self._rope(where, images, scaling), key_scale(grids, base_seqlen, h)
+        geometry = Geometry(rope, mask, factor, others=h.shape[1] - L)
+        windows = windows_of_layers(
+            grids, context_drop, len(self.layers), h.device, among_others=True
+        )
+        h = self._run(self.layers, h, images.c, geometry, windows, L)
+        return self.final_layer(h, images.final_c)
+
+    def _positions(self, images: Images, place: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """(B, L + P, 3) of the image's tokens and its padding, and which of them are attended."""
+        tokens, B = images.tokens, len(images.t)
+        L, mask, padding = tokens.patches.shape[1], tokens.mask, self._padding(tokens)
+        where = tokens.positions.expand(B, L, 3)
+        if place is not None:
+            where = where + _on_first_axis(place[:, None])
+        if padding is None:
+            return where, mask
+        P, attended = padding[0].shape[1], padding[1]
+        where = torch.cat([where, where.new_zeros(B, P, 3)], 1)
+        if mask is not None or attended is not None:
+            attended = _all_true(attended, (B, P), where.device)
+            mask = torch.cat([_all_true(mask, (B, L), where.device), attended], 1)
+        return where, mask
 
     def _run(
         self,
@@ -197,43 +248,23 @@ class JointTransformer(nn.Module):
         check_features("cap", feats, mask, self.config.cap_feat_dim)
         # A masked key has weight 0, but 0 * NaN is NaN, and an encoder's padding may hold NaN.
         caption = self._embedded(feats.masked_fill(~mask[..., None], 0), mask)
-        rope = (
-            _on_first_axis(caption.places),
-            self._inv_freq(None, None, None),
-            self._axes(mask.device),
-        )
+        rope = self._rope(_on_first_axis(caption.places), None, None)
         geometry = Geometry(rope, caption.mask, None)
         return replace(caption, text=self._run(self.context_refiner, caption.text, None, geometry))
 
-    def _padded(
-        self, h: Tensor, tokens: Tokens, place: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The image's tokens with those behind them, their positions, and which are attended."""
-        B, L, _ = h.shape
-        where, mask = tokens.positions.expand(B, L, 3) + _on_first_axis(place), tokens.mask
-        padding = self._padding(tokens)
-        if padding is None:
-            return h, where, mask
-        more, attended = padding
-        P = more.shape[1]
-        more = more.expand(B, -1, -1)
-        where = torch.cat([where, where.new_zeros(B, P, 3)], 1)
-        if mask is not None or attended is not None:
-            attended = _all_true(attended, (len(tokens.grids), P), h.device).expand(B, P)
-            mask = torch.cat([_all_true(mask, (B, L), h.device), attended], 1)
-        return torch.cat([h, more], 1), where, mask
-
-    def _axes(self, device) -> Tensor:
-        return block_axes(self.config.axes_dims, device=device)
-
-    def _inv_freq(self, tokens: Tokens | None, t, scaling: RopeScaling | None) -> Tensor:
-        config, device = self.config, self.device if t is None else t.device
-        frame = [1] if tokens is None else [h * w for _, h, w in tokens.grids]
-        tokens_per_frame = frame[0] if len(frame) == 1 else filled(frame, device)
-        return block_frequencies(
-            config.axes_dims, config.rope_theta, scaling=scaling, t=t, tokens=tokens_per_frame,
-            device=device, dtype=torch.promote_types(self.dtype, torch.float32),
+    def _rope(
+        self, where: Tensor, images: Images | None, scaling: RopeScaling | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """positions, inv_freq and axis of the rope ops; images: whose size and time stretch it."""
+        config, device, size, t = self.config, where.device, 1, None
+        if images is not None:
+            t, frame = images.t, [h * w for _, h, w in images.tokens.grids]
+            size = frame[0] if len(frame) == 1 else filled(frame, device)
+        inv_freq = block_frequencies(
+            config.axes_dims, config.rope_theta, scaling=scaling, t=t, tokens=size, device=device,
+            dtype=torch.promote_types(self.dtype, torch.float32),
         )  # fmt: skip
+        return where, inv_freq, block_axes(config.axes_dims, device=device)
 
 
 def _on_first_axis(places: Tensor) -> Tensor:
