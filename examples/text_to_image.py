@@ -37,10 +37,9 @@ def watched(pipe, prompt: str, side: int) -> torch.Tensor:
 def several_sizes(pipe, prompt: str, side: int) -> None:
     """Pictures of three sizes in one batch; the positions of the largest are stretched."""
     tokens = side // pipe.vae_scale_factor // pipe.patch_size  # along a side in training
-    images = pipe(
-        [prompt] * 3, width=[side, 2 * side, side], height=[side, side, side // 2],
-        rope_scaling=lumina.RopeScaling("ntk", base_size=tokens), schedule="rational:4",
-    ).images  # fmt: skip
+    scaling = lumina.RopeScaling("ntk", base_size=tokens)
+    sizes = {"width": [side, 2 * side, side], "height": [side, side, side // 2]}
+    images = pipe([prompt] * 3, **sizes, rope_scaling=scaling, schedule="rational:4").images
     for image in images:
         image.save(OUT / f"{type(pipe).__name__}-{image.width}x{image.height}.png")
 
