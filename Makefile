@@ -15,7 +15,7 @@ EVERY ?= 10
 AWAKE = n=0; while sleep $(EVERY) >/dev/null 2>&1 && kill -0 $$$$ 2>/dev/null; do \
 	n=$$((n + $(EVERY))); echo "[$$n s]"; done & trap "kill $$! 2>/dev/null" EXIT; set -e;
 
-.PHONY: install sample test lint bench FORCE
+.PHONY: install sample example-pipeline test lint bench FORCE
 
 install: .venv/all
 
@@ -47,6 +47,29 @@ install: .venv/all
 
 sample: .venv/drawing
 	@$(AWAKE) $(BIN)/python -m lumina demo --out samples/grid.png
+
+# What the pipelines of the released models need on top of that.
+.venv/pipelines: .venv/drawing
+	@echo "Installing diffusers, transformers and accelerate into .venv"
+	@$(AWAKE) export LUMINA_KERNELS_SKIP_CUDA_BUILD=1; $(PIP) --no-build-isolation -e ".[diffusers]"
+	@touch $@
+
+# The weights are random and the pictures noise; the way from the prompt to the file is the real one.
+TINY := samples/tiny
+DRAW = $(BIN)/python -m lumina sample "a red apple"
+NEXT = $(DRAW) --checkpoint $(TINY)/lumina_next
+example-pipeline: .venv/pipelines
+	@rm -rf $(TINY)
+	@$(AWAKE) (set -x; for family in lumina_next lumina2 z_image; do \
+	$(BIN)/python examples/tiny_checkpoint.py $$family $(TINY)/$$family; \
+	$(DRAW) --checkpoint $(TINY)/$$family --size 64x64 --out $(TINY)/$$family.png; done; \
+	$(NEXT) --region 0,0,0.5,1 "a cat" --region 0.5,0,1,1 "the sea" --out $(TINY)/regions.png; \
+	$(NEXT) --size 192x64 --tiled --rope ntk --stages --verbose --out $(TINY)/panorama.png; \
+	$(DRAW) --out $(TINY)/apple.png; \
+	$(BIN)/python -c "import PIL.Image as P; P.linear_gradient('L').rotate(90).save('$(TINY)/mask.png')"; \
+	$(NEXT) --size 128x128 --image $(TINY)/apple.png --strength 0.1 --out $(TINY)/img2img.png; \
+	$(NEXT) --size 128x128 --image $(TINY)/apple.png --mask $(TINY)/mask.png --out $(TINY)/inpainting.png)
+	@$(AWAKE) $(BIN)/python examples/text_to_image.py
 
 test: .venv/all
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile

@@ -88,6 +88,10 @@ def randomise(module: nn.Module) -> None:
             for name in ("to_q", "norm_q"):
                 same = getattr(layer.attn1, name).state_dict()
                 getattr(layer.attn2, name).load_state_dict(same)
+    if isinstance(module, diffusers.AutoencoderKL):  # latents as large as noise, as in the released
+        z = module.encode(torch.rand(1, 3, 64, 64) * 2 - 1).latent_dist.mode()
+        means = module.quant_conv.weight[: z.shape[1]]
+        means /= z.std() * module.config.scaling_factor
 
 
 def tokenizer(special: dict[str, str], first: str | None = None, chat: str | None = None):

@@ -43,6 +43,14 @@ def test_sample_installs_what_drawing_needs(make):
     )
 
 
+def test_example_pipeline_installs_the_libraries_of_pipelines_and_draws(make):
+    plan = make("-n", "example-pipeline").stdout
+    assert plan.count('--no-build-isolation -e ".[diffusers]"') == 1 and ".[dev]" not in plan
+    drawn = re.findall(r"python -m lumina sample .* --out samples/tiny/(\S+)\.png", plan)
+    assert drawn == ["$family", "regions", "panorama", "apple", "img2img", "inpainting"]
+    assert plan.splitlines()[-1].endswith("python examples/text_to_image.py")
+
+
 def test_test_installs_the_rest_and_the_cuda_kernels_for_every_architecture(make):
     plan = make("-n", "test").stdout
     (archs,) = re.findall('export TORCH_CUDA_ARCH_LIST="(.*?)"', plan)

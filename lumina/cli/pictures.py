@@ -100,7 +100,7 @@ def _options(args, pipe, height: int, width: int) -> dict:
         base = pipe.default_image_size // pipe.vae_scale_factor // pipe.patch_size
         base = None if args.rope == "none" else base
         options["rope_scaling"] = lumina.RopeScaling(args.rope, base_size=base)
-    if args.context_drop > 1:
+    if args.context_drop != 1:
         options["context_drop"] = lumina.ContextDrop(args.context_drop)
     if args.region:
         options["regions"] = [(_box(box), caption) for box, caption in args.region]

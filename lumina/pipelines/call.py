@@ -206,4 +206,6 @@ def _is_region(region) -> bool:
 def check_scale(name: str, value) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if value != value:
+        raise ValueError(f"{name} must be a number, got {value}")
     return float(value)
