@@ -19,7 +19,7 @@ import lumina_kernels
 from lumina import reference
 from lumina.cli import main
 from lumina.emoji.train import Trainer
-from lumina.models.next_dit.flops import forward_flops
+from lumina.models.flops import forward_flops
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from benchmarks.harness.case import Case, our_variants
 from benchmarks.harness.shapes import CPU, CUDA, LUMINA_NEXT, QUARTER
 from benchmarks.models.networks import on_backend, our_network, users_forward
 from lumina import ContextDrop
-from lumina.models.next_dit.flops import forward_flops
+from lumina.models.flops import forward_flops
 
 SHAPES = (
     QUARTER.but(layers=2, side=32, quick=True, devices=CPU),

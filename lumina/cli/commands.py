@@ -21,7 +21,7 @@ from lumina.emoji.names import Names, plain
 from lumina.emoji.pictures import check_picture, read_picture, save_picture
 from lumina.emoji.train import TrainConfig
 from lumina.emoji.train import train as run_training
-from lumina.models.next_dit.flops import forward_flops
+from lumina.models.flops import forward_flops
 from lumina.progress import progress
 from lumina.sampling.schedules import parse_schedule
 
@@ -162,7 +162,7 @@ def train(args) -> None:
 
 def info(args) -> None:
     model = lumina.load(args.checkpoint, dtype=None)
-    config, dtype = model.config, model.pad_token.dtype
+    config, dtype = model.config, model.dtype
     print(json.dumps(dataclasses.asdict(config), indent=2))
     count = sum(p.numel() for p in model.parameters())
     print(f"head_dim {config.head_dim}, FFN width {config.ffn_dim}, stored as {dtype}")

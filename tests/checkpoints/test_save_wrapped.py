@@ -23,6 +23,7 @@ from lumina.emoji.encoder import CaptionEncoder
 from lumina.models.next_dit.model import NextDiT
 
 FORMATS = ("lumina", "diffusers", "original")
+NAMES = "NextDiT or Lumina2 or ZImage"
 WQ = "layers.0.attention.wq"
 
 
@@ -210,10 +211,13 @@ REFUSED = {
     "cut": (cut, "layers.1.attention must have a plain gate to be saved, got nothing: save"),
     "wider": (wider, f"{WQ}.weight must have shape (48, 48) by the network's config, got (96, 48)"),
     "meta": (lambda m: m.to("meta"), "pad_token must be a plain tensor to be saved, got a tensor "),
-    "none": (lambda m: m.layers, "model must be or contain one NextDiT or Lumina2 or ZImage, got a ModuleList with 0"),
+    "none": (
+        lambda m: m.layers,
+        "model must be or contain one NextDiT or Lumina2 or ZImage, got a ModuleList with 0",
+    ),
     "two": (
         lambda m: nn.ModuleList([m, network()]),
-        "model must be or contain one NextDiT or Lumina2 or ZImage, got a ModuleList with 2",
+        f"model must be or contain one {NAMES}, got a ModuleList with 2",
     ),
 }
 

@@ -11,7 +11,7 @@ from networks import AUDIO, IMAGE, VIDEO, config, inputs, pair, randn
 from sampling_runs import draw, models
 
 from lumina import ContextDrop
-from lumina.models.next_dit.flops import forward_flops
+from lumina.models.flops import forward_flops
 from lumina.models.parts.windows import DroppedLayers, windows_of_layers
 from lumina.sampling.solvers import SOLVERS
 

@@ -9,8 +9,10 @@ from diffusers import Lumina2Transformer2DModel, ZImageTransformer2DModel
 from joint_networks import CONFIGS, NETWORKS, inputs
 from networks import cast, randomise
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 
 import lumina
+from lumina.cli import main
 
 FORMATS = ("lumina", "diffusers", "original", "comfyui")
 THEIRS = {"lumina2": Lumina2Transformer2DModel, "z_image": ZImageTransformer2DModel}
@@ -150,3 +152,17 @@ def test_refused_files(tmp_path):
         lumina.load(tmp_path / "newbie.safetensors")
     with pytest.raises(ValueError, match="ComfyUI has no NextDiT"):
         lumina.save(lumina.load(lumina.COMPACT), tmp_path / "x.safetensors", format="comfyui")
+
+
+@pytest.mark.parametrize("name", ["lumina2", "z_image"])
+def test_info(name, tmp_path, capsys):
+    """The command line tells sizes and FLOPs, as PyTorch counts those of a forward."""
+    ours = network(name)
+    lumina.save(ours, tmp_path / "w.safetensors")
+    assert main(["info", str(tmp_path / "w.safetensors"), "--size", "8x4", "--text", "35"]) == 0
+    said = capsys.readouterr().out
+    x, t = torch.zeros(1, 4, 4, 8), torch.zeros(1)
+    with FlopCounterMode(display=False) as counter:
+        ours(x, t, torch.zeros(1, 35, 20), torch.ones(1, 35).bool())
+    assert f"{counter.get_total_flops() / 1e9:.3f} GFLOP" in said
+    assert f"parameters {sum(p.numel() for p in ours.parameters()):,}" in said

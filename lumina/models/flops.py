@@ -7,18 +7,17 @@ from collections.abc import Sequence
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lumina.models.next_dit.config import NextDiTConfig
-from lumina.models.next_dit.model import NextDiT
+from lumina.models.families import FAMILIES, Config, name_of
 from lumina.models.parts.windows import DroppedLayers
 
 
 def forward_flops(
-    config: NextDiTConfig,
+    config: Config,
     size: Sequence[int],
     text: int,
     context_drop: DroppedLayers | None = None,
 ) -> int:
-    """FLOPs of the matrix products in one `NextDiT.forward` of one image, captions included.
+    """FLOPs of the matrix products in one forward of one image, captions included.
 
     A multiply-add is two. Norms, rotations, averages and softmax are not counted.
 
@@ -26,13 +25,13 @@ def forward_flops(
         config: sizes of the network.
         size: of a latent without batch and channels: (H, W), (T, H, W) or (L,).
         text: tokens of the caption.
-        context_drop: as for `NextDiT.forward`.
+        context_drop: as for the network's `forward`.
 
     Raises:
         ValueError: a size that does not fit the config.
     """
     with torch.device("meta"):
-        model = NextDiT(config, backend="torch")
+        model = FAMILIES[name_of(config)].network(config, backend="torch")
         x = torch.empty(1, config.in_channels, *size)
         feats, mask = torch.empty(1, text, config.cap_feat_dim), torch.ones(1, text).bool()
         with FlopCounterMode(display=False) as counter, torch.inference_mode():
