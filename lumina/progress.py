@@ -20,8 +20,14 @@ def progress(total: int | None, what: str, *, done: int = 0, shown: bool = True)
         shown: False shows nothing.
     """
     if not shown or sys.stderr.isatty():
-        return tqdm(total=total, initial=done, desc=what, disable=not shown)
+        return _Bar(total=total, initial=done, desc=what, disable=not shown)
     return _Lines(total, what, done)
+
+
+class _Bar(tqdm):
+    def update(self, n: float | None = 1) -> None:
+        """As tqdm, but without a result, which a callback would hand on."""
+        super().update(n)
 
 
 class _Lines:

@@ -6,14 +6,16 @@ well, the network's names then begin with `model.diffusion_model.`.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lumina.checkpoints.files import Stored, construct
 from lumina.checkpoints.state import expected_shapes, network_in, one_writer, plain_state
-from lumina.models.families import name_of
+from lumina.models.families import FAMILIES, Config, name_of
 from lumina.models.lumina2 import original as lumina2
 from lumina.models.parts.joint_shapes import joint_sizes
 from lumina.models.z_image.config import ZImageConfig
@@ -47,8 +49,24 @@ def save_comfyui(model: nn.Module, path: Path) -> None:
     config = network.config
     if name_of(config) == "next_dit":
         raise ValueError("format 'comfyui' is for Lumina2 and ZImage, ComfyUI has no NextDiT")
+    _check(path, config)
     with one_writer(model) as writes:
         state = plain_state(model, network, expected_shapes(config), writes)
         if writes:
             named = {PREFIX + name: tensor for name, tensor in state.items()}
             replace(path, lambda file: save_file(named, file, {"format": "pt"}))
+
+
+def _check(path: Path, config: Config) -> None:
+    """Refuse a config that is not what a reader takes the shapes for."""
+    with torch.device("meta"):
+        tensors = FAMILIES[name_of(config)].network(config).state_dict()
+    read = asdict(open_comfyui(path, tensors).config)
+    for name, value in asdict(config).items():
+        # The first two say the width of the FFN, which the shapes say too; the last one nothing.
+        if name in ("multiple_of", "ffn_dim_multiplier", "axes_lens"):
+            continue
+        if value != read[name]:
+            raise ValueError(
+                f"comfyui: {name} can only be {read[name]} in this format, got {value}"
+            )

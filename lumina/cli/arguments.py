@@ -189,7 +189,7 @@ def _add_sampling(sub: argparse.ArgumentParser) -> None:
         "--guidance",
         type=float,
         default=best["guidance"],
-        help="weight; 1 is off",
+        help="weight; 1 is off, of a Z-Image 0",
     )
     sub.add_argument(
         "--guidance-until", type=float, default=1.0, help="guide while t < this, in [0, 1]"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import resource
 import sys
 import time
 from pathlib import Path
@@ -92,10 +91,7 @@ def _options(args, pipe, height: int, width: int) -> dict:
     if args.guidance_until != 1 or args.guidance_renorm is not None:
         if args.guidance is None:
             raise ValueError("--guidance-until and --guidance-renorm need --guidance")
-        channels = 3 if type(pipe).__name__ == "LuminaPipeline" else None
-        options["guidance"] = lumina.Guidance(
-            args.guidance, channels, until=args.guidance_until, renorm=args.guidance_renorm
-        )
+        options["guidance"] = _guidance(type(pipe), args)
     if args.rope is not None:
         base = pipe.default_image_size // pipe.vae_scale_factor // pipe.patch_size
         base = None if args.rope == "none" else base
@@ -110,6 +106,20 @@ def _options(args, pipe, height: int, width: int) -> dict:
         with opened(args.mask) as picture:
             options["mask_image"] = picture.convert("L").resize((width, height))
     return options
+
+
+def _guidance(pipeline: type, args) -> lumina.Guidance:
+    """As the pipeline guides by itself, between these bounds."""
+    from lumina.pipelines import Lumina2Pipeline, LuminaPipeline, ZImagePipeline
+    from lumina.pipelines.lumina2 import RowGuidance
+
+    bounds = {"until": args.guidance_until, "renorm": args.guidance_renorm}
+    if issubclass(pipeline, ZImagePipeline):  # there it is what comes on top of the caption alone
+        return lumina.Guidance(1 + args.guidance, **bounds)
+    if issubclass(pipeline, LuminaPipeline):
+        return lumina.Guidance(args.guidance, channels=3, **bounds)
+    by_rows = issubclass(pipeline, Lumina2Pipeline) and args.guidance_renorm is None
+    return (RowGuidance if by_rows else lumina.Guidance)(args.guidance, **bounds)
 
 
 def _box(text: str) -> tuple[float, ...]:
@@ -142,6 +152,8 @@ def peak_memory() -> int:
         status = Path("/proc/self/status").read_text()
         return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status)[1])
     except (OSError, TypeError):
+        import resource  # not on every system
+
         unit = 1 if sys.platform == "darwin" else 1024
         return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 

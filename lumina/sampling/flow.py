@@ -78,8 +78,11 @@ class Flow:
         self._read(captions)
 
     def replace_captions(self, changes: dict[str, Tensor | None]) -> None:
-        """Other features from now on."""
-        self._read(replace(self.captions, **changes))
+        """Other features from now on, of as many captions."""
+        captions, B = replace(self.captions, **changes), len(self.captions.cap_feats)
+        if len(captions.cap_feats) != B:
+            raise ValueError(f"there must be {B} captions still, got {len(captions.cap_feats)}")
+        self._read(captions)
 
     def _read(self, captions: Captions) -> None:
         if self.guidance.needed and captions.neg_feats is None:
@@ -105,6 +108,10 @@ class Flow:
         pooled = {}
         if self.captions.pooled_feats is not None:
             pooled = dict(zip(("pooled_feats", "pooled_mask"), given("pooled"), strict=True))
+            if len(feats) == 1:  # one negative caption, and what conditions each picture
+                feats, mask = (
+                    z.expand(len(self.captions.cap_feats), *z.shape[1:]) for z in (feats, mask)
+                )
         return self.model(cap_feats=feats, cap_mask=mask, **pooled)
 
     def evaluate(self, t: float, x: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
@@ -130,7 +137,7 @@ class Flow:
         """x + dt * velocity(t, x), fused."""
         v = self.evaluate(t, x)
         if len(v) == len(x):
-            return x + dt * v
+            return torch.add(x, v.to(x.dtype), alpha=dt)
         scale, channels = self.guidance.scale, self.guidance.channels
         return guided_step(x, v, scale, dt, channels, backend=self.network.backend)
 
@@ -147,11 +154,14 @@ def _each(caption, change: Callable[[Tensor], Tensor]):
 
 def _stack(conditional, negative):
     """Both as one batch of 2B; the shorter text is padded, a single negative caption serves all."""
-    B, *tokens, T = conditional.mask.shape
-    if tokens and negative.mask.ndim == 2:  # every image token sees the negative caption
-        mask = negative.mask[:, None].expand(-1, *tokens, -1)
-        negative = replace(negative, mask=mask)
-    length = max(T, negative.mask.shape[-1])
+    B, tokens = len(conditional.mask), max(conditional.mask.ndim, negative.mask.ndim) == 3
+    if tokens:  # what has no mask for each token of the image is seen by all
+        L = next(c.mask.shape[1] for c in (conditional, negative) if c.mask.ndim == 3)
+        conditional, negative = (
+            c if c.mask.ndim == 3 else replace(c, mask=c.mask[:, None].expand(-1, L, -1))
+            for c in (conditional, negative)
+        )
+    length = max(conditional.mask.shape[-1], negative.mask.shape[-1])
     below = iter(_tensors(negative.padded(length)))
 
     def join(a: Tensor) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lumina.models.next_dit.model import NextDiT
 from lumina.models.parts.rope import RopeScaling
 from lumina.sampling.context_drop import ContextDrop
 from lumina.sampling.flow import Captions, Flow, network_of
@@ -95,22 +96,26 @@ def sample(
         latents: the noise itself, instead of drawing it.
         image: start from these data latents (image-to-image), noised to t = 1 - strength.
         strength: share of the time axis that is run from `image`; 1 starts from the noise.
-        mask: inpainting: 1 (or True) where the image is drawn anew, 0 where it stays, values
-            between mix; (1 or B, 1 or C, *size), or a list of B of (1 or C, *size_i). After every
-            step to a time t the rest is set to t * image + (1 - t) * noise, at the end to `image`.
+        mask: inpainting: 1 (or True) where the image is drawn anew, 0 where it stays; (1 or B,
+            1 or C, *size), or a list of B of (1 or C, *size_i). After every step to a time t the
+            latents become mask * latents + (1 - mask) * (t * image + (1 - t) * noise), so values
+            between 0 and 1 pull towards `image` in every step.
         rtol, atol: of dopri5.
         callback: called as callback(i, t, latents) after every step; with dopri5 for a batch of
-            one picture, i from 0 again for the next one. It may return a dict of what the next step
-            shall start from: `latents`, of the same shape, and `cap_feats`, `cap_mask`,
-            `neg_feats`, `neg_mask`.
+            one picture, i from 0 again for the next one. It returns None, or a dict of what the
+            next step shall start from: `latents`, of the same shape, and `cap_feats`, `cap_mask`,
+            `neg_feats`, `neg_mask`, of as many captions. It must not write to the latents.
         progress: show a bar.
 
     Raises:
         ValueError: arguments that do not fit each other or the model.
-        TypeError: features, latents or image are not floating.
+        TypeError: features, latents or image are not floating; a callback returns another thing
+            than None or a dict.
     """
     network = network_of(model)
     config = network.config
+    if pooled_feats is not None and not isinstance(network, NextDiT):
+        raise ValueError(f"pooled_feats are for a NextDiT, got a {type(network).__name__}")
     captions = Captions(cap_feats, cap_mask, neg_feats, neg_mask, pooled_feats, pooled_mask)
     B = len(cap_feats)
     sizes, common = picture_sizes(size, B, config)
@@ -150,15 +155,15 @@ def sample(
     with tqdm(total=total, unit="step", disable=not progress) as bar:
         for flow, part in runs:
 
-            def after_step(i: int, t: float, x, flow: Flow = flow, part: slice = part):
+            def hold(t: float, x, part: slice = part):
+                return kept(x, noised(image[part], noise[part], t), mask[part])
+
+            def after_step(i: int, t: float, x, flow: Flow = flow):
                 bar.update()
-                if mask is not None:
-                    x = kept(x, noised(image[part], noise[part], t), mask[part])
-                changes = dict(callback(i, t, x) or {}) if callback is not None else {}
-                if unknown := changes.keys() - CHANGES:
-                    raise ValueError(
-                        f"callback may return {', '.join(sorted(CHANGES))}, got {sorted(unknown)}"
-                    )
+                changes = None if callback is None else callback(i, t, x)
+                if changes is None:
+                    return None
+                changes = _checked(changes)
                 x = changes.pop("latents", x)
                 if changes:
                     flow.replace_captions(changes)
@@ -167,10 +172,21 @@ def sample(
             end, calls = solve(
                 flow.velocity, x[part], grid, solver, rtol=rtol, atol=atol, callback=after_step,
                 euler_step=flow.guided_euler if fused else None,
+                project=None if mask is None else hold,
             )  # fmt: skip
             ends.append(end)
             nfe += calls
     return Sample([z for end in ends for z in end] if ragged else torch.cat(ends), nfe)
+
+
+def _checked(changes) -> dict:
+    """What a callback returned, if it may."""
+    if not isinstance(changes, Mapping):
+        raise TypeError(f"callback must return None or a dict, got {type(changes).__name__}")
+    if unknown := changes.keys() - CHANGES:
+        known = ", ".join(sorted(CHANGES))
+        raise ValueError(f"callback may return {known}, got {sorted(unknown)}")
+    return dict(changes)
 
 
 def _check(guidance: Guidance, channels: int, strength: float, image, mask) -> None:

@@ -32,6 +32,7 @@ def solve(
     atol: float = 1e-3,
     callback: Callable | None = None,
     euler_step: Callable | None = None,
+    project: Callable | None = None,
 ) -> tuple[Tensor | list[Tensor], int]:
     """Integrate dx/dt = velocity(t, x) from grid[0] to grid[-1].
 
@@ -53,9 +54,12 @@ def solve(
             error / (atol + rtol max(|x|, |x_new|)) over all elements of all tensors is at most 1.
             That number is read back to the host.
         callback: called as callback(i, t, x) after step i = 0, 1, ..., with the state x at time t.
-            What it returns, unless None, is the state from there on; it must have the same shapes.
+            What it returns, unless None, is the state from there on, of the same shapes, and the
+            velocity may be another one: no slope of before is used.
         euler_step: "euler" only: computes (t, dt, x) -> x + dt * velocity(t, x) in place of a call
             of the velocity; x and the result have the dtype of the state, float32 or float64.
+        project: computes (t, x) -> x after every step, before the callback, to hold x where it has
+            to be.
 
     Returns:
         State at grid[-1], a tensor or a list, in the dtype of x, and the number of velocity calls.
@@ -73,7 +77,7 @@ def solve(
     times = check_solver(solver, grid, rtol, atol)
     if euler_step is not None and solver != "euler":
         raise ValueError(f"euler_step is for solver 'euler', got {solver!r}")
-    system = _System(velocity, x, callback, euler_step)
+    system = _System(velocity, x, callback, euler_step, project)
     state = system.start(x)
     if solver == "dopri5":
         state = _dopri5(system, state, times[0], times[-1], rtol, atol)
@@ -83,7 +87,7 @@ def solve(
         euler = _euler if euler_step is None else _System.euler
         step = {"euler": euler, "midpoint": _midpoint, "heun": _heun, "rk4": _rk4}[solver]
         for t, end in zip(times[:-1], times[1:], strict=True):
-            state = system.accept(end, step(system, state, t, end))
+            state, _ = system.accept(end, step(system, state, t, end))
     return system.external(state), system.nfe
 
 
@@ -108,8 +112,10 @@ class _System:
         x: Tensor | Sequence[Tensor],
         callback: Callable | None,
         euler_step: Callable | None,
+        project: Callable | None,
     ):
         self._velocity, self._callback, self._euler_step = velocity, callback, euler_step
+        self._project = project
         self._single = isinstance(x, Tensor)
         tensors = [x] if self._single else list(x)
         if not tensors:
@@ -149,22 +155,25 @@ class _System:
         # A copy: a CUDA graph returns the same buffer every time, and several solvers look back.
         return [k.to(x.dtype, copy=True) for k, x in zip(v, state, strict=True)]
 
-    def accept(self, t: float, state: State) -> State:
-        """The state after a step, which the callback may have replaced."""
+    def accept(self, t: float, state: State) -> tuple[State, bool]:
+        """The state after a step, and whether the callback replaced it."""
         step, self._steps = self._steps, self._steps + 1
+        if self._project is not None:
+            state = self._like(state, self._project(t, self.external(state)), "project")
         if self._callback is None:
-            return state
-        given = self.external(state)
-        returned = self._callback(step, t, given)
-        if returned is None or returned is given:
-            return state
-        tensors = [returned] if isinstance(returned, Tensor) else list(returned)
-        if [x.shape for x in tensors] != self._shapes:
-            expected, got = (
-                [tuple(s) for s in z] for z in (self._shapes, (x.shape for x in tensors))
-            )
-            raise ValueError(f"callback must return shapes {expected}, got {got}")
-        return [x.to(old) for x, old in zip(tensors, state, strict=True)]
+            return state, False
+        returned = self._callback(step, t, self.external(state))
+        if returned is None:
+            return state, False
+        return self._like(state, returned, "callback"), True
+
+    def _like(self, state: State, x: Tensor | Sequence[Tensor], name: str) -> State:
+        tensors = [x] if isinstance(x, Tensor) else list(x)
+        shapes = [z.shape for z in tensors]
+        if shapes != self._shapes:
+            expected, got = ([tuple(s) for s in z] for z in (self._shapes, shapes))
+            raise ValueError(f"{name} must return shapes {expected}, got {got}")
+        return [z.to(old) for z, old in zip(tensors, state, strict=True)]
 
 
 def _add(state: State, *terms: tuple[float, State]) -> State:
@@ -213,8 +222,8 @@ def _ab2(f: _System, x: State, times: list[float]) -> State:
         else:
             half = h / h_before / 2
             x = _add(x, (h * (1 + half), v), (-h * half, before))
-        before, h_before = v, h
-        x = f.accept(end, x)
+        x, replaced = f.accept(end, x)
+        before, h_before = (None, None) if replaced else (v, h)
     return x
 
 
@@ -261,8 +270,9 @@ def _dopri5(f: _System, x: State, t: float, end: float, rtol: float, atol: float
         )
         size = _rms(error, x, stage, rtol, atol)
         if size <= 1:
-            t, x, first = t_new, f.accept(t_new, stage), k[-1]
-            if x is not stage and t < end:
+            t, first = t_new, k[-1]
+            x, replaced = f.accept(t, stage)
+            if (replaced or x is not stage) and t < end:
                 first = f(t, x)
             h *= min(grow, 0.9 * size**-0.2) if size > 0 else grow
             grow = 10.0

@@ -98,8 +98,40 @@ def test_captions_of_the_callback(part):
     assert (out - draw(**after).latents).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("solver", ["dopri5", "ab2", "heun"])
+def test_no_slope_of_other_captions(solver):
+    """Solvers that keep a slope from the step before start anew, at the callback's time."""
+    feats, mask, negative, negative_mask = captions()
+    texts = feats[:1], mask[:1], negative[:1], negative_mask[:1]
+    changed = []
+
+    def callback(i, t, x):
+        if not changed and t < 1:
+            changed.append(t)
+            return {"cap_feats": -feats[:1]}
+
+    given = dict(solver=solver, rtol=1e-8, atol=1e-8, schedule="uniform", steps=4)
+    out = draw(texts=texts, latents=noise()[:1], callback=callback, **given)
+    grids = torch.tensor([0.0, changed[0]]), torch.linspace(0, 1, 5)[1:]
+    if solver == "dopri5":
+        grids = grids[0], torch.tensor([changed[0], 1.0])
+    x = noise()[:1]
+    for sign, grid in zip((1, -1), grids, strict=True):
+        grid = grid.double()
+        given |= dict(schedule=lambda _, g=grid: g)
+        x = draw(texts=(sign * texts[0], *texts[1:]), latents=x, **given).latents
+    bound = 1e-5 if solver == "dopri5" else 1e-10
+    torch.testing.assert_close(out.latents, x, rtol=0, atol=bound)
+
+
 def test_refused_changes():
     for changes, match in (
+        (True, "callback must return None or a dict, got bool"),
+        (noise(), "callback must return None or a dict, got Tensor"),
+        (
+            {"cap_feats": torch.zeros(4, 5, 24), "neg_feats": None},
+            "there must be 2 captions still, got 4",
+        ),
         ({"text": 1}, r"callback may return cap_feats, .* got \['text'\]"),
         ({"latents": noise()[:1]}, "callback must return shapes"),
         ({"neg_feats": torch.zeros(3, 2, 24)}, "there must be 1 or 2 negative captions, got 3"),
@@ -212,3 +244,40 @@ def test_joint_pictures_of_several_sizes():
             ours, feats[i : i + 1], mask[i : i + 1], size=sizes[i], latents=x[i][None], **given
         )
         assert_same(both[i], alone.latents[0])
+
+
+@pytest.mark.parametrize("solver", ["euler", "dopri5"])
+@pytest.mark.parametrize("negatives", [1, 2])
+@pytest.mark.parametrize("pooled", [1, 2])
+def test_pooled_captions(pooled, negatives, solver):
+    """One for all or one for each, in any combination with the negative captions."""
+    feats, mask, negative, negative_mask = captions()
+    texts = feats, mask, negative[:negatives], negative_mask[:negatives]
+    more, seen = randn(2, 4, 24)[:pooled], torch.ones(pooled, 4).bool().to(DEVICE)
+    given = dict(solver=solver, rtol=1e-6, atol=1e-6)
+    both = draw(texts=texts, pooled_feats=more, pooled_mask=seen, **given).latents
+    for i in range(2):
+        one = lambda z, i=i: z[i : i + 1] if len(z) == 2 else z  # noqa: E731
+        alone = draw(
+            texts=tuple(map(one, texts)), latents=noise()[i : i + 1], pooled_feats=one(more),
+            pooled_mask=one(seen), **given,
+        )  # fmt: skip
+        assert_same(both[i : i + 1], alone.latents)
+    with pytest.raises(ValueError, match="pooled_feats are for a NextDiT, got a Lumina2"):
+        lumina.sample(
+            joint_pair("lumina2")[0], randn(1, 3, 20), size=(4, 4), guidance=1.0,
+            pooled_feats=randn(1, 3, 20),
+        )  # fmt: skip
+
+
+def test_regions_beside_a_mask_for_all():
+    """The caption or the negative one by token, the other for all tokens."""
+    feats, mask, negative, negative_mask = captions()
+    by_token = torch.rand(2, 6, 5, device=DEVICE) < 0.6
+    for texts in (
+        (feats, by_token, negative, negative_mask),
+        (negative, negative_mask, feats, by_token),
+    ):
+        expanded = [m if m.ndim == 3 else m[:, None].expand(-1, 6, -1) for m in texts[1::2]]
+        same = (texts[0], expanded[0], texts[2], expanded[1])
+        assert_same(draw(texts=texts).latents, draw(texts=same).latents)

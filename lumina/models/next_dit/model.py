@@ -158,11 +158,19 @@ class NextDiT(nn.Module):
             # A masked key has weight 0, but 0 * NaN is NaN, and an encoder's padding may hold NaN.
             cap_feats = cap_feats.masked_fill(~seen[..., None], 0)
             if pooled_feats is None:
+                if pooled_mask is not None:
+                    raise ValueError("pooled_mask needs pooled_feats")
                 pooled = self._pooled(cap_feats, seen)
             else:
                 check_features("pooled", pooled_feats, pooled_mask, self.config.cap_feat_dim)
                 rest = pooled_feats.masked_fill(~pooled_mask[..., None], 0)
-                pooled = self._pooled(rest, pooled_mask).expand(len(cap_feats), -1)
+                pooled = self._pooled(rest, pooled_mask)
+                if cap_feats.shape[0] % pooled.shape[0]:
+                    raise ValueError(
+                        f"pooled_feats must be of 1 or as many images as there are, "
+                        f"got {pooled.shape[0]} for {cap_feats.shape[0]} captions"
+                    )
+                pooled = repeated(pooled, cap_feats.shape[0] // pooled.shape[0])
             texts = [cap_feats] * len(self.layers)
         if x is None and t is None:
             keys, values = zip(

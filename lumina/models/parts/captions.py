@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from torch import Tensor, bool
+import torch
+from torch import Tensor
 
 
 def check_features(
@@ -16,7 +17,7 @@ def check_features(
         raise ValueError(f"{kind}_feats need a {kind}_mask, got None")
     B, T, _ = feats.shape
     fits = mask.shape == (B, T) or by_token and mask.ndim == 3 and mask.shape[::2] == (B, T)
-    if not fits or mask.dtype != bool:
+    if not fits or mask.dtype != torch.bool:
         more = f" or {(B, 'L', T)}".replace("'", "") if by_token else ""
         raise ValueError(
             f"{kind}_mask must be bool of shape {(B, T)}{more}, "

@@ -148,7 +148,7 @@ class JointTransformer(nn.Module):
             caption = self._caption(cap_feats, cap_mask)
         if x is None and t is None:
             return caption
-        n = captions_of_each(x, t, len(caption.mask))
+        n = captions_of_each(x, t, caption.mask.shape[0])
         tokens = to_tokens(x, self.config)
         h = self.x_embedder(tokens.patches)
         images = Images(h, tokens, t, *self._conditions(t, h.dtype))
@@ -181,7 +181,7 @@ class JointTransformer(nn.Module):
         """After the blocks over the image alone, which lies at `place` (B,); with its padding."""
         h, padding = images.h, self._padding(images.tokens)
         if padding is not None:
-            h = torch.cat([h, padding[0].expand(len(h), -1, -1)], 1)
+            h = torch.cat([h, padding[0].expand(h.shape[0], -1, -1)], 1)
         where, mask = self._positions(images, place)
         geometry = Geometry(self._rope(where, images, scaling), mask, None)
         h = self._run(self.noise_refiner, h, images.c, geometry)
@@ -213,7 +213,7 @@ class JointTransformer(nn.Module):
 
     def _positions(self, images: Images, place: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """(B, L + P, 3) of the image's tokens and its padding, and which of them are attended."""
-        tokens, B = images.tokens, len(images.t)
+        tokens, B = images.tokens, images.t.shape[0]
         L, mask, padding = tokens.patches.shape[1], tokens.mask, self._padding(tokens)
         where = tokens.positions.expand(B, L, 3)
         if place is not None:

@@ -1,6 +1,7 @@
 """Lumina-Image 2.0 and Z-Image on disk: formats bit for bit, and diffusers' classes on them."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -166,3 +167,22 @@ def test_info(name, tmp_path, capsys):
         ours(x, t, torch.zeros(1, 35, 20), torch.ones(1, 35).bool())
     assert f"{counter.get_total_flops() / 1e9:.3f} GFLOP" in said
     assert f"parameters {sum(p.numel() for p in ours.parameters()):,}" in said
+
+
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("z_image", dict(axes_dims=(16, 8, 8)), r"axes_dims can only be \(8, 12, 12\)"),
+        ("z_image", dict(rope_theta=1e4), "rope_theta can only be 256.0 .* got 10000.0"),
+        ("z_image", dict(t_scale=1.0), "t_scale can only be 1000.0"),
+        ("z_image", dict(patch_size=4, in_channels=4), "patch_size can only be 2"),
+        ("lumina2", dict(axes_dims=(12, 8, 4)), r"axes_dims can only be \(8, 8, 8\)"),
+        ("lumina2", dict(norm_eps=1e-3), "norm_eps can only be 1e-05"),
+        ("lumina2", dict(rope_theta=100.0), "rope_theta can only be 10000.0"),
+    ],
+)
+def test_comfyui_has_no_place_for(name, change, message, tmp_path):
+    config = replace(CONFIGS[name], **change)
+    with pytest.raises(ValueError, match=message):
+        lumina.save(NETWORKS[type(config)](config), tmp_path / "x", format="comfyui")
+    assert not (tmp_path / "x").exists()
