@@ -145,6 +145,23 @@ def test_options_reach_the_pipeline(
     assert np.abs(pixels - plain).mean() > 0.5
 
 
+def test_masks_of_other_kinds(folders, files, tmp_path):
+    """Grey of 16 bits counts as grey, and what is transparent is drawn anew."""
+    image = ("--image", files / "image.png")
+    wanted = drawn(folders["lumina_next"], tmp_path / "a.png", PROMPT, *SMALL, *image, "--mask",
+                   files / "mask.png")  # fmt: skip
+    deep = np.full((64, 64), 30000, dtype=np.uint16)  # darker than half
+    deep[:, 32:] = 40000
+    clear = np.zeros((64, 64, 2), dtype=np.uint8)  # black, and its alpha
+    clear[:, :32, 1] = 255
+    for i, kind in enumerate((deep, clear)):
+        mask = tmp_path / f"{i}.png"
+        PIL.Image.fromarray(kind).save(mask)
+        options = [*SMALL, *image, "--mask", mask]
+        pixels = drawn(folders["lumina_next"], tmp_path / "b.png", PROMPT, *options)
+        assert (pixels == wanted).all()
+
+
 @pytest.mark.parametrize("family", ("lumina2", "z_image"))
 def test_guidance_of_all_channels(family, folders, pipes, tmp_path):
     options = "--guidance 7 --guidance-until 0.5 --guidance-renorm 1".split()

@@ -11,7 +11,7 @@ import torch
 
 import lumina
 from lumina.checkpoints.files import read_safetensors
-from lumina.emoji.pictures import check_picture, opened, read_picture, save_picture
+from lumina.emoji.pictures import check_picture, read_picture, save_picture
 from lumina.progress import progress
 from lumina_kernels.output import check_output
 
@@ -106,8 +106,8 @@ def _options(args, pipe, height: int, width: int) -> dict:
     if args.image is not None:
         options["image"] = (read_picture(args.image, (height, width)) + 1) / 2
     if args.mask is not None:
-        with opened(args.mask) as picture:
-            options["mask_image"] = picture.convert("L").resize((width, height))
+        mask = read_picture(args.mask, (height, width))
+        options["mask_image"] = (mask.mean(0, keepdim=True) + 1) / 2
     return options
 
 
