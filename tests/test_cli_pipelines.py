@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -325,6 +326,17 @@ def test_options_of_pipelines_with_a_model_that_has_none(tmp_path, monkeypatch, 
         for checkpoint in (lumina.COMPACT, ours):
             said = refused(capsys, "--checkpoint", checkpoint, *option.split())
             assert f"{option.split()[0]} is for pipelines, {checkpoint} has none" in said
+
+
+def test_the_libraries_say_nothing(folders, tmp_path):
+    """Of what they load when they are first imported."""
+    command = [sys.executable, "-m", "lumina", "sample", "a", *SMALL, "--out", tmp_path / "a.png"]
+    done = subprocess.run(
+        [*command, "--checkpoint", folders["lumina_next"]], capture_output=True, text=True,
+        cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith("s, LuminaPipeline\n") and done.stdout.count("\n") == 1
 
 
 def test_weights_of_nan_fail_in_one_line(folders, tmp_path, monkeypatch, capsys):
