@@ -57,7 +57,8 @@ def check_mask(name: str, tensor: Tensor | None, device: torch.device, *shapes: 
 def check_shape(name: str, tensor: Tensor, device: torch.device, *shapes: tuple) -> None:
     """`tensor` is on `device` and has one of `shapes`."""
     _check_is_tensor(name, tensor)
-    if tensor.shape not in shapes:
+    # Only of the same rank: comparing (B, L, 3) with (L, 3) would tell an export that B is not L.
+    if not any(tensor.ndim == len(shape) and tensor.shape == shape for shape in shapes):
         rule = " or ".join(str(tuple(shape)) for shape in shapes)
         raise ValueError(f"{name} must have shape {rule}, got {tuple(tensor.shape)}")
     if tensor.device != device:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -143,6 +144,23 @@ def test_options_reach_the_pipeline(
     assert_same(pixels, expected(pipes["lumina_next"], **arguments))
     plain = expected(pipes["lumina_next"], height=size[0], width=size[1])
     assert np.abs(pixels - plain).mean() > 0.5
+
+
+def test_masks_of_other_kinds(folders, files, tmp_path):
+    """Grey of 16 bits counts as grey, and what is transparent is drawn anew."""
+    image = ("--image", files / "image.png")
+    wanted = drawn(folders["lumina_next"], tmp_path / "a.png", PROMPT, *SMALL, *image, "--mask",
+                   files / "mask.png")  # fmt: skip
+    deep = np.full((64, 64), 30000, dtype=np.uint16)  # darker than half
+    deep[:, 32:] = 40000
+    clear = np.zeros((64, 64, 2), dtype=np.uint8)  # black, and its alpha
+    clear[:, :32, 1] = 255
+    for i, kind in enumerate((deep, clear)):
+        mask = tmp_path / f"{i}.png"
+        PIL.Image.fromarray(kind).save(mask)
+        options = [*SMALL, *image, "--mask", mask]
+        pixels = drawn(folders["lumina_next"], tmp_path / "b.png", PROMPT, *options)
+        assert (pixels == wanted).all()
 
 
 @pytest.mark.parametrize("family", ("lumina2", "z_image"))
@@ -308,6 +326,17 @@ def test_options_of_pipelines_with_a_model_that_has_none(tmp_path, monkeypatch, 
         for checkpoint in (lumina.COMPACT, ours):
             said = refused(capsys, "--checkpoint", checkpoint, *option.split())
             assert f"{option.split()[0]} is for pipelines, {checkpoint} has none" in said
+
+
+def test_the_libraries_say_nothing(folders, tmp_path):
+    """Of what they load when they are first imported."""
+    command = [sys.executable, "-m", "lumina", "sample", "a", *SMALL, "--out", tmp_path / "a.png"]
+    done = subprocess.run(
+        [*command, "--checkpoint", folders["lumina_next"]], capture_output=True, text=True,
+        cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith("s, LuminaPipeline\n") and done.stdout.count("\n") == 1
 
 
 def test_weights_of_nan_fail_in_one_line(folders, tmp_path, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 import time
@@ -11,7 +12,7 @@ import torch
 
 import lumina
 from lumina.checkpoints.files import read_safetensors
-from lumina.emoji.pictures import check_picture, opened, read_picture, save_picture
+from lumina.emoji.pictures import check_picture, read_picture, save_picture
 from lumina.progress import progress
 from lumina_kernels.output import check_output
 
@@ -63,9 +64,7 @@ def _pipeline(args):
         for name in ("text_encoder", "tokenizer", "vae")
         if (given := getattr(args, name)) is not None
     }
-    from lumina.pipelines import Pipeline  # its libraries take seconds to load
-
-    _hush()
+    Pipeline = _import()
     pipe = Pipeline.from_pretrained(
         args.checkpoint, dtype=DTYPES[args.dtype or "fp32"], device_map=args.device,
         stages=bool(args.stages), backend=None if args.backend == "auto" else args.backend, **parts,
@@ -103,8 +102,8 @@ def _options(args, pipe, height: int, width: int) -> dict:
     if args.image is not None:
         options["image"] = (read_picture(args.image, (height, width)) + 1) / 2
     if args.mask is not None:
-        with opened(args.mask) as picture:
-            options["mask_image"] = picture.convert("L").resize((width, height))
+        mask = read_picture(args.mask, (height, width))
+        options["mask_image"] = (mask.mean(0, keepdim=True) + 1) / 2
     return options
 
 
@@ -130,13 +129,20 @@ def _box(text: str) -> tuple[float, ...]:
     return left, top, right, bottom
 
 
-def _hush() -> None:
-    """The libraries' bars, of which one is for every file of weights."""
-    import diffusers
-    import transformers
+def _import() -> type:
+    """The pipelines, whose libraries take seconds to load, without what these say: a bar for every
+    file of weights, and which optional packages they could use."""
+    logging.disable(logging.WARNING)
+    try:
+        import diffusers
+        import transformers
 
+        from lumina.pipelines import Pipeline
+    finally:
+        logging.disable(logging.NOTSET)
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
+    return Pipeline
 
 
 def _peak(device: str) -> str:

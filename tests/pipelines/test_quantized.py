@@ -45,4 +45,4 @@ def test_quantised_weights(family, dtype, rule, ours):
             weight = nn.Parameter(linear.weight.dequantize(), requires_grad=False)
             network.get_submodule(name).weight = weight
     rounded = draw(with_network(ours[family], network), PROMPTS)
-    assert away(got, rounded) < (1e-5 if dtype == torch.float32 else 0.03)
+    assert away(got, rounded) < (1e-5 if dtype == torch.float32 else 0.06)
