@@ -21,6 +21,8 @@ from lumina.cli import main
 from lumina.emoji.train import Trainer
 from lumina.models.flops import forward_flops
 
+ROOT = Path(__file__).resolve().parent.parent
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
@@ -314,6 +316,27 @@ def test_help_tells_defaults_and_units():
     assert python("-c", script, "--help").stdout.startswith("usage: lumina ")
     version = python("-m", "lumina", "--version", check=True).stdout
     assert version == f"lumina-kernels {lumina_kernels.__version__}, torch {torch.__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["sample apple", "sample apple --checkpoint tiny"])
+def test_on_a_terminal(command, checkpoint, tmp_path):
+    """The bars' own updates, of which some return something, are no changes of a callback."""
+    import pty
+
+    if "tiny" in command:
+        path = [str(ROOT), str(ROOT / "examples")]
+        write = f"import sys; sys.path[:0] = {path}; import tiny_checkpoint as t; t.write('z_image', 'tiny')"
+        python("-c", write, cwd=tmp_path, check=True)
+    terminal, ours = pty.openpty()
+    slow = "from lumina.models.parts.patches import to_images as f; import time, lumina.models.parts.joint_model as m; m.to_images = lambda *a: (time.sleep(0.2), f(*a))[1]; "
+    script = f"{slow}from lumina.cli import main; raise SystemExit(main({command.split()!r}))"
+    done = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=tmp_path, stderr=ours, stdout=ours,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm"},
+    )  # fmt: skip
+    assert done.wait(120) == 0
+    os.close(terminal), os.close(ours)
+    assert (tmp_path / "out.png").exists()
 
 
 def test_what_stdout_cannot_take():

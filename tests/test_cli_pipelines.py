@@ -167,8 +167,20 @@ def test_masks_of_other_kinds(folders, files, tmp_path):
 def test_guidance_of_all_channels(family, folders, pipes, tmp_path):
     options = "--guidance 7 --guidance-until 0.5 --guidance-renorm 1".split()
     pixels = drawn(folders[family], tmp_path / "a.png", PROMPT, *SMALL, *options)
-    rule = lumina.Guidance(7, until=0.5, renorm=1.0)
+    scale = 8 if family == "z_image" else 7  # there it comes on top of the caption alone
+    rule = lumina.Guidance(scale, until=0.5, renorm=1.0)
     assert_same(pixels, expected(pipes[family], guidance=rule))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bounds_of_guidance_that_bound_nothing(family, folders, tmp_path):
+    """Naming them does not change what --guidance means."""
+    options = [*SMALL, "--guidance", "4"]
+    plain = drawn(folders[family], tmp_path / "a.png", PROMPT, *options)
+    bounded = drawn(
+        folders[family], tmp_path / "b.png", PROMPT, *options, "--guidance-until", "0.999"
+    )
+    assert (plain == bounded).all()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -6,8 +6,8 @@ from torch import nn
 from benchmarks.harness.case import Case, our_variants
 from benchmarks.harness.shapes import CPU, CUDA, LUMINA_NEXT, QUARTER
 from benchmarks.models.networks import on_backend, our_network, users_network
-from lumina.models.next_dit.block import Geometry
 from lumina.models.flops import forward_flops
+from lumina.models.parts.geometry import Geometry
 from lumina.models.parts.norms import residual_sum
 from lumina.models.parts.rope import positions, rope_axes, rope_frequencies
 
