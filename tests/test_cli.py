@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -318,18 +319,31 @@ def test_help_tells_defaults_and_units():
     assert version == f"lumina-kernels {lumina_kernels.__version__}, torch {torch.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["sample apple", "sample apple --checkpoint tiny"])
-def test_on_a_terminal(command, checkpoint, tmp_path):
+# So slow that tqdm draws its bar in every step.
+SLOW = """
+import time
+import lumina.models.parts.joint_model as model
+from lumina.cli import main
+quick = model.to_images
+def slow(*arguments):
+    time.sleep(0.2)
+    return quick(*arguments)
+model.to_images = slow
+"""
+
+
+@pytest.mark.parametrize(
+    "command", ["sample apple", "sample apple --checkpoint tiny --size 64x64 --steps 3"]
+)
+def test_on_a_terminal(command, tmp_path, monkeypatch):
     """The bars' own updates, of which some return something, are no changes of a callback."""
     import pty
 
     if "tiny" in command:
-        path = [str(ROOT), str(ROOT / "examples")]
-        write = f"import sys; sys.path[:0] = {path}; import tiny_checkpoint as t; t.write('z_image', 'tiny')"
-        python("-c", write, cwd=tmp_path, check=True)
+        monkeypatch.syspath_prepend(ROOT / "examples")
+        import_module("tiny_checkpoint").write("z_image", tmp_path / "tiny")
     terminal, ours = pty.openpty()
-    slow = "from lumina.models.parts.patches import to_images as f; import time, lumina.models.parts.joint_model as m; m.to_images = lambda *a: (time.sleep(0.2), f(*a))[1]; "
-    script = f"{slow}from lumina.cli import main; raise SystemExit(main({command.split()!r}))"
+    script = SLOW + f"raise SystemExit(main({command.split()!r}))"
     done = subprocess.Popen(
         [sys.executable, "-c", script], cwd=tmp_path, stderr=ours, stdout=ours,
         env={**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm"},

@@ -5,9 +5,11 @@ import os
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -31,7 +33,25 @@ ELSEWHERE = {
     "pip install -e .": ("Makefile",),
     "python -m lumina train runs/mine": ("tests/test_cli.py", "tests/emoji/test_train.py"),
     "python -m lumina evaluate": ("tests/emoji/test_evaluate.py",),
+    "make example-pipeline": ("tests/test_make.py",),
 }
+
+
+# Released models, which are not here -> a tiny one of the family stands in.
+MODELS = {
+    "Z-Image-Turbo": "z_image",
+    "Lumina-Image-2.0": "lumina2",
+    "Lumina-Next-SFT-diffusers": "lumina_next",
+}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    write = import_module("tiny_checkpoint").write
+    for name, family in MODELS.items():
+        write(family, tmp_path / name)
+    return tmp_path
 
 
 def lines_of(block):
@@ -59,7 +79,7 @@ def drawn(folder, name, columns):
     return [emoji.captions["en"][i] for i in found]
 
 
-def test_every_command_runs(tmp_path):
+def test_every_command_runs(folder, tmp_path):
     """In one shell: what `. .venv/bin/activate` does stays done."""
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     activate = f'PATH="{Path(sys.executable).parent}:$PATH"\n'
@@ -81,7 +101,7 @@ def test_every_command_runs(tmp_path):
     assert "backend=None on cpu takes" in done.stdout
 
 
-def test_every_python_block_runs(tmp_path, monkeypatch):
+def test_every_python_block_runs(folder, tmp_path, monkeypatch):
     """In one namespace, as in a notebook."""
     monkeypatch.chdir(tmp_path)
     names = {}
