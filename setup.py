@@ -147,7 +147,7 @@ class Build(build_ext):
             good, bad = architectures(nvcc)
             if bad:
                 say(f"architectures that are skipped: {', '.join(bad)}")
-            say(f"the CUDA kernels are built for {', '.join(good)}, half a minute for each")
+            say(f"the CUDA kernels are built for {', '.join(good)}, a minute for each")
             sources.append(_source_of_names(good, folder))
             nvcc_command = [nvcc, *NVCC_FLAGS, *arch_flags(good)]
         (folder / "build.ninja").write_text(_ninja_file(sources, target, nvcc_command))

@@ -332,18 +332,17 @@ model.to_images = slow
 """
 
 
-@pytest.mark.parametrize(
-    "command", ["sample apple", "sample apple --checkpoint tiny --size 64x64 --steps 3"]
-)
-def test_on_a_terminal(command, tmp_path, monkeypatch):
+@pytest.mark.parametrize("options", ["", "--checkpoint tiny --size 64x64 --steps 3"])
+def test_on_a_terminal(options, tmp_path, monkeypatch):
     """The bars' own updates, of which some return something, are no changes of a callback."""
     import pty
 
-    if "tiny" in command:
+    command = ["sample", "apple", *options.split()]
+    if options:
         monkeypatch.syspath_prepend(ROOT / "examples")
         import_module("tiny_checkpoint").write("z_image", tmp_path / "tiny")
     terminal, ours = pty.openpty()
-    script = SLOW + f"raise SystemExit(main({command.split()!r}))"
+    script = SLOW + f"raise SystemExit(main({command!r}))"
     done = subprocess.Popen(
         [sys.executable, "-c", script], cwd=tmp_path, stderr=ours, stdout=ours,
         env={**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm"},
