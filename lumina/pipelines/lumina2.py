@@ -107,7 +107,7 @@ class Lumina2Pipeline(Pipeline):
             cfg_trunc_ratio: share of the steps, the first ones, that are guided.
             cfg_normalization: give the guided velocity the norm of the caption's, row by row.
         """
-        ours = Options(**ours)
+        ours = Options.of(type(self), ours)
         call = Call(
             prompt=prompt,
             negative_prompt=negative_prompt,

@@ -109,7 +109,7 @@ class LuminaPipeline(Pipeline):
             TypeError, ValueError: an argument of another kind, or that does not fit.
             FloatingPointError: the network or the VAE overflows.
         """
-        ours = Options(**ours)
+        ours = Options.of(type(self), ours)
         call = Call(
             prompt=prompt,
             negative_prompt=negative_prompt,

@@ -62,9 +62,17 @@ def make_plan(pipe, call: Call, ours: Options) -> Plan:
         raise ValueError("pictures need a vae, this pipeline has none: output_type='latent'")
     image = mask = None
     if ours.image is not None:
-        image = pictures.prepare(ours.image, pixels, pipe.image_processor, "image")
+        if call.sigmas is not None and grid[0] != 0:
+            got = call.sigmas[0]
+            raise ValueError(
+                f"with an image, sigmas must begin at 1, got {got}: strength is what says where "
+                "to start"
+            )
+        image = pictures.prepare(ours.image, call.batch, pixels, pipe.image_processor, "image")
     if ours.mask_image is not None:
-        mask = pictures.prepare(ours.mask_image, pixels, pipe.mask_processor, "mask_image")
+        mask = pictures.prepare(
+            ours.mask_image, call.batch, pixels, pipe.mask_processor, "mask_image"
+        )
         mask = [pictures.redrawn(each, factor) for each in mask]
     ran = grid if image is None else start_at(grid, ours.start)
     check_solver(ours.solver, ran, ours.rtol, ours.atol)

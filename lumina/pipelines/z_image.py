@@ -79,7 +79,7 @@ class ZImagePipeline(Pipeline):
             prompt_embeds, negative_prompt_embeds: lists of (T_i, Y).
             joint_attention_kwargs: {"scale": s} runs adapters (LoRA) at s times their weight.
         """
-        ours = Options(**ours)
+        ours = Options.of(type(self), ours)
         call = Call(
             prompt=prompt,
             negative_prompt=negative_prompt,
@@ -149,6 +149,7 @@ def _until(grid: Tensor, truncation: float | None) -> float:
     """The time of the first step that is not guided; 1: all are."""
     if truncation is None or check_scale("cfg_truncation", truncation) > 1:
         return 1.0
-    times = (1000 - timesteps_of(grid)) / 1000  # in float32, where diffusers compares
-    late = [float(t) for t, seen in zip(grid, times, strict=False) if seen > truncation]
+    # diffusers rounds the times to float32, but compares them in double.
+    times = ((1000 - timesteps_of(grid)) / 1000).tolist()
+    late = [t for t, seen in zip(grid.tolist(), times, strict=False) if seen > truncation]
     return late[0] if late else 1.0

@@ -8,6 +8,7 @@ from pipelines.runs import PROMPTS, SMALL, distance, draw, generator
 
 import lumina
 from lumina.pipelines.lumina2 import RowGuidance
+from lumina.pipelines.pictures import prepare
 
 FAMILIES = ("lumina_next", "lumina2", "z_image")
 
@@ -154,6 +155,47 @@ def test_pictures_for_each_prompt_and_size(family, ours):
     assert distance(twice, together.repeat_interleave(2, 0)) < 1e-5
     sizes = draw(pipe, ["a", "b"], image=a, height=[64, 96], **change)
     assert [tuple(z.shape[1:]) for z in sizes] == [(8, 8), (12, 8)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pictures_of_bytes(family, ours):
+    """The same picture in NumPy and PyTorch as in PIL: of any size, gray and of colour."""
+    pipe, change = ours[family], {"latents": noise(family), "strength": 0.5}
+    array = np.random.default_rng(0).integers(0, 256, (48, 80, 3), dtype=np.uint8)
+    flags = array[..., 0] > 127
+    tensor, change["num_inference_steps"] = torch.from_numpy(array).permute(2, 0, 1), 2
+    expected = draw(pipe, image=PIL.Image.fromarray(array), **change)
+    for same in (array, array[None], [array], tensor, tensor[None], [tensor[None]]):
+        assert torch.equal(draw(pipe, image=same, **change), expected)
+    gray = draw(pipe, image=PIL.Image.fromarray(array[..., 0]), **change)
+    for same in (array[..., 0], array[..., :1], tensor[0], tensor[:1]):
+        assert torch.equal(draw(pipe, image=same, **change), gray)
+    change |= {"image": array, "strength": None}
+    masks = [
+        (PIL.Image.fromarray(array), (array, tensor)),
+        (PIL.Image.fromarray(array[..., 0]), (array[..., 0], array[..., :1], tensor[0])),
+        (PIL.Image.fromarray(flags), (flags, flags[..., None], torch.from_numpy(flags))),
+    ]
+    for mask, others in masks:
+        expected = pipe.mask_processor.preprocess(mask, 64, 64)
+        for same in others:
+            got = prepare(same, 1, [(64, 64)], pipe.mask_processor, "mask_image")
+            assert torch.equal(got[0], expected)
+    expected = draw(pipe, mask_image=masks[0][0], **change)
+    assert torch.equal(draw(pipe, mask_image=tensor, **change), expected)
+
+
+def test_floats_are_shares_of_white(ours):
+    """In both libraries' order; a mask of colour by its luminance."""
+    pipe, array = ours["lumina_next"], np.random.default_rng(0).random((64, 64, 3))
+    tensor = torch.from_numpy(array).permute(2, 0, 1).float()
+    for picture in (array, tensor):
+        got = prepare(picture, 1, [(64, 64)], pipe.image_processor, "image")[0]
+        assert torch.equal(got, tensor[None] * 2 - 1)
+    light = (tensor * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0)
+    for mask in (array, tensor):
+        got = prepare(mask, 1, [(64, 64)], pipe.mask_processor, "mask_image")[0]
+        assert torch.equal(got[0, 0], (light >= 0.5).float())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
