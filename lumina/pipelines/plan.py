@@ -25,8 +25,9 @@ class Plan:
         pixels, sizes: (height, width) of each picture, and of its latents.
         ragged: whether the sizes came as a list, and so do the pictures.
         channels: of the latents.
-        grid: times from noise to data.
-        timesteps: of the steps that are run, as diffusers counts time; fewer from a picture.
+        grid, ran: times from noise to data, and those of the steps that are run: from a picture,
+            the last ones.
+        timesteps: of the steps that are run, as diffusers counts time.
         image: (1, 3, height, width) for each picture, or None.
         mask: (1, *size) for each picture, 1 where it is drawn anew, or None.
     """
@@ -36,6 +37,7 @@ class Plan:
     ragged: bool
     channels: int
     grid: Tensor
+    ran: Tensor
     timesteps: Tensor
     image: list[Tensor] | None
     mask: list[Tensor] | None
@@ -76,7 +78,7 @@ def make_plan(pipe, call: Call, ours: Options) -> Plan:
         mask = [pictures.redrawn(each, factor) for each in mask]
     ran = grid if image is None else start_at(grid, ours.start)
     check_solver(ours.solver, ran, ours.rtol, ours.atol)
-    return Plan(pixels, sizes, ragged, channels, grid, timesteps_of(ran), image, mask)
+    return Plan(pixels, sizes, ragged, channels, grid, ran, timesteps_of(ran), image, mask)
 
 
 def _check_regions(pipe, call: Call, ours: Options, size: Size, ragged: bool) -> None:

@@ -75,7 +75,8 @@ class ZImagePipeline(Pipeline):
                 scale of 1 + g. The distilled models take 0.
             cfg_normalization: shrink the guided velocity of a picture to so many times the norm of
                 the caption's, if it is larger; True: to once. False: never.
-            cfg_truncation: time after which steps are not guided; None or above 1: all are.
+            cfg_truncation: time after which steps are not guided, by the grid as it is without an
+                image; None or above 1: all are.
             prompt_embeds, negative_prompt_embeds: lists of (T_i, Y).
             joint_attention_kwargs: {"scale": s} runs adapters (LoRA) at s times their weight.
         """

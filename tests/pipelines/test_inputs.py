@@ -185,6 +185,25 @@ def test_a_callback_that_returns_another_shape(ours):
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("said", (True, 0, "latents", torch.zeros(1), [1]), ids=type)
+def test_a_callback_that_returns_no_dict(family, said, ours):
+    message = f"must return None or a dict of tensors, got {type(said).__name__}"
+    with pytest.raises(TypeError, match=message):
+        ours[family]("a", **SMALL, callback_on_step_end=lambda *_: said)
+    ours[family]("a", **SMALL, callback_on_step_end=lambda *_: {})
+
+
+def test_a_callback_that_changes_the_prompts_of_regions(ours):
+    """Though it has not asked for them."""
+
+    def callback(pipe, i, t, kwargs):
+        return {"prompt_embeds": TENSOR}
+
+    with pytest.raises(ValueError, match="callback can not change prompt_embeds of regions"):
+        ours["lumina_next"]("a", **SMALL, regions=[(None, "b")], callback_on_step_end=callback)
+
+
 def test_the_callers_lists_stay(ours):
     """ZImagePipeline of diffusers writes its template into them."""
     for family in FAMILIES:
