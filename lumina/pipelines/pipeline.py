@@ -17,7 +17,7 @@ from lumina.pipelines import pictures
 from lumina.pipelines.call import Call, Options, Size, check_scale, is_count
 from lumina.pipelines.denoising import denoise, like
 from lumina.pipelines.loading import load, save
-from lumina.pipelines.parts import check_parts, halvings, network_of
+from lumina.pipelines.parts import check_parts, check_sample_size, halvings, network_of
 from lumina.pipelines.plan import make_plan, place
 from lumina.pipelines.text import Text, encode, same_length, text_of
 from lumina.sampling.guidance import Guidance
@@ -53,6 +53,7 @@ class Pipeline(DiffusionPipeline):
     ) -> None:
         super().__init__()
         check_parts(type(self), transformer, scheduler, vae, text_encoder, tokenizer)
+        check_sample_size("sample_size", sample_size, self.patch_size)
         self.register_modules(
             transformer=transformer, scheduler=scheduler, vae=vae, text_encoder=text_encoder,
             tokenizer=tokenizer,
