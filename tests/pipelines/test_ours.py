@@ -322,18 +322,19 @@ def test_what_is_not_used_is_not_encoded(family, ours):
     assert torch.equal(got, draw(pipe, strength=0.5, guidance=lumina.Guidance(1.0), **change))
 
 
-def test_the_steps_before_an_image_count(ours):
-    """cfg_trunc_ratio is of the whole grid: of four steps two are guided, one of which is run."""
+@pytest.mark.parametrize("strength, rows", ((0.75, [2, 1, 1]), (0.5, [1, 1])))
+def test_the_steps_before_an_image_count(strength, rows, ours):
+    """cfg_trunc_ratio is of the whole grid: of four steps the first two are guided."""
     seen, pipe = [], ours["lumina2"]
     hook = pipe.transformer.register_forward_hook(
         lambda module, args, out: seen.append(len(out)) if isinstance(out, torch.Tensor) else None
     )
     try:
-        draw(pipe, cfg_trunc_ratio=0.5, image=torch.rand(3, 64, 64), strength=0.75,
+        draw(pipe, cfg_trunc_ratio=0.5, image=torch.rand(3, 64, 64), strength=strength,
              schedule="uniform", num_inference_steps=4)  # fmt: skip
     finally:
         hook.remove()
-    assert seen == [2, 1, 1]
+    assert seen == rows
 
 
 def test_a_callback_of_diffusers(ours):
