@@ -73,7 +73,7 @@ class Options:
         if (tokens := self.base_seqlen) is not None and not (is_count(tokens) and tokens >= 2):
             raise ValueError(f"base_seqlen must be a whole number from 2 on, got {tokens!r}")
         for name in ("rtol", "atol"):
-            check_scale(name, getattr(self, name))
+            check_number(name, getattr(self, name))
         if self.image is None and not (self.mask_image is None and self.strength is None):
             raise ValueError("strength and mask_image need an image to start from")
         if not isinstance(self.regions, (list, tuple)) or not all(map(_is_region, self.regions)):
@@ -81,7 +81,7 @@ class Options:
                 "regions must be pairs of a box (left, top, right, bottom) or None, and a prompt, "
                 f"got {self.regions!r}"
             )
-        if self.strength is not None and not 0 < check_scale("strength", self.strength) <= 1:
+        if self.strength is not None and not 0 < check_number("strength", self.strength) <= 1:
             raise ValueError(f"strength must lie in (0, 1], got {self.strength}")
 
     @classmethod
@@ -250,9 +250,14 @@ def _is_region(region) -> bool:
     return isinstance(prompt, str)
 
 
-def check_scale(name: str, value) -> float:
+def check_number(name: str, value) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value):
+    return float(value)
+
+
+def check_scale(name: str, value) -> float:
+    """A number that is finite."""
+    if not math.isfinite(check_number(name, value)):
         raise ValueError(f"{name} must be finite, got {value}")
     return float(value)
