@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from numbers import Integral, Real
 
 import torch
@@ -59,15 +60,37 @@ class Options:
         if self.guidance is not None and not isinstance(self.guidance, Guidance):
             got = type(self.guidance).__name__
             raise TypeError(f"guidance must be a lumina.Guidance, got {got}; guidance_scale is one")
+        for name, kind in (("rope_scaling", RopeScaling), ("context_drop", ContextDrop)):
+            given = getattr(self, name)
+            if given is not None and not isinstance(given, kind):
+                got = type(given).__name__
+                raise TypeError(f"{name} must be a lumina.{kind.__name__}, got {got}")
+        if not isinstance(self.solver, str):
+            raise TypeError(f"solver must be a str, got {type(self.solver).__name__}")
+        if not (self.schedule is None or isinstance(self.schedule, str) or callable(self.schedule)):
+            got = type(self.schedule).__name__
+            raise TypeError(f"schedule must be a str or a function, got {got}")
+        if (tokens := self.base_seqlen) is not None and not (is_count(tokens) and tokens >= 2):
+            raise ValueError(f"base_seqlen must be a whole number from 2 on, got {tokens!r}")
+        for name in ("rtol", "atol"):
+            check_number(name, getattr(self, name))
         if self.image is None and not (self.mask_image is None and self.strength is None):
             raise ValueError("strength and mask_image need an image to start from")
-        if not all(_is_region(region) for region in self.regions):
+        if not isinstance(self.regions, (list, tuple)) or not all(map(_is_region, self.regions)):
             raise TypeError(
                 "regions must be pairs of a box (left, top, right, bottom) or None, and a prompt, "
                 f"got {self.regions!r}"
             )
-        if self.strength is not None and not 0 < self.strength <= 1:
+        if self.strength is not None and not 0 < check_number("strength", self.strength) <= 1:
             raise ValueError(f"strength must lie in (0, 1], got {self.strength}")
+
+    @classmethod
+    def of(cls, pipeline: type, given: Mapping) -> Options:
+        """Those that a call of a pipeline got by keyword."""
+        if unknown := given.keys() - {field.name for field in fields(cls)}:
+            names = ", ".join(map(repr, sorted(unknown)))
+            raise TypeError(f"{pipeline.__name__}() got an unexpected keyword argument {names}")
+        return cls(**given)
 
     @property
     def start(self) -> float:
@@ -123,10 +146,22 @@ class Call:
             if not is_count(getattr(self, name)):
                 got = getattr(self, name)
                 raise ValueError(f"{name} must be a whole number above 0, got {got!r}")
+        if self.sigmas is not None:
+            self.sigmas = [check_scale("each of sigmas", s) for s in _listed("sigmas", self.sigmas)]
+        if self.callback_on_step_end is not None and not callable(self.callback_on_step_end):
+            got = type(self.callback_on_step_end).__name__
+            raise TypeError(f"callback_on_step_end must be a function, got {got}")
         if self.output_type not in OUTPUTS:
             got = self.output_type
             raise ValueError(f"output_type must be one of {', '.join(OUTPUTS)}, got {got!r}")
         if not isinstance(self.generator, torch.Generator | None):
+            several = isinstance(self.generator, (list, tuple))
+            if not several or not all(isinstance(g, torch.Generator) for g in self.generator):
+                got = type(self.generator).__name__
+                raise TypeError(
+                    f"generator must be a torch.Generator or a list of them, got {got}"
+                    + (" with others" if several else "")
+                )
             if len(self.generator) != self.pictures:
                 raise ValueError(
                     f"there must be one generator, or {self.pictures}, one for each picture, "
@@ -190,6 +225,14 @@ def prompts_of(name: str, prompt) -> list[str] | None:
     return list(several)
 
 
+def _listed(name: str, values) -> list:
+    """Numbers in a list, an array or a tensor, as a list."""
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if not isinstance(values, (list, tuple)):
+        raise TypeError(f"{name} must be a list of numbers, got {type(values).__name__}")
+    return list(values)
+
+
 def is_count(value) -> bool:
     """Whether it is a whole number above 0; True is none."""
     return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
@@ -199,13 +242,22 @@ def _is_region(region) -> bool:
     if not isinstance(region, (tuple, list)) or len(region) != 2:
         return False
     box, prompt = region
-    sides = box is None or (len(box) == 4 and all(isinstance(side, Real) for side in box))
-    return sides and isinstance(prompt, str)
+    if box is not None:
+        if not isinstance(box, (tuple, list)) or len(box) != 4:
+            return False
+        if not all(isinstance(side, Real) for side in box):
+            return False
+    return isinstance(prompt, str)
+
+
+def check_number(name: str, value) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    return float(value)
 
 
 def check_scale(name: str, value) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if value != value:
-        raise ValueError(f"{name} must be a number, got {value}")
+    """A number that is finite."""
+    if not math.isfinite(check_number(name, value)):
+        raise ValueError(f"{name} must be finite, got {value}")
     return float(value)

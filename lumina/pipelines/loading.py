@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import diffusers
@@ -18,7 +20,7 @@ from torch import nn
 
 import lumina
 from lumina.checkpoints.files import check_there, one_line, read_json
-from lumina.pipelines.parts import pipeline_of
+from lumina.pipelines.parts import check_sample_size, pipeline_of
 from lumina_kernels.output import replace
 
 GIVEN = ("text_encoder", "tokenizer", "vae", "scheduler", "transformer")
@@ -58,6 +60,9 @@ def load(cls, folder, *, dtype, device_map, stages: bool, backend, ema, given: d
     family = pipeline_of(parts["transformer"])
     if not issubclass(family, cls):
         raise ValueError(f"{folder} is of a {family.__name__}, it was loaded as a {cls.__name__}")
+    for name in GIVEN[:-1]:
+        if name not in given:
+            _check_links(folder / name, folder)
     for name, look, read in (
         ("text_encoder", _look_at_encoder, _read_encoder),
         ("vae", _look_at_vae, _read_vae),
@@ -70,9 +75,7 @@ def load(cls, folder, *, dtype, device_map, stages: bool, backend, ema, given: d
         parts[name] = part
     parts["tokenizer"] = _tokenizer(folder, given)
     parts["scheduler"] = _scheduler(folder, given, family)
-    config = folder / "transformer" / "config.json"
-    size = read_json(config, folder).get("sample_size", 128) if config.exists() else 128
-    pipe = family(**parts, sample_size=size)
+    pipe = family(**parts, sample_size=_sample_size(folder, given, family))
     if stages:
         pipe.use_stages(loaders, torch.device(places["transformer"]))
         return pipe
@@ -115,9 +118,38 @@ def check_folder(name: str, folder: Path, patterns: tuple[str, ...]) -> None:
         raise FileNotFoundError(f"{folder} has no weights ({' or '.join(patterns)})")
 
 
+def _check_links(part: Path, folder: Path) -> None:
+    """Raise for a link out of a pipeline's folder, as `read_json` does, which the network's go by.
+
+    Its weights may be links: they are no more than numbers.
+    """
+    root = folder.resolve()
+    cache = root.as_posix().rpartition("/snapshots/")[0]
+    blobs = Path(cache, "blobs") if cache else None
+    for path in [part, *sorted(part.rglob("*"))]:
+        if any(path.match(pattern) for pattern in WEIGHTS):
+            continue
+        real = path.resolve()
+        if not real.is_relative_to(root) and real.parent != blobs:
+            raise ValueError(f"{path} must lie in {folder}, and is a link out of it")
+
+
+def _sample_size(folder: Path, given: dict, family: type) -> int:
+    """Of the latents where a call names no size."""
+    root, config = folder, folder / "transformer" / "config.json"
+    part = given.get("transformer")
+    if isinstance(part, (str, os.PathLike)) and (Path(part) / "config.json").exists():
+        root, config = Path(part), Path(part) / "config.json"
+    size = read_json(config, root).get("sample_size") if config.exists() else None
+    if size is None:
+        return 128
+    check_sample_size(f"{config}: sample_size", size, family.patch_size)
+    return size
+
+
 def _look_at_encoder(folder: Path) -> nn.Module:
     config = _from(folder, transformers.AutoConfig.from_pretrained, **NO_CODE)
-    with torch.device("meta"):
+    with _reading(folder), torch.device("meta"):
         return transformers.AutoModel.from_config(config, **NO_CODE).eval()
 
 
@@ -127,8 +159,8 @@ def _read_encoder(folder: Path, dtype: torch.dtype, place) -> nn.Module:
 
 def _look_at_vae(folder: Path) -> nn.Module:
     kind = _vae_class(folder)
-    with torch.device("meta"):
-        return kind.from_config(_from(folder, kind.load_config)).eval()
+    with _reading(folder), torch.device("meta"):
+        return kind.from_config(kind.load_config(folder, local_files_only=True)).eval()
 
 
 def _read_vae(folder: Path, dtype: torch.dtype, place) -> nn.Module:
@@ -180,8 +212,15 @@ def _scheduler(folder: Path, given: dict, family: type):
 
 
 def _from(folder: Path, read, **options):
-    """What a library reads from a folder, and from nowhere else; its errors in one line."""
-    try:
+    """What a library reads from a folder, and from nowhere else."""
+    with _reading(folder):
         return read(folder, local_files_only=True, **options)
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """The errors of a library in one line."""
+    try:
+        yield
     except Exception as error:  # of any kind, by the library and by what is broken
         raise ValueError(f"{folder} can not be read: {one_line(error)}") from error

@@ -104,10 +104,11 @@ class Lumina2Pipeline(Pipeline):
             attention_kwargs: {"scale": s} runs adapters (LoRA) at s times their weight.
             system_prompt: comes before every prompt, not before the negative ones. None: that of
                 the released model.
-            cfg_trunc_ratio: share of the steps, the first ones, that are guided.
+            cfg_trunc_ratio: share of the steps, the first ones, that are guided. All steps of the
+                grid count, also those before the start from an image.
             cfg_normalization: give the guided velocity the norm of the caption's, row by row.
         """
-        ours = Options(**ours)
+        ours = Options.of(type(self), ours)
         call = Call(
             prompt=prompt,
             negative_prompt=negative_prompt,

@@ -97,10 +97,13 @@ class LuminaPipeline(Pipeline):
             clean_caption: drop markup and addresses from the prompt. Lower case it is in any case.
             max_sequence_length: tokens of a prompt; the rest is cut, with a warning.
             scaling_watershed: time up to which positions are interpolated to the size of training,
-                also from smaller pictures; RoPE's base changes from there on. None: neither.
+                also from smaller pictures; RoPE's base changes from there on. None: neither. If
+                any of several sizes is smaller, pictures of different areas are run apart.
             proportional_attn: attention grows sharper with the number of tokens.
-            callback_on_step_end: called as callback(pipe, i, timestep, tensors) after a step; what
-                it returns of the tensors replaces them.
+            callback_on_step_end: called as callback(pipe, i, timestep, tensors) after a step;
+                returns None, or a dict of those tensors that are to be replaced. Pictures that run
+                apart (with dopri5 each) are seen one run after the other, i from 0 again. Once
+                `pipe._interrupt` is set, every run ends after its step.
             callback_on_step_end_tensor_inputs: "latents", "prompt_embeds" (with guidance those of
                 the negative prompts come after the others).
             ours: the fields of `lumina.pipelines.call.Options`.
@@ -109,7 +112,7 @@ class LuminaPipeline(Pipeline):
             TypeError, ValueError: an argument of another kind, or that does not fit.
             FloatingPointError: the network or the VAE overflows.
         """
-        ours = Options(**ours)
+        ours = Options.of(type(self), ours)
         call = Call(
             prompt=prompt,
             negative_prompt=negative_prompt,
@@ -143,14 +146,20 @@ class LuminaPipeline(Pipeline):
             base_seqlen=base**2 if proportional_attn else None,
         )
 
-    def _rope_scaling(self, watershed: float | None, pixels: list[Size]) -> RopeScaling | None:
+    def _rope_scaling(
+        self, watershed: float | None, pixels: list[Size]
+    ) -> list[RopeScaling | None]:
+        """For each picture, by its own size; one for all where the network finds out itself."""
         if watershed is None:
-            return None
-        if len(set(pixels)) > 1:  # by the size of each picture, and not below 1
-            base = self.default_image_size // 16
-            return RopeScaling("watershed", base_size=base, watershed=watershed)
-        factor = math.sqrt(math.prod(pixels[0])) / self.default_image_size
-        return None if factor == 1 else RopeScaling("watershed", factor, watershed=watershed)
+            return [None] * len(pixels)
+        factors = [math.sqrt(h * w) / self.default_image_size for h, w in pixels]
+        if len(set(factors)) > 1 and min(factors) >= 1:
+            base = self.default_sample_size // self.patch_size
+            return [RopeScaling("watershed", base_size=base, watershed=watershed)] * len(pixels)
+        return [
+            None if factor == 1 else RopeScaling("watershed", factor, watershed=watershed)
+            for factor in factors
+        ]
 
     def _words(self, prompts: list[str], clean_caption: bool) -> list[str]:
         return [(clean(p) if clean_caption else p).lower().strip() for p in prompts]

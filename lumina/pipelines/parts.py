@@ -8,6 +8,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import nn
 
 import lumina
+from lumina.pipelines.call import check_scale, is_count
 from lumina.pipelines.schedule import check_scheduler
 
 PIPELINES = ("LuminaPipeline", "Lumina2Pipeline", "ZImagePipeline")
@@ -40,6 +41,11 @@ def halvings(vae) -> int:
     return len(config.get("block_out_channels") or config.encoder_block_out_channels) - 1
 
 
+def check_sample_size(name: str, size, patch: int) -> None:
+    if not is_count(size) or size % patch:
+        raise ValueError(f"{name} must be a whole multiple of {patch} above 0, got {size!r}")
+
+
 def check_parts(pipeline: type, transformer, scheduler, vae, text_encoder, tokenizer) -> None:
     """Raise for the first part that is of another kind than it must be, or fits not the others."""
     config = network_of(pipeline, transformer).config
@@ -52,6 +58,9 @@ def check_parts(pipeline: type, transformer, scheduler, vae, text_encoder, token
                 f"vae must have the transformer's {config.in_channels} latent channels, "
                 f"got {vae.config.latent_channels}"
             )
+        if check_scale("scaling_factor of the vae", vae.config.scaling_factor) == 0:
+            raise ValueError("scaling_factor of the vae must not be 0")
+        check_scale("shift_factor of the vae", vae.config.get("shift_factor") or 0)
     if text_encoder is None:
         return
     if not isinstance(text_encoder, nn.Module):

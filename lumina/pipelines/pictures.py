@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import PIL.Image
 import torch
 import torch.nn.functional as F
 from diffusers.image_processor import VaeImageProcessor
@@ -37,27 +39,64 @@ def check_latents(latents, channels: int, sizes: Sequence[Size]) -> None:
         raise ValueError(f"latents must be of the shapes {shapes}, got {got}")
 
 
-def prepare(image, sizes: Sequence[Size], processor: VaeImageProcessor, name: str) -> list[Tensor]:
+def prepare(
+    image, batch: int, sizes: Sequence[Size], processor: VaeImageProcessor, name: str
+) -> list[Tensor]:
     """The picture for each of the sizes, (1, channels, height, width) in pixels.
+
+    image: one, or one for each of the `batch` prompts. Bytes (0..255) and bool come to what PIL
+    makes of them, floats are shares of white; (height, width, channels) in NumPy, (channels,
+    height, width) in PyTorch.
 
     Raises:
         ValueError: no picture, or not one for each.
     """
-    batch = isinstance(image, (list, tuple)) or getattr(image, "ndim", 0) == 4
-    several = list(image) if batch else [image]
-    if not several or len(sizes) % len(several):
+    together = isinstance(image, (list, tuple)) or getattr(image, "ndim", 0) == 4
+    several = list(image) if together else [image]
+    if len(several) not in (1, batch):
         raise ValueError(f"{name} must be one, or one for each prompt, got {len(several)}")
+    gray = processor.config.do_convert_grayscale
+    plain = [_plain(picture, gray, name) for picture in several]
     each, made = len(sizes) // len(several), {}
     for i, (height, width) in enumerate(sizes):
         key = (i // each, height, width)
-        try:
-            if key not in made:
-                made[key] = processor.preprocess(several[i // each], height, width)
-        except (ValueError, TypeError) as error:
-            raise ValueError(
-                f"{name} must be pictures of PIL, NumPy or PyTorch: {error}"
-            ) from error
+        if key not in made:
+            made[key] = processor.preprocess(plain[i // each], height, width)
     return [made[i // each, height, width] for i, (height, width) in enumerate(sizes)]
+
+
+def _plain(picture, gray: bool, name: str) -> PIL.Image.Image | Tensor:
+    """As PIL, or floats (1, channels, height, width); of one channel if gray, of three if not."""
+    if isinstance(picture, PIL.Image.Image):
+        return picture if gray else picture.convert("RGB")  # the processor makes gray
+    if isinstance(picture, np.ndarray):
+        if picture.dtype.kind not in "bf" and picture.dtype != np.uint8:
+            raise ValueError(f"{name} must be of bytes, bool or floats, got {picture.dtype}")
+        picture = torch.from_numpy(np.ascontiguousarray(picture))
+        if picture.ndim > 2:
+            picture = picture.movedim(-1, -3)
+    if not isinstance(picture, Tensor):
+        got = type(picture).__name__
+        raise ValueError(f"{name} must be pictures of PIL, NumPy or PyTorch, got {got}")
+    shape = tuple(picture.shape)
+    if picture.ndim == 4 and len(picture) == 1:
+        picture = picture[0]
+    if picture.ndim == 2:
+        picture = picture[None]
+    if picture.ndim != 3 or len(picture) not in (1, 3) or picture.numel() == 0:
+        raise ValueError(f"{name} must have the shape (1 or 3, height, width), got {shape}")
+    if picture.dtype in (torch.bool, torch.uint8):
+        if picture.dtype == torch.bool and len(picture) == 3:
+            picture = picture.to(torch.uint8) * 255
+        levels = picture[0] if len(picture) == 1 else picture.movedim(0, -1)
+        return _plain(PIL.Image.fromarray(levels.cpu().contiguous().numpy()), gray, name)
+    if not picture.is_floating_point():
+        raise ValueError(f"{name} must be of bytes, bool or floats, got {picture.dtype}")
+    picture = picture.float()
+    if gray and len(picture) == 3:  # luminance, as PIL has it
+        weights = picture.new_tensor([0.299, 0.587, 0.114])
+        picture = (picture * weights[:, None, None]).sum(0, keepdim=True)
+    return picture[None] if gray else picture.expand(3, -1, -1)[None]
 
 
 @torch.no_grad()

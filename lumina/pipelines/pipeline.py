@@ -17,7 +17,7 @@ from lumina.pipelines import pictures
 from lumina.pipelines.call import Call, Options, Size, check_scale, is_count
 from lumina.pipelines.denoising import denoise, like
 from lumina.pipelines.loading import load, save
-from lumina.pipelines.parts import check_parts, halvings, network_of
+from lumina.pipelines.parts import check_parts, check_sample_size, halvings, network_of
 from lumina.pipelines.plan import make_plan, place
 from lumina.pipelines.text import Text, encode, same_length, text_of
 from lumina.sampling.guidance import Guidance
@@ -53,6 +53,7 @@ class Pipeline(DiffusionPipeline):
     ) -> None:
         super().__init__()
         check_parts(type(self), transformer, scheduler, vae, text_encoder, tokenizer)
+        check_sample_size("sample_size", sample_size, self.patch_size)
         self.register_modules(
             transformer=transformer, scheduler=scheduler, vae=vae, text_encoder=text_encoder,
             tokenizer=tokenizer,
@@ -140,7 +141,10 @@ class Pipeline(DiffusionPipeline):
 
     @property
     def interrupt(self) -> bool:
-        """Set `_interrupt` in a callback to end the run with the latents of that step."""
+        """Set `_interrupt` in a callback to end the run with the latents of that step.
+
+        Of pictures that run one after the other the later ones end after their first step.
+        """
         return self._interrupt
 
     @property
@@ -246,7 +250,7 @@ class Pipeline(DiffusionPipeline):
         guidance: Callable[[Tensor], Guidance] | None,
         texts: Callable[[bool], tuple[Text, Text | None]],
         noise_dtype: torch.dtype | None = None,
-        rope_scaling: Callable[[list[Size]], RopeScaling | None] = lambda pixels: None,
+        rope_scaling: Callable[[list[Size]], list[RopeScaling | None]] | None = None,
         base_seqlen: int | None = None,
         lora_scale: float | None = None,
     ):
@@ -256,10 +260,15 @@ class Pipeline(DiffusionPipeline):
         `ours` may have another.
         texts: encodes the prompts and, if told to, the negative ones, or takes what was given.
         noise_dtype: that the noise is drawn in; None: the features'.
+        rope_scaling: of each picture, by the sizes in pixels.
         """
         plan = make_plan(self, call, ours)
         rule = ours.guidance or (Guidance(1.0) if guidance is None else guidance(plan.grid))
-        scaling = ours.rope_scaling or rope_scaling(plan.pixels)
+        if not any(map(rule.acts_at, plan.ran.tolist())):  # all that is guided lies before
+            rule = Guidance(1.0)
+        scalings = [ours.rope_scaling] * len(plan.sizes)
+        if ours.rope_scaling is None and rope_scaling is not None:
+            scalings = rope_scaling(plan.pixels)
         self._guided, self._interrupt = rule.needed, False
         self._guidance_scale = ours.guidance.scale if ours.guidance else scale
 
@@ -284,7 +293,7 @@ class Pipeline(DiffusionPipeline):
             steps=len(plan.grid) - 1, schedule=lambda _: plan.grid,
             solver=ours.solver, rtol=ours.rtol, atol=ours.atol, guidance=rule,
             base_seqlen=base_seqlen if ours.base_seqlen is None else ours.base_seqlen,
-            rope_scaling=scaling, context_drop=ours.context_drop,
+            scalings=scalings, context_drop=ours.context_drop,
             latents=noise, image=image, strength=ours.start, mask=mask, **whole,
         )  # fmt: skip
         if noise_dtype is None:

@@ -25,8 +25,9 @@ class Plan:
         pixels, sizes: (height, width) of each picture, and of its latents.
         ragged: whether the sizes came as a list, and so do the pictures.
         channels: of the latents.
-        grid: times from noise to data.
-        timesteps: of the steps that are run, as diffusers counts time; fewer from a picture.
+        grid, ran: times from noise to data, and those of the steps that are run: from a picture,
+            the last ones.
+        timesteps: of the steps that are run, as diffusers counts time.
         image: (1, 3, height, width) for each picture, or None.
         mask: (1, *size) for each picture, 1 where it is drawn anew, or None.
     """
@@ -36,6 +37,7 @@ class Plan:
     ragged: bool
     channels: int
     grid: Tensor
+    ran: Tensor
     timesteps: Tensor
     image: list[Tensor] | None
     mask: list[Tensor] | None
@@ -62,13 +64,21 @@ def make_plan(pipe, call: Call, ours: Options) -> Plan:
         raise ValueError("pictures need a vae, this pipeline has none: output_type='latent'")
     image = mask = None
     if ours.image is not None:
-        image = pictures.prepare(ours.image, pixels, pipe.image_processor, "image")
+        if call.sigmas is not None and grid[0] != 0:
+            got = call.sigmas[0]
+            raise ValueError(
+                f"with an image, sigmas must begin at 1, got {got}: strength is what says where "
+                "to start"
+            )
+        image = pictures.prepare(ours.image, call.batch, pixels, pipe.image_processor, "image")
     if ours.mask_image is not None:
-        mask = pictures.prepare(ours.mask_image, pixels, pipe.mask_processor, "mask_image")
+        mask = pictures.prepare(
+            ours.mask_image, call.batch, pixels, pipe.mask_processor, "mask_image"
+        )
         mask = [pictures.redrawn(each, factor) for each in mask]
     ran = grid if image is None else start_at(grid, ours.start)
     check_solver(ours.solver, ran, ours.rtol, ours.atol)
-    return Plan(pixels, sizes, ragged, channels, grid, timesteps_of(ran), image, mask)
+    return Plan(pixels, sizes, ragged, channels, grid, ran, timesteps_of(ran), image, mask)
 
 
 def _check_regions(pipe, call: Call, ours: Options, size: Size, ragged: bool) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+from lumina.pipelines.call import check_scale, is_count
 from lumina.sampling.schedules import parse_schedule
 
 
@@ -39,6 +40,9 @@ def time_grid(
         if tokens is None:
             raise ValueError("the scheduler shifts time by the size: several sizes need a schedule")
         shift["mu"] = _mu(config, tokens)
+    first, count = (1, steps) if sigmas is None else (next(iter(sigmas), 0), len(sigmas))
+    if config.get("shift_terminal") and count == 1 and first == 1:
+        raise ValueError("a scheduler with shift_terminal needs at least 2 steps, got 1")
     if sigmas is None:
         scheduler.set_timesteps(steps, **shift)
     else:
@@ -60,6 +64,20 @@ def check_scheduler(scheduler) -> None:
     for name in ("stochastic_sampling", "invert_sigmas"):
         if scheduler.config.get(name):
             raise ValueError(f"scheduler must not have {name}, this one has")
+    if check_scale("shift of the scheduler", scheduler.shift) <= 0:
+        raise ValueError(f"shift of the scheduler must be above 0, got {scheduler.shift}")
+    end = scheduler.config.get("shift_terminal")
+    if end is not None and not 0 <= check_scale("shift_terminal of the scheduler", end) < 1:
+        raise ValueError(f"shift_terminal of the scheduler must lie in [0, 1), got {end}")
+    if scheduler.config.use_dynamic_shifting:
+        few, many, low, high = _line(scheduler.config)
+        if not is_count(few) or not is_count(many) or few >= many:
+            raise ValueError(
+                "base_image_seq_len of the scheduler must be a whole number below its "
+                f"max_image_seq_len, got {few!r} and {many!r}"
+            )
+        check_scale("base_shift of the scheduler", low)
+        check_scale("max_shift of the scheduler", high)
 
 
 def timesteps_of(grid: Tensor) -> Tensor:
@@ -69,6 +87,13 @@ def timesteps_of(grid: Tensor) -> Tensor:
 
 def _mu(config, tokens: int) -> float:
     """On the line through (base_image_seq_len, base_shift), (max_image_seq_len, max_shift)."""
-    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    few, many, low, high = _line(config)
     return low + (high - low) * (tokens - few) / (many - few)
+
+
+def _line(config) -> tuple[int, int, float, float]:
+    """base_image_seq_len, max_image_seq_len, base_shift, max_shift."""
+    return (
+        config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096),
+        config.get("base_shift", 0.5), config.get("max_shift", 1.15),
+    )  # fmt: skip

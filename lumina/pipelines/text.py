@@ -27,6 +27,10 @@ class Text:
         """Every prompt n times in a row."""
         return Text(self.feats.repeat_interleave(n, 0), self.mask.repeat_interleave(n, 0))
 
+    def rows(self, rows: list[int]) -> Text:
+        """Some of the prompts."""
+        return Text(self.feats[rows], self.mask[rows])
+
     def padded(self, length: int) -> Text:
         more = length - self.mask.shape[1]
         return Text(F.pad(self.feats, (0, 0, 0, more)), F.pad(self.mask, (0, more)))

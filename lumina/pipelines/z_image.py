@@ -75,11 +75,12 @@ class ZImagePipeline(Pipeline):
                 scale of 1 + g. The distilled models take 0.
             cfg_normalization: shrink the guided velocity of a picture to so many times the norm of
                 the caption's, if it is larger; True: to once. False: never.
-            cfg_truncation: time after which steps are not guided; None or above 1: all are.
+            cfg_truncation: time after which steps are not guided, by the grid as it is without an
+                image; None or above 1: all are.
             prompt_embeds, negative_prompt_embeds: lists of (T_i, Y).
             joint_attention_kwargs: {"scale": s} runs adapters (LoRA) at s times their weight.
         """
-        ours = Options(**ours)
+        ours = Options.of(type(self), ours)
         call = Call(
             prompt=prompt,
             negative_prompt=negative_prompt,
@@ -149,6 +150,7 @@ def _until(grid: Tensor, truncation: float | None) -> float:
     """The time of the first step that is not guided; 1: all are."""
     if truncation is None or check_scale("cfg_truncation", truncation) > 1:
         return 1.0
-    times = (1000 - timesteps_of(grid)) / 1000  # in float32, where diffusers compares
-    late = [float(t) for t, seen in zip(grid, times, strict=False) if seen > truncation]
+    # diffusers rounds the times to float32, but compares them in double.
+    times = ((1000 - timesteps_of(grid)) / 1000).tolist()
+    late = [t for t, seen in zip(grid.tolist(), times, strict=False) if seen > truncation]
     return late[0] if late else 1.0

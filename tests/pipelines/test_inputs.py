@@ -3,6 +3,7 @@
 import re
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from pipelines.runs import SMALL, generator
@@ -47,8 +48,39 @@ WRONG = [  # error, what it says, arguments
     (ValueError, "schedule must be one of", {"schedule": "cosine"}),
     (ValueError, "solver must be one of", {"solver": "ddim"}),
     (ValueError, "rtol", {"solver": "dopri5", "rtol": -1}),
-    (ValueError, "grid must run from 0 to 1",
+    (ValueError, r"with an image, sigmas must begin at 1, got 0.5: strength",
      {"sigmas": [0.5, 0.2], "image": torch.zeros(1, 3, 64, 64)}),
+    (TypeError, "each of sigmas must be a number, got str", {"sigmas": ["1"]}),
+    (ValueError, "each of sigmas must be finite, got nan", {"sigmas": [float("nan")]}),
+    (TypeError, "sigmas must be a list of numbers, got float", {"sigmas": 0.5}),
+    (TypeError, "solver must be a str, got list", {"solver": ["euler"]}),
+    (TypeError, "schedule must be a str or a function, got int", {"schedule": 3}),
+    (TypeError, "rtol must be a number, got str", {"rtol": "x"}),
+    (TypeError, "rope_scaling must be a lumina.RopeScaling, got str", {"rope_scaling": "ntk"}),
+    (TypeError, "context_drop must be a lumina.ContextDrop, got int", {"context_drop": 2}),
+    (ValueError, "base_seqlen must be a whole number from 2 on, got 'x'", {"base_seqlen": "x"}),
+    (ValueError, "base_seqlen must be a whole number from 2 on, got 1", {"base_seqlen": 1}),
+    (TypeError, "generator must be a torch.Generator or a list of them, got int", {"generator": 3}),
+    (TypeError, "a list of them, got list with others", {"generator": [3]}),
+    (TypeError, "callback_on_step_end must be a function, got int", {"callback_on_step_end": 3}),
+    (TypeError, "regions must be pairs of a box .* got None", {"regions": None}),
+    (TypeError, "regions must be pairs of a box .* got <generator",
+     {"regions": (x for x in [(None, "a")])}),
+    (TypeError, "regions must be pairs of a box", {"regions": [(3, "a")]}),
+    (TypeError, "strength must be a number, got str",
+     {"strength": "x", "image": torch.zeros(1, 3, 64, 64)}),
+    (ValueError, "guidance_scale must be finite, got nan", {"guidance_scale": float("nan")}),
+    (ValueError, "guidance_scale must be finite, got inf", {"guidance_scale": float("inf")}),
+    (ValueError, "image must be one, or one for each prompt, got 2",
+     {"prompt": list("abcd"), "image": torch.zeros(2, 3, 64, 64)}),
+    (ValueError, "image must be one, or one for each prompt, got 2",
+     {"num_images_per_prompt": 2, "image": torch.zeros(2, 3, 64, 64)}),
+    (ValueError, "image must be of bytes, bool or floats, got torch.int64",
+     {"image": torch.zeros(3, 64, 64, dtype=torch.int64)}),
+    (ValueError, "image must be of bytes, bool or floats, got uint16",
+     {"image": np.zeros((64, 64, 3), dtype=np.uint16)}),
+    (ValueError, re.escape("image must have the shape (1 or 3, height, width), got (4, 64, 64)"),
+     {"image": torch.zeros(4, 64, 64)}),
     (ValueError, "latents must be of the shapes", {"latents": torch.zeros(1, 3, 8, 8)}),
     (TypeError, "latents must be a tensor or a list of them, got str", {"latents": "noise"}),
     (TypeError, "guidance_scale must be a number, got str", {"guidance_scale": "4"}),
@@ -62,7 +94,7 @@ WRONG = [  # error, what it says, arguments
     (ValueError, "image must be pictures of PIL, NumPy or PyTorch", {"image": "cat.png"}),
     (ValueError, "image must be one, or one for each prompt, got 2",
      {"image": torch.zeros(2, 3, 64, 64)}),
-    (TypeError, "unexpected keyword argument 'solvers'", {"solvers": "heun"}),
+    (TypeError, r"Pipeline\(\) got an unexpected keyword argument 'solvers'", {"solvers": "heun"}),
 ]  # fmt: skip
 EMBEDS = [
     (ValueError, "give either prompt or prompt_embeds, got both", {"prompt": "a"}),
@@ -151,6 +183,25 @@ def test_a_callback_that_returns_another_shape(ours):
             "a", **SMALL, callback_on_step_end=callback,
             callback_on_step_end_tensor_inputs=["prompt_embeds"],
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("said", (True, 0, "latents", torch.zeros(1), [1]), ids=type)
+def test_a_callback_that_returns_no_dict(family, said, ours):
+    message = f"must return None or a dict of tensors, got {type(said).__name__}"
+    with pytest.raises(TypeError, match=message):
+        ours[family]("a", **SMALL, callback_on_step_end=lambda *_: said)
+    ours[family]("a", **SMALL, callback_on_step_end=lambda *_: {})
+
+
+def test_a_callback_that_changes_the_prompts_of_regions(ours):
+    """Though it has not asked for them."""
+
+    def callback(pipe, i, t, kwargs):
+        return {"prompt_embeds": TENSOR}
+
+    with pytest.raises(ValueError, match="callback can not change prompt_embeds of regions"):
+        ours["lumina_next"]("a", **SMALL, regions=[(None, "b")], callback_on_step_end=callback)
 
 
 def test_the_callers_lists_stay(ours):

@@ -143,6 +143,96 @@ def test_parts_of_other_classes(copied, nothing_read):
         Pipeline.from_pretrained(copied, vae=vae)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("size", (0, -8, 7, 8.0, "8", True, [8], float("nan")), ids=str)
+def test_a_size_that_is_none(family, size, folders, tmp_path, nothing_read):
+    folder = Path(shutil.copytree(folders[family], tmp_path / "copy"))
+    file = folder / "transformer" / "config.json"
+    edit(file, sample_size=size)
+    message = f"{file}: sample_size must be a whole multiple of 2 above 0, got {size!r}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Pipeline.from_pretrained(folder)
+
+
+def test_no_size(copied, ours):
+    edit(copied / "transformer" / "config.json", sample_size=None)
+    assert Pipeline.from_pretrained(copied).default_image_size == 1024
+    pipe = ours["lumina_next"]
+    with pytest.raises(ValueError, match="^sample_size must be a whole multiple of 2 .* got 3"):
+        type(pipe)(**pipe.components, sample_size=3)
+
+
+@pytest.mark.parametrize("file, message, wrong", (
+    ("vae/config.json", "vae can not be read", {"block_out_channels": [16]}),
+    ("vae/config.json", "vae can not be read", {"block_out_channels": 16}),
+    ("vae/config.json", "scaling_factor of the vae must not be 0", {"scaling_factor": 0}),
+    ("vae/config.json", "shift_factor of the vae must be finite, got inf",
+     {"shift_factor": float("inf")}),
+    ("text_encoder/config.json", "text_encoder can not be read", {"num_attention_heads": 0}),
+    ("scheduler/scheduler_config.json", "shift of the scheduler must be above 0, got -1",
+     {"shift": -1}),
+    ("scheduler/scheduler_config.json", "shift of the scheduler must be above 0, got 0",
+     {"shift": 0}),
+    ("scheduler/scheduler_config.json", "shift of the scheduler must be finite, got nan",
+     {"shift": float("nan")}),
+    ("scheduler/scheduler_config.json", r"shift_terminal of the scheduler must lie in \[0, 1\)",
+     {"shift_terminal": 1}),
+    ("scheduler/scheduler_config.json", "below its max_image_seq_len, got 256 and 256",
+     {"use_dynamic_shifting": True, "base_image_seq_len": 256, "max_image_seq_len": 256}),
+    ("scheduler/scheduler_config.json", "max_shift of the scheduler must be finite, got nan",
+     {"use_dynamic_shifting": True, "max_shift": float("nan")}),
+), ids=str)  # fmt: skip
+@pytest.mark.parametrize("family", FAMILIES)
+def test_configs_that_make_no_sense(family, file, message, wrong, folders, tmp_path, nothing_read):
+    folder = Path(shutil.copytree(folders[family], tmp_path / "copy"))
+    edit(folder / file, **wrong)
+    with pytest.raises(ValueError, match=message):
+        Pipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_stretched_grid_of_one_step(family, ours):
+    pipe = ours[family]
+    parts = dict(pipe.components)
+    parts["scheduler"] = type(pipe.scheduler).from_config(pipe.scheduler.config, shift_terminal=0.1)
+    made = type(pipe)(**parts)
+    made.set_progress_bar_config(disable=True)
+    with pytest.raises(ValueError, match="shift_terminal needs at least 2 steps, got 1"):
+        draw(made, num_inference_steps=1)
+    assert torch.isfinite(draw(made, num_inference_steps=2)).all()
+
+
+@pytest.mark.parametrize("part", ("transformer", "text_encoder", "tokenizer", "vae", "scheduler"))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_links_out_of_the_folder(family, part, folders, tmp_path):
+    """Of a part or of its config; but to the blobs of a cache, and as a path of the caller's."""
+    folder = Path(shutil.copytree(folders[family], tmp_path / "copy"))
+    outside = Path(shutil.move(folder / part, tmp_path / "outside"))
+    (folder / part).symlink_to(outside)
+    with pytest.raises(ValueError, match="must lie in .*, and is a link out of it"):
+        Pipeline.from_pretrained(folder)
+    Pipeline.from_pretrained(folder, **{part: folder / part})
+    (folder / part).unlink()
+    shutil.copytree(outside, folder / part)
+    name = {"scheduler": "scheduler_config", "tokenizer": "tokenizer_config"}.get(part, "config")
+    (folder / part / f"{name}.json").unlink()
+    (folder / part / f"{name}.json").symlink_to(outside / f"{name}.json")
+    with pytest.raises(ValueError, match=f"{name}.json must lie in .*, and is a link out of it"):
+        Pipeline.from_pretrained(folder)
+
+
+def test_a_cache_of_hugging_face(folders, tmp_path):
+    """Every file of a snapshot is a link to the blobs beside it."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "main"
+    blobs.mkdir()
+    for i, file in enumerate(sorted(folders["lumina_next"].rglob("*.*"))):
+        shutil.copy(file, blobs / str(i))
+        link = snapshot / file.relative_to(folders["lumina_next"])
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(blobs / str(i))
+    assert type(Pipeline.from_pretrained(snapshot)) is LuminaPipeline
+
+
 def test_what_is_no_folder_of_a_pipeline(copied, ours, tmp_path, nothing_read):
     with pytest.raises(FileNotFoundError, match="nowhere does not exist; `hf download"):
         Pipeline.from_pretrained(tmp_path / "nowhere")

@@ -8,6 +8,7 @@ from pipelines.runs import PROMPTS, SMALL, distance, draw, generator
 
 import lumina
 from lumina.pipelines.lumina2 import RowGuidance
+from lumina.pipelines.pictures import prepare
 
 FAMILIES = ("lumina_next", "lumina2", "z_image")
 
@@ -89,6 +90,27 @@ def test_several_sizes_in_a_call(family, ours):
     assert sizes == [(96, 64), (96, 64), *[(64, 64)] * 4]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("sides", ([64, 96, 128], [32, 96, 64], [32, 48, 48]))
+def test_several_sizes_by_default(family, sides, ours):
+    """Above and below that of training: Lumina-Next turns positions by the size of each picture."""
+    pipe, latents = ours[family], [noise(family, 1, side // 8, 8)[0] for side in sides]
+    assert pipe.default_image_size == (1024 if family == "z_image" else 64)
+    together = draw(pipe, PROMPTS, latents=latents, height=sides)
+    for i, side in enumerate(sides):
+        alone = draw(pipe, PROMPTS[i], latents=latents[i][None], height=side)
+        assert distance(together[i], alone[0]) < 1e-5, side
+    seen, pictures = [], []
+
+    def callback(pipe, i, t, kwargs):
+        seen.append(i)
+        pictures.append(len(kwargs["latents"]))
+
+    draw(pipe, PROMPTS, latents=latents, height=sides, callback_on_step_end=callback)
+    runs = len(set(sides)) if family == "lumina_next" and min(sides) < 64 else 1
+    assert seen == [0, 1, 2] * runs and sum(pictures) == 3 * 3
+
+
 def test_the_noise_of_several_sizes(ours):
     pipe, seeds = ours["lumina_next"], (3, 4)
     together = draw(
@@ -157,6 +179,47 @@ def test_pictures_for_each_prompt_and_size(family, ours):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_pictures_of_bytes(family, ours):
+    """The same picture in NumPy and PyTorch as in PIL: of any size, gray and of colour."""
+    pipe, change = ours[family], {"latents": noise(family), "strength": 0.5}
+    array = np.random.default_rng(0).integers(0, 256, (48, 80, 3), dtype=np.uint8)
+    flags = array[..., 0] > 127
+    tensor, change["num_inference_steps"] = torch.from_numpy(array).permute(2, 0, 1), 2
+    expected = draw(pipe, image=PIL.Image.fromarray(array), **change)
+    for same in (array, array[None], [array], tensor, tensor[None], [tensor[None]]):
+        assert torch.equal(draw(pipe, image=same, **change), expected)
+    gray = draw(pipe, image=PIL.Image.fromarray(array[..., 0]), **change)
+    for same in (array[..., 0], array[..., :1], tensor[0], tensor[:1]):
+        assert torch.equal(draw(pipe, image=same, **change), gray)
+    change |= {"image": array, "strength": None}
+    masks = [
+        (PIL.Image.fromarray(array), (array, tensor)),
+        (PIL.Image.fromarray(array[..., 0]), (array[..., 0], array[..., :1], tensor[0])),
+        (PIL.Image.fromarray(flags), (flags, flags[..., None], torch.from_numpy(flags))),
+    ]
+    for mask, others in masks:
+        expected = pipe.mask_processor.preprocess(mask, 64, 64)
+        for same in others:
+            got = prepare(same, 1, [(64, 64)], pipe.mask_processor, "mask_image")
+            assert torch.equal(got[0], expected)
+    expected = draw(pipe, mask_image=masks[0][0], **change)
+    assert torch.equal(draw(pipe, mask_image=tensor, **change), expected)
+
+
+def test_floats_are_shares_of_white(ours):
+    """In both libraries' order; a mask of colour by its luminance."""
+    pipe, array = ours["lumina_next"], np.random.default_rng(0).random((64, 64, 3))
+    tensor = torch.from_numpy(array).permute(2, 0, 1).float()
+    for picture in (array, tensor):
+        got = prepare(picture, 1, [(64, 64)], pipe.image_processor, "image")[0]
+        assert torch.equal(got, tensor[None] * 2 - 1)
+    light = (tensor * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0)
+    for mask in (array, tensor):
+        got = prepare(mask, 1, [(64, 64)], pipe.mask_processor, "mask_image")[0]
+        assert torch.equal(got[0, 0], (light >= 0.5).float())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_inpainting(family, ours):
     """What the mask leaves is what the VAE keeps of the picture; the rest is drawn anew."""
     pipe, x = ours[family], noise(family)
@@ -197,6 +260,81 @@ def test_a_run_can_be_ended(family, ours):
     got = draw(ours[family], latents=x, callback_on_step_end=callback)
     assert len(seen) == 3 and distance(got, seen[1] * 2) < 1e-6
     assert torch.equal(draw(ours[family], latents=x), draw(ours[family], latents=x))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_callback_of_pictures_one_by_one(family, ours):
+    """dopri5: each of them is seen, and its features changed, as alone."""
+    pipe, x = ours[family], noise(family, 2)
+    change = {"solver": "dopri5", "rtol": 0.1, "atol": 0.1}
+    change["callback_on_step_end_tensor_inputs"] = ["latents", "prompt_embeds"]
+    seen = []
+
+    def callback(pipe, i, t, kwargs):
+        embeds = kwargs["prompt_embeds"]
+        seen.append((i, len(kwargs["latents"]), len(embeds)))
+        changed = [z.roll(1, -1) for z in embeds] if family == "z_image" else embeds.roll(1, -1)
+        return {"prompt_embeds": changed} if i == 0 else None
+
+    together = draw(pipe, ["a", "the sea"], latents=x, callback_on_step_end=callback, **change)
+    both, seen = seen, []
+    for i, prompt in enumerate(("a", "the sea")):
+        alone = draw(pipe, prompt, latents=x[i : i + 1], callback_on_step_end=callback, **change)
+        assert distance(together[i : i + 1], alone) < 1e-4
+        del change["callback_on_step_end_tensor_inputs"]
+        assert distance(draw(pipe, prompt, latents=x[i : i + 1], **change), alone) > 1e-3
+        change["callback_on_step_end_tensor_inputs"] = ["latents", "prompt_embeds"]
+    assert both == seen and both[0] == (0, 1, 2 if family == "lumina_next" else 1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_runs_one_by_one_can_be_ended(family, ours):
+    """The first where it is ended, the others after a step."""
+    pipe, x, seen = ours[family], noise(family, 3), []
+
+    def callback(pipe, i, t, kwargs):
+        seen.append(i)
+        pipe._interrupt |= i == 1
+        return {"latents": torch.full_like(kwargs["latents"], len(seen))}
+
+    got = draw(pipe, PROMPTS, latents=x, solver="dopri5", atol=1e-5, rtol=1e-5,
+               callback_on_step_end=callback)  # fmt: skip
+    assert seen == [0, 1, 0, 0] and got[:, 0, 0, 0].tolist() == [2, 3, 4]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_not_used_is_not_encoded(family, ours):
+    """The negative prompt, where no step that is run is guided."""
+    pipe, picture, x = ours[family], torch.rand(3, 64, 64), noise(family)
+    change = {"latents": x, "image": picture, "schedule": "uniform", "num_inference_steps": 4}
+    words = []
+    hook = pipe.text_encoder.register_forward_pre_hook(
+        lambda *args: words.append(len(args[2]["input_ids"])), with_kwargs=True
+    )
+    try:
+        rule = lumina.Guidance(3.0, until=0.5)
+        got = draw(pipe, strength=0.5, guidance=rule, **change)
+        assert words == [1] and not pipe.do_classifier_free_guidance
+        draw(pipe, strength=0.51, guidance=rule, **change)
+        assert words == [1] * 3 and pipe.do_classifier_free_guidance
+    finally:
+        hook.remove()
+    assert torch.equal(got, draw(pipe, strength=0.5, guidance=lumina.Guidance(1.0), **change))
+
+
+@pytest.mark.parametrize("strength, rows", ((0.75, [2, 1, 1]), (0.5, [1, 1])))
+def test_the_steps_before_an_image_count(strength, rows, ours):
+    """cfg_trunc_ratio is of the whole grid: of four steps the first two are guided."""
+    seen, pipe = [], ours["lumina2"]
+    hook = pipe.transformer.register_forward_hook(
+        lambda module, args, out: seen.append(len(out)) if isinstance(out, torch.Tensor) else None
+    )
+    try:
+        draw(pipe, cfg_trunc_ratio=0.5, image=torch.rand(3, 64, 64), strength=strength,
+             schedule="uniform", num_inference_steps=4)  # fmt: skip
+    finally:
+        hook.remove()
+    assert seen == rows
 
 
 def test_a_callback_of_diffusers(ours):

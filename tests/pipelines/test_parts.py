@@ -1,12 +1,15 @@
 """Where and how the parts of a pipeline run: by stages, offloaded, in half precision, wrapped."""
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 import transformers
 from pipelines.runs import distance, draw, generator
 
-from lumina.pipelines import Pipeline
+import lumina
+from lumina.pipelines import Pipeline, lumina2, z_image
+from lumina.pipelines.schedule import time_grid
 
 FAMILIES = ("lumina_next", "lumina2", "z_image")
 
@@ -163,3 +166,26 @@ def test_adapters_at_a_scale(folders):
     assert torch.equal(none, without) and distance(whole, without) > 1e-3
     assert distance(half, without) > 1e-3 and distance(half, whole) > 1e-3
     assert torch.equal(draw(pipe), whole)  # the scale is put back
+
+
+@pytest.mark.parametrize("shift", (1.0, 3.0, 6.0))
+@pytest.mark.parametrize("steps", (1, 4, 5, 10, 20))
+def test_which_steps_are_guided(shift, steps):
+    """By diffusers' rules, on the floats that they are made of."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    sigmas = np.linspace(1, 1 / steps, steps).tolist()
+    grid = time_grid(scheduler, steps, sigmas, None, None)
+    times = ((1000 - scheduler.timesteps.float()) / 1000).tolist()
+    for i in range(21):
+        for until, guided in (
+            (z_image._until(grid, i / 20), [not t > i / 20 for t in times]),
+            (lumina2._until(grid, i / 20), [(n + 1) / steps <= i / 20 for n in range(steps)]),
+        ):
+            rule = lumina.Guidance(4.0, until=until)
+            assert [rule.acts_at(t) for t in grid[:-1].tolist()] == guided, i
+
+
+def test_a_truncation_at_a_time_of_the_grid():
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    grid = time_grid(scheduler, 5, [1, 0.8, 0.6, 0.4, 0.2], None, None)
+    assert z_image._until(grid, 0.2) == grid[1]  # float32(0.2) is above 0.2
