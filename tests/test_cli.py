@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -317,39 +316,6 @@ def test_help_tells_defaults_and_units():
     assert python("-c", script, "--help").stdout.startswith("usage: lumina ")
     version = python("-m", "lumina", "--version", check=True).stdout
     assert version == f"lumina-kernels {lumina_kernels.__version__}, torch {torch.__version__}\n"
-
-
-# So slow that tqdm draws its bar in every step.
-SLOW = """
-import time
-import lumina.models.parts.joint_model as model
-from lumina.cli import main
-quick = model.to_images
-def slow(*arguments):
-    time.sleep(0.2)
-    return quick(*arguments)
-model.to_images = slow
-"""
-
-
-@pytest.mark.parametrize("options", ["", "--checkpoint tiny --size 64x64 --steps 3"])
-def test_on_a_terminal(options, tmp_path, monkeypatch):
-    """The bars' own updates, of which some return something, are no changes of a callback."""
-    import pty
-
-    command = ["sample", "apple", *options.split()]
-    if options:
-        monkeypatch.syspath_prepend(ROOT / "examples")
-        import_module("tiny_checkpoint").write("z_image", tmp_path / "tiny")
-    terminal, ours = pty.openpty()
-    script = SLOW + f"raise SystemExit(main({command!r}))"
-    done = subprocess.Popen(
-        [sys.executable, "-c", script], cwd=tmp_path, stderr=ours, stdout=ours,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm"},
-    )  # fmt: skip
-    assert done.wait(120) == 0
-    os.close(terminal), os.close(ours)
-    assert (tmp_path / "out.png").exists()
 
 
 def test_what_stdout_cannot_take():

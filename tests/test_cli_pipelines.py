@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -170,17 +169,9 @@ def test_guidance_of_all_channels(family, folders, pipes, tmp_path):
     scale = 8 if family == "z_image" else 7  # there it comes on top of the caption alone
     rule = lumina.Guidance(scale, until=0.5, renorm=1.0)
     assert_same(pixels, expected(pipes[family], guidance=rule))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_bounds_of_guidance_that_bound_nothing(family, folders, tmp_path):
-    """Naming them does not change what --guidance means."""
-    options = [*SMALL, "--guidance", "4"]
-    plain = drawn(folders[family], tmp_path / "a.png", PROMPT, *options)
-    bounded = drawn(
-        folders[family], tmp_path / "b.png", PROMPT, *options, "--guidance-until", "0.999"
-    )
-    assert (plain == bounded).all()
+    loose = ["--guidance", "7", "--guidance-until", "0.999"]  # bounds nothing
+    pixels = drawn(folders[family], tmp_path / "b.png", PROMPT, *SMALL, *loose)
+    assert_same(pixels, expected(pipes[family], guidance_scale=7.0))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -244,9 +235,8 @@ def test_weights_that_come_alone(family, folders, pipes, tmp_path):
     )
     made.set_progress_bar_config(disable=True)
     assert_same(pixels, expected(made))
-    language = Path(shutil.copytree(folder / "text_encoder", tmp_path / "language"))
-    shutil.copytree(folder / "tokenizer", language, dirs_exist_ok=True)
-    parts[1] = language
+    parts[1] = shutil.copytree(folder / "text_encoder", tmp_path / "language")
+    shutil.copytree(folder / "tokenizer", parts[1], dirs_exist_ok=True)
     assert (pixels == drawn(weights, tmp_path / "b.png", PROMPT, *SMALL, *parts)).all()
 
 
@@ -278,8 +268,8 @@ def refused(capsys, *arguments, status=2):
         ("--image none.png", "none.png does not exist"),
         ("--image text.txt", "text.txt is not a picture"),
         ("--image image.png --mask text.txt", "text.txt is not a picture"),
-        ("--guidance nan", "guidance_scale must be a number, got nan"),
-        ("--guidance inf", "guidance scale must be finite, got inf"),
+        ("--guidance nan", "guidance_scale must be finite, got nan"),
+        ("--guidance inf", "guidance_scale must be finite, got inf"),
         ("--guidance-until 0.5", "--guidance-until and --guidance-renorm need --guidance"),
         ("--guidance 3 --guidance-until nan", "guidance until must be a time, got nan"),
         ("--guidance 3 --guidance-renorm 0", "guidance renorm must be positive, got 0"),
@@ -299,17 +289,18 @@ def test_bad_arguments(arguments, message, folders, files, tmp_path, monkeypatch
     assert message in refused(capsys, *given)
 
 
-def test_regions_of_two_pictures(folders, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "family, message",
+    [
+        ("lumina_next", "regions are of one picture: give one prompt and one size"),
+        ("lumina2", "regions are for Lumina-Next, this is a "),
+        ("z_image", "regions are for Lumina-Next, this is a "),
+    ],
+)
+def test_refused_regions(family, message, folders, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    given = ["b", *SMALL, "--checkpoint", folders["lumina_next"], "--region", "0,0,0.5,1", "cat"]
-    assert "regions are of one picture: give one prompt and one size" in refused(capsys, *given)
-
-
-@pytest.mark.parametrize("family", ("lumina2", "z_image"))
-def test_regions_are_of_lumina_next(family, folders, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    said = refused(capsys, *SMALL, "--checkpoint", folders[family], "--region", "0,0,0.5,1", "cat")
-    assert "regions are for Lumina-Next, this is a " in said
+    given = ["b", *SMALL, "--checkpoint", folders[family], "--region", "0,0,0.5,1", "cat"]
+    assert message in refused(capsys, *given)
 
 
 @pytest.mark.parametrize("part", ("text_encoder", "tokenizer", "vae", "scheduler", "transformer"))
@@ -338,17 +329,6 @@ def test_options_of_pipelines_with_a_model_that_has_none(tmp_path, monkeypatch, 
         for checkpoint in (lumina.COMPACT, ours):
             said = refused(capsys, "--checkpoint", checkpoint, *option.split())
             assert f"{option.split()[0]} is for pipelines, {checkpoint} has none" in said
-
-
-def test_the_libraries_say_nothing(folders, tmp_path):
-    """Of what they load when they are first imported."""
-    command = [sys.executable, "-m", "lumina", "sample", "a", *SMALL, "--out", tmp_path / "a.png"]
-    done = subprocess.run(
-        [*command, "--checkpoint", folders["lumina_next"]], capture_output=True, text=True,
-        cwd=Path(__file__).parents[1],
-    )  # fmt: skip
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.endswith("s, LuminaPipeline\n") and done.stdout.count("\n") == 1
 
 
 def test_weights_of_nan_fail_in_one_line(folders, tmp_path, monkeypatch, capsys):

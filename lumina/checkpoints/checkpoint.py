@@ -306,16 +306,14 @@ def _warn_of_nan(where: Path, state: dict[str, Tensor]) -> None:
 
 
 def _fill(model: nn.Module, state: dict[str, Tensor], device, dtype: torch.dtype | None):
-    """Give a network on the meta device its weights.
-
-    Those that have the device and dtype already stay where they are: in the pages of the file, of
-    which the system brings what is read, and copies what is written.
-    """
+    """Give a network on the meta device its weights, one after the other."""
     if dtype is None:
         dtypes = {tensor.dtype for tensor in state.values()}
         if len(dtypes) > 1:  # torch does not promote those of 8 bits, which float16 holds
             dtypes = {dtype if dtype.itemsize > 1 else torch.float16 for dtype in dtypes}
         dtype = functools.reduce(torch.promote_types, dtypes)
-    state = {name: state.pop(name).to(device, dtype) for name in list(state)}
+    # Copies: a file may put a tensor at any address, and products of matrices are computed in
+    # another order, or slower, where that is not aligned. The pages of the file go one by one.
+    state = {name: state.pop(name).to(device, dtype, copy=True) for name in list(state)}
     model.load_state_dict(state, assign=True)
     return model.eval()
