@@ -11,7 +11,7 @@ import diffusers
 import pytest
 import torch
 import transformers
-from pipelines.runs import SMALL, distance, draw
+from pipelines.runs import distance, draw
 from safetensors.torch import load_file, save_file
 
 import lumina
@@ -334,21 +334,6 @@ def test_names():
         assert getattr(lumina.pipelines, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         lumina.pipelines.Nothing  # noqa: B018
-
-
-def test_the_script(tiny, tmp_path):
-    with pytest.raises(ValueError, match="family must be one of .*, got 'sd3'"):
-        tiny.write("sd3", tmp_path)
-    (tmp_path / "old").touch()
-    with pytest.raises(ValueError, match="must be new or empty"):
-        tiny.write("lumina2", tmp_path)
-    a, b, c = (
-        load_file(tiny.write("lumina_next", tmp_path / str(i), seed) / "vae" / WEIGHTS)
-        for i, seed in enumerate((0, 0, 1))
-    )
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    assert not torch.equal(a["decoder.conv_in.weight"], c["decoder.conv_in.weight"])
-    assert SMALL["height"] == 64
 
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
