@@ -141,7 +141,7 @@ def test_a_run_can_be_ended(family, ours):
 def test_a_callback_of_pictures_one_by_one(family, ours):
     """dopri5: each of them is seen, and its features changed, as alone."""
     pipe, x = ours[family], noise(family, 2)
-    change = {"solver": "dopri5", "rtol": 0.1, "atol": 0.1}
+    change = {"solver": "dopri5", "rtol": 0.01, "atol": 0.01}
     change["callback_on_step_end_tensor_inputs"] = ["latents", "prompt_embeds"]
     seen = []
 
