@@ -234,6 +234,25 @@ def length_of(stack: str, tensors: dict[str, Tensor]) -> int:
     return max((int(match[1]) + 1 for match in found if match), default=0)
 
 
+def patch_side(preset: str) -> int:
+    """The side of a patch, by the name of a preset of the original releases."""
+    side = re.search(r"_patch([1-9][0-9]{0,3})(?![0-9])", preset)
+    return int(side[1]) if side else 2
+
+
+def ffn_rounding(base: int, hidden: int) -> tuple[int, float | None]:
+    """multiple_of and ffn_dim_multiplier that make `hidden` of `base`.
+
+    The released 256 and None, if they do.
+    """
+    multiples = (256, 128, 64, 32, 16, 8, 4, 2, 1)
+    for multiple in multiples:
+        if -(-base // multiple) * multiple == hidden:
+            return multiple, None
+    multiple = next(m for m in multiples if hidden % m == 0)
+    return multiple, (hidden + 0.5) / base  # the half keeps int() from rounding below hidden
+
+
 def same(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are the same bit by bit, NaN too."""
     if (a.dtype, a.shape) != (b.dtype, b.shape):

@@ -11,7 +11,7 @@ import torch
 from checkpoint_cases import CONFIG, INDEX, WEIGHTS, assert_same, network, rewrite
 from safetensors.torch import load_file, save_file
 
-from lumina.checkpoints import checkpoint
+from lumina.checkpoints import checkpoint, files
 from lumina.models.next_dit import original
 from lumina.models.next_dit.config import NextDiTConfig
 from lumina.models.next_dit.model import NextDiT
@@ -90,7 +90,7 @@ def test_original_sizes_come_from_shapes(name, config):
 
 @pytest.mark.parametrize("hidden", [1, 97, 128, 129, 160, 191, 192, 250, 256, 999])
 def test_original_ffn_of_any_width(hidden):
-    multiple, multiplier = original._ffn(48, hidden)
+    multiple, multiplier = files.ffn_rounding(128, hidden)
     config = replace(CONFIG, multiple_of=multiple, ffn_dim_multiplier=multiplier)
     assert config.ffn_dim == hidden
     assert (multiplier is None) == (hidden in (128, 256))

@@ -7,14 +7,13 @@ come from the shapes of the tensors. A head is rotated by three axes in equal pa
 
 from __future__ import annotations
 
-import re
 from argparse import Namespace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lumina.checkpoints.files import check_released, construct
+from lumina.checkpoints.files import check_released, construct, ffn_rounding, patch_side
 from lumina.models.lumina2.config import Lumina2Config
 from lumina.models.parts.joint_shapes import joint_sizes
 
@@ -34,10 +33,9 @@ def unused(config: Lumina2Config) -> dict[str, Tensor]:
 
 def config_from_shapes(where: Path, tensors: dict[str, Tensor], preset: str = "") -> Lumina2Config:
     """The config that these tensors imply; the preset's name gives the patch size."""
-    side = re.search(r"_patch([1-9][0-9]{0,3})(?![0-9])", preset)
-    sizes = joint_sizes(where, tensors, int(side[1]) if side else 2)
+    sizes = joint_sizes(where, tensors, patch_side(preset))
     hidden, dim, axis = sizes.pop("ffn_dim"), sizes["dim"], sizes["dim"] // sizes["n_heads"] // 3
-    multiple_of, multiplier = _ffn(dim, hidden)
+    multiple_of, multiplier = ffn_rounding(4 * dim, hidden)
     fields = dict(axes_dims=(axis,) * 3, multiple_of=multiple_of, ffn_dim_multiplier=multiplier)
     return construct(where, Lumina2Config, {**sizes, **fields})
 
@@ -55,12 +53,3 @@ def check(config: Lumina2Config) -> None:
     """Refuse what the original code would run as another network."""
     axes = (config.head_dim // 3,) * 3
     check_released("original", config, norm_eps=1e-5, axes_dims=axes)
-
-
-def _ffn(dim: int, hidden: int) -> tuple[int, float | None]:
-    """multiple_of and ffn_dim_multiplier that give this width; the released 256 and None if so."""
-    for multiple in (256, 128, 64, 32, 16, 8, 4, 2, 1):
-        if -(-4 * dim // multiple) * multiple == hidden:
-            return multiple, None
-    multiple = next(m for m in (256, 128, 64, 32, 16, 8, 4, 2, 1) if hidden % m == 0)
-    return multiple, (hidden + 0.5) / (4 * dim)  # the half keeps int() from rounding below hidden

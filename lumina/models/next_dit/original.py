@@ -20,7 +20,9 @@ from lumina.checkpoints.files import (
     check_alternating,
     check_released,
     construct,
+    ffn_rounding,
     length_of,
+    patch_side,
     same,
     shape_of,
     shown,
@@ -91,15 +93,14 @@ def config_from_shapes(where: Path, tensors: dict[str, Tensor], preset: str) -> 
     kv, _ = shape("layers.0.attention.wk.weight", 2)
     hidden, _ = shape("layers.0.feed_forward.w1.weight", 2)
     out, _ = shape("final_layer.linear.weight", 2)
-    side = re.search(r"_patch([1-9][0-9]{0,3})(?![0-9])", preset)
-    side = int(side[1]) if side else 2
+    side = patch_side(preset)
     if patch % side**2 or out not in (patch, 2 * patch) or kv * heads % dim:
         raise ValueError(
             f"{where} is no Next-DiT with {side}x{side} patches: x_embedder.weight is "
             f"{dim, patch}, final_layer.linear.weight {out, dim}, wk.weight {kv, dim}, "
             f"{heads} heads"
         )
-    multiple_of, multiplier = _ffn(dim, hidden)
+    multiple_of, multiplier = ffn_rounding(int(8 * dim / 3), hidden)
     fields = dict(
         patch_size=side, in_channels=patch // side**2, dim=dim,
         n_layers=length_of("layers", tensors), n_heads=heads, n_kv_heads=kv * heads // dim,
@@ -108,13 +109,3 @@ def config_from_shapes(where: Path, tensors: dict[str, Tensor], preset: str) -> 
         cap_feat_dim=shape("cap_embedder.0.weight", 1)[0],
     )  # fmt: skip
     return construct(where, NextDiTConfig, fields)
-
-
-def _ffn(dim: int, hidden: int) -> tuple[int, float | None]:
-    """multiple_of and ffn_dim_multiplier that give this width; the released 256 and None if so."""
-    base, multiples = int(8 * dim / 3), (256, 128, 64, 32, 16, 8, 4, 2, 1)
-    for multiple in multiples:
-        if -(-base // multiple) * multiple == hidden:
-            return multiple, None
-    multiple = next(m for m in multiples if hidden % m == 0)
-    return multiple, (hidden + 0.5) / base  # the half keeps int() from rounding below hidden
