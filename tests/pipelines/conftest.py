@@ -19,7 +19,7 @@ NETWORKS = {
 }
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_thread():
     """Tiny matrices: more threads only wait for each other."""
     threads = torch.get_num_threads()

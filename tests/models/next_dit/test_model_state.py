@@ -9,7 +9,10 @@ from common import DEVICE
 from networks import AUDIO, IMAGE, VIDEO, cast, config, inputs, pair, randn
 from torch import nn
 
-from lumina import PRESETS, NextDiT
+from lumina import PRESETS as ALL
+from lumina import NextDiT
+from lumina.models.families import FAMILIES, name_of
+from lumina.models.next_dit.config import PRESETS
 
 LAYER = """attention.wq.weight attention.wk.weight attention.wv.weight attention.wo.weight
 attention.wk_y.weight attention.wv_y.weight attention.gate attention.q_norm.weight
@@ -39,6 +42,13 @@ def test_released_sizes():
     with torch.device("meta"):
         count = {n: sum(p.numel() for p in NextDiT(c).parameters()) for n, c in PRESETS.items()}
     assert count["2b-gqa"] == 1_627_386_400
+    with torch.device("meta"):
+        sizes = {
+            name: sum(p.numel() for p in FAMILIES[name_of(config)].network(config).parameters())
+            for name, config in ALL.items()
+        }
+    assert {name: sizes[name] for name in count} == count
+    assert [round(sizes[name] / 1e9, 3) for name in ("lumina2", "z-image")] == [2.61, 6.155]
     assert round(count["2b"] / 1e9, 3) == 1.989
 
 
@@ -146,10 +156,15 @@ def test_errors():
     refuse(r"t must have shape \(3,\).*got \(2,\)", t=t[:2])
     refuse(r"t must have shape \(3,\).*got \(\)", t=t[0])
     refuse(r"t must have shape \(3,\).*got \(3, 1\)", t=t[:, None])
-    refuse(r"there must be 2 captions for 2 images, got \(2,\) and 3", x=x[:2], t=t[:2])
+    refuse(
+        r"there must be 2 captions for 2 images, or a multiple, got \(2,\) and 3", x=x[:2], t=t[:2]
+    )
     refuse(r"cap_feats must have shape \(B, T, 24\), got \(3, 5, 23\)", cap_feats=feats[..., 1:])
     refuse(r"cap_feats must have shape \(B, T, 24\), got \(5, 24\)", cap_feats=feats[0])
-    refuse(r"cap_mask must be bool of shape \(3, 5\), got torch.int64", cap_mask=mask.long())
+    refuse(
+        r"cap_mask must be bool of shape \(3, 5\) or \(3, L, 5\), got torch.int64",
+        cap_mask=mask.long(),
+    )
     refuse(r"cap_mask must be bool of shape \(3, 5\).*got.*\(3, 4\)", cap_mask=mask[:, 1:])
     refuse("base_seqlen must be at least 2 tokens, got 1", base_seqlen=1)
     refuse("x must hold at least one image", x=[], t=t[:0], cap_feats=feats[:0], cap_mask=mask[:0])
