@@ -7,29 +7,18 @@ from torch import Tensor, nn
 
 from lumina.models.next_dit.config import NextDiTConfig
 from lumina.models.parts import norms
-from lumina.models.parts.feed_forward import FeedForward
 from lumina.models.parts.geometry import Geometry
+from lumina.models.parts.sandwich import SandwichBlock
 from lumina.models.parts.windows import Windows, pool
 from lumina_kernels import gqa_attention, qk_norm_rope3d, qk_norm_rope3d_pool, rope3d
 
 
-class TransformerBlock(nn.Module):
-    """h + tanh(gate) * norm2(layer(norm1(h) * (1 + scale))), for attention, then for the FFN.
-
-    The last sum of a block and the first norm of the next are one pass over memory, so a block
-    returns the parts of its sum, and the next one starts by adding them up: the carry of
-    `lumina.models.parts.norms`. Each block reads only its own parameters, and the carry holds
-    copies, so a block can be sharded, offloaded, checkpointed or compiled on its own.
-    """
+class TransformerBlock(SandwichBlock):
+    """`SandwichBlock` whose attention has a text branch."""
 
     def __init__(self, config: NextDiTConfig, backend: str | None):
-        super().__init__()
         D, eps = config.dim, config.norm_eps
-        self.eps, self.backend = eps, backend
-        self.attention = Attention(config, backend)
-        self.feed_forward = FeedForward(D, config.ffn_dim, backend)
-        self.attention_norm1, self.attention_norm2 = norms.RMSNorm(D, eps), norms.RMSNorm(D, eps)
-        self.ffn_norm1, self.ffn_norm2 = norms.RMSNorm(D, eps), norms.RMSNorm(D, eps)
+        super().__init__(D, config.ffn_dim, eps, Attention(config, backend), backend)
         self.attention_y_norm = norms.RMSNorm(config.cap_feat_dim, eps)
         # Scale and gate of attention, scale and gate of the FFN. The network applies the SiLU once.
         self.adaLN_modulation = nn.Sequential(nn.Identity(), nn.Linear(config.cond_dim, 4 * D))
@@ -61,21 +50,11 @@ class TransformerBlock(nn.Module):
             text = norms.modulate(self.attention_y_norm, text, None, self.backend)
         if h is None:
             return self.attention(text)
-        eps, backend = self.eps, self.backend
-        scale_msa, gate_msa, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(4, dim=-1)
-        h, pre = norms.pre_norm(
-            self.attention_norm1, scale_msa, (h, out, weight, gate), eps, backend
+        return self.sandwich(
+            (h, out, weight, gate),
+            self.adaLN_modulation(c),
+            lambda pre: self.attention(text, text_mask, pre, geometry, windows),
         )
-        out = self.attention(text, text_mask, pre, geometry, windows)
-        carry = norms.post_norm(self.attention_norm2, out, h, gate_msa, eps)
-        h, pre = norms.pre_norm(self.ffn_norm1, scale_mlp, carry, eps, backend)
-        out = self.feed_forward(pre)
-        h, out, weight, gate = norms.post_norm(self.ffn_norm2, out, h, gate_mlp, eps)
-        if out is None:
-            return h, None, None, None
-        # Copies: the parameter may be freed or offloaded once this block returns, and FSDP warns
-        # about views.
-        return h, out, weight.clone(), gate.clone()
 
 
 class Attention(nn.Module):

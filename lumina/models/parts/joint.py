@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lumina.models.parts import norms
-from lumina.models.parts.feed_forward import FeedForward
 from lumina.models.parts.geometry import Geometry
 from lumina.models.parts.joint_config import JointConfig
+from lumina.models.parts.sandwich import SandwichBlock
 from lumina.models.parts.windows import Windows, pool
 from lumina_kernels import gqa_attention, qk_norm_rope3d, rope3d
 
@@ -49,11 +49,8 @@ class JointCaption:
         return [JointCaption(*part) for part in zip(*each, strict=True)]
 
 
-class JointBlock(nn.Module):
-    """h + tanh(gate) * norm2(layer(norm1(h) * (1 + scale))), for attention, then for the FFN.
-
-    Takes and returns the carry of `lumina.models.parts.norms`, so that the last sum of a block and
-    the first norm of the next are one pass over memory.
+class JointBlock(SandwichBlock):
+    """`SandwichBlock` over image and text.
 
     Args:
         config: sizes.
@@ -62,13 +59,8 @@ class JointBlock(nn.Module):
     """
 
     def __init__(self, config: JointConfig, modulation: nn.Module | None, backend: str | None):
-        super().__init__()
-        D, eps = config.dim, config.norm_eps
-        self.eps, self.backend = eps, backend
-        self.attention = JointAttention(config, backend)
-        self.feed_forward = FeedForward(D, config.ffn_dim, backend)
-        self.attention_norm1, self.attention_norm2 = norms.RMSNorm(D, eps), norms.RMSNorm(D, eps)
-        self.ffn_norm1, self.ffn_norm2 = norms.RMSNorm(D, eps), norms.RMSNorm(D, eps)
+        attention = JointAttention(config, backend)
+        super().__init__(config.dim, config.ffn_dim, config.norm_eps, attention, backend)
         if modulation is not None:
             self.adaLN_modulation = modulation
 
@@ -92,23 +84,12 @@ class JointBlock(nn.Module):
             windows: over which attention averages the keys and values of the image, or None.
             keep: how many tokens, the first ones, go on; None: all.
         """
-        eps, backend = self.eps, self.backend
-        scale_msa = gate_msa = scale_mlp = gate_mlp = None
-        if c is not None:
-            scale_msa, gate_msa, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(4, dim=-1)
-        h, pre = norms.pre_norm(
-            self.attention_norm1, scale_msa, (h, out, weight, gate), eps, backend
+        return self.sandwich(
+            (h, out, weight, gate),
+            None if c is None else self.adaLN_modulation(c),
+            lambda pre: self.attention(pre, geometry, windows, keep),
+            keep,
         )
-        out, h = self.attention(pre, geometry, windows, keep), h[:, :keep]
-        carry = norms.post_norm(self.attention_norm2, out, h, gate_msa, eps)
-        h, pre = norms.pre_norm(self.ffn_norm1, scale_mlp, carry, eps, backend)
-        out = self.feed_forward(pre)
-        h, out, weight, gate = norms.post_norm(self.ffn_norm2, out, h, gate_mlp, eps)
-        if out is None:
-            return h, None, None, None
-        # Copies: the parameter may be freed or offloaded once this block returns, and FSDP warns
-        # about views.
-        return h, out, weight.clone(), None if gate is None else gate.clone()
 
 
 class JointAttention(nn.Module):
