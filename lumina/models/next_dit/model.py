@@ -202,7 +202,7 @@ class NextDiT(nn.Module):
         for layer, text, window in zip(self.layers, texts, windows, strict=True):
             carry = layer(text, mask, *carry, c, geometry, window)
         h = norms.residual_sum(carry, self.config.norm_eps, self.backend)
-        return to_images(self.final_layer(h, c), tokens, x, self.config)
+        return to_images(self.final_layer(h, c), tokens.grids, x, self.config)
 
     def encode_caption(self, cap_feats: Tensor, cap_mask: Tensor) -> Caption:
         """Do, once for a sampling run, the part of `forward` that depends on the captions alone."""

@@ -14,25 +14,40 @@ from lumina.models.parts.final_layer import FinalLayer
 from lumina.models.parts.geometry import Geometry, key_scale
 from lumina.models.parts.joint import JointBlock, JointCaption
 from lumina.models.parts.joint_config import JointConfig
-from lumina.models.parts.patches import Tokens, filled, repeated, to_images, to_tokens
+from lumina.models.parts.patches import Grid, Tokens, filled, repeated, to_images, to_tokens
 from lumina.models.parts.rope import RopeScaling, block_axes, block_frequencies
 from lumina.models.parts.windows import DroppedLayers, Windows, windows_of_layers
+
+# Learned tokens (1, P, D) behind those of an image, and which are attended, (B, P); None: all.
+Padding = tuple[Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
 class Images:
     """A batch of images on its way through the network."""
 
-    h: Tensor  # (B, L, D), later with the padding behind
-    tokens: Tokens
-    t: Tensor  # (B,)
+    h: Tensor  # (B, L, D), after the refiner with the padding behind
+    grids: list[Grid]  # patches along (t, h, w): one for all or, where they differ, one each
+    positions: Tensor  # (B, L, 3)
+    mask: Tensor | None  # (B, L) bool, False beyond an image; None: no such tokens
+    padding: Padding | None
+    inv_freq: Tensor  # of RoPE, (K/2,) or (B, K/2)
     c: Tensor  # of the blocks, (B, A)
     final_c: Tensor  # of the final layer, (B, A)
 
     def repeated(self, n: int) -> Images:
         """The batch n times in a row."""
-        h, t, c, final_c = (repeated(z, n) for z in (self.h, self.t, self.c, self.final_c))
-        return Images(h, self.tokens.repeated(n), t, c, final_c)
+        return replace(
+            self,
+            h=repeated(self.h, n),
+            grids=self.grids if len(self.grids) == 1 else self.grids * n,
+            positions=repeated(self.positions, n),
+            mask=repeated(self.mask, n),
+            padding=self.padding and (self.padding[0], repeated(self.padding[1], n)),
+            inv_freq=self.inv_freq if self.inv_freq.ndim == 1 else repeated(self.inv_freq, n),
+            c=repeated(self.c, n),
+            final_c=repeated(self.final_c, n),
+        )
 
 
 class JointTransformer(nn.Module):
@@ -69,8 +84,8 @@ class JointTransformer(nn.Module):
         """The text before its refiner."""
         raise NotImplementedError
 
-    def _padding(self, tokens: Tokens) -> tuple[Tensor, Tensor | None] | None:
-        """Tokens (1, P, D) behind the image's, and which of them are attended, (B, P) or None."""
+    def _padding(self, tokens: Tokens) -> Padding | None:
+        """What comes behind the image's tokens; None: nothing."""
         return None
 
     def _block(self) -> JointBlock:
@@ -151,23 +166,29 @@ class JointTransformer(nn.Module):
         n = captions_of_each(x, t, caption.mask.shape[0])
         tokens = to_tokens(x, self.config)
         h = self.x_embedder(tokens.patches)
-        images = Images(h, tokens, t, *self._conditions(t, h.dtype))
+        frame = [rows * columns for _, rows, columns in tokens.grids]
+        stretching = {"t": t, "tokens": frame[0] if len(frame) == 1 else filled(frame, t.device)}
+        images = Images(
+            h, tokens.grids, tokens.positions.expand(*h.shape[:2], 3), tokens.mask,
+            self._padding(tokens), self._inv_freq(t.device, scaling=rope_scaling, **stretching),
+            *self._conditions(t, h.dtype),
+        )  # fmt: skip
         # All tokens of an image have one place on the first axis, and a rotation that queries and
         # keys share cancels: one pass of the refiner serves all captions of an image. Not beside
         # padding, whose place is another.
-        shared = self._padding(tokens) is None
+        shared = images.padding is None
         if shared:
-            images = self._refined(images, None, rope_scaling)
+            images = self._refined(images, None)
         # A processor gains nothing from larger batches, and smaller ones take less memory.
         eager = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
         parts, out = n if eager and h.device.type == "cpu" else 1, []
         for own in caption.split(parts):
             some = images.repeated(n // parts)
             if not shared:
-                some = self._refined(some, own.image_place, rope_scaling)
-            out.append(self._joint(some, own, rope_scaling, base_seqlen, context_drop))
+                some = self._refined(some, own.image_place)
+            out.append(self._joint(some, own, base_seqlen, context_drop))
         out = out[0] if parts == 1 else torch.cat(out)
-        return to_images(out, tokens.repeated(n), repeated(x, n), self.config)
+        return to_images(out, tokens.grids, x, self.config)
 
     def encode_caption(self, cap_feats: Tensor, cap_mask: Tensor) -> JointCaption:
         """Do, once for a sampling run, the part of `forward` that depends on the captions alone."""
@@ -177,33 +198,31 @@ class JointTransformer(nn.Module):
         """The velocity for a caption prepared by `encode_caption`; options as in `forward`."""
         return self(x, t, caption, **options)
 
-    def _refined(self, images: Images, place: Tensor | None, scaling: RopeScaling | None) -> Images:
+    def _refined(self, images: Images, place: Tensor | None) -> Images:
         """After the blocks over the image alone, which lies at `place` (B,); with its padding."""
-        h, padding = images.h, self._padding(images.tokens)
-        if padding is not None:
-            h = torch.cat([h, padding[0].expand(h.shape[0], -1, -1)], 1)
+        h = images.h
+        if images.padding is not None:
+            h = torch.cat([h, images.padding[0].expand(h.shape[0], -1, -1)], 1)
         where, mask = self._positions(images, place)
-        geometry = Geometry(self._rope(where, images, scaling), mask, None)
-        h = self._run(self.noise_refiner, h, images.c, geometry)
-        return replace(images, h=h)
+        geometry = Geometry(self._rope(where, images.inv_freq), mask, None)
+        return replace(images, h=self._run(self.noise_refiner, h, images.c, geometry))
 
     def _joint(
         self,
         images: Images,
         caption: JointCaption,
-        scaling: RopeScaling | None,
         base_seqlen: int | None,
         context_drop: DroppedLayers | None,
     ) -> Tensor:
         """The patches of the velocity (B, L, ...), from the refined image and text."""
-        grids, L = images.tokens.grids, images.tokens.patches.shape[1]
+        grids, L = images.grids, images.positions.shape[1]
         where, mask = self._positions(images, caption.image_place)
         mask = torch.cat(
             [_all_true(mask, images.h.shape[:2], caption.mask.device), caption.mask], 1
         )
         where = torch.cat([where, _on_first_axis(caption.places)], 1)
         h = torch.cat([images.h, caption.text.to(images.h.dtype)], 1)
-        rope, factor = self._rope(where, images, scaling), key_scale(grids, base_seqlen, h)
+        rope, factor = self._rope(where, images.inv_freq), key_scale(grids, base_seqlen, h)
         geometry = Geometry(rope, mask, factor, others=h.shape[1] - L)
         windows = windows_of_layers(
             grids, context_drop, len(self.layers), h.device, among_others=True
@@ -213,14 +232,13 @@ class JointTransformer(nn.Module):
 
     def _positions(self, images: Images, place: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """(B, L + P, 3) of the image's tokens and its padding, and which of them are attended."""
-        tokens, B = images.tokens, images.t.shape[0]
-        L, mask, padding = tokens.patches.shape[1], tokens.mask, self._padding(tokens)
-        where = tokens.positions.expand(B, L, 3)
+        where, mask = images.positions, images.mask
+        B, L, _ = where.shape
         if place is not None:
             where = where + _on_first_axis(place[:, None])
-        if padding is None:
+        if images.padding is None:
             return where, mask
-        P, attended = padding[0].shape[1], padding[1]
+        P, attended = images.padding[0].shape[1], images.padding[1]
         where = torch.cat([where, where.new_zeros(B, P, 3)], 1)
         if mask is not None or attended is not None:
             attended = _all_true(attended, (B, P), where.device)
@@ -248,23 +266,19 @@ class JointTransformer(nn.Module):
         check_features("cap", feats, mask, self.config.cap_feat_dim)
         # A masked key has weight 0, but 0 * NaN is NaN, and an encoder's padding may hold NaN.
         caption = self._embedded(feats.masked_fill(~mask[..., None], 0), mask)
-        rope = self._rope(_on_first_axis(caption.places), None, None)
+        rope = self._rope(_on_first_axis(caption.places), self._inv_freq(mask.device))
         geometry = Geometry(rope, caption.mask, None)
         return replace(caption, text=self._run(self.context_refiner, caption.text, None, geometry))
 
-    def _rope(
-        self, where: Tensor, images: Images | None, scaling: RopeScaling | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """positions, inv_freq and axis of the rope ops; images: whose size and time stretch it."""
-        config, device, size, t = self.config, where.device, 1, None
-        if images is not None:
-            t, frame = images.t, [h * w for _, h, w in images.tokens.grids]
-            size = frame[0] if len(frame) == 1 else filled(frame, device)
-        inv_freq = block_frequencies(
-            config.axes_dims, config.rope_theta, scaling=scaling, t=t, tokens=size, device=device,
-            dtype=torch.promote_types(self.dtype, torch.float32),
-        )  # fmt: skip
-        return where, inv_freq, block_axes(config.axes_dims, device=device)
+    def _rope(self, where: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """positions, inv_freq and axis of the rope ops."""
+        return where, inv_freq, block_axes(self.config.axes_dims, device=where.device)
+
+    def _inv_freq(self, device, **stretching) -> Tensor:
+        """RoPE's frequencies; `stretching` as for `block_frequencies`."""
+        acc = torch.promote_types(self.dtype, torch.float32)
+        dims, theta = self.config.axes_dims, self.config.rope_theta
+        return block_frequencies(dims, theta, device=device, dtype=acc, **stretching)
 
 
 def _on_first_axis(places: Tensor) -> Tensor:

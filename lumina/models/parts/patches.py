@@ -37,12 +37,6 @@ class Tokens:
     positions: Tensor  # (L, 3) for one grid, else (B, L, 3)
     mask: Tensor | None  # (B, L) bool, False on padding; None: no padding
 
-    def repeated(self, n: int) -> Tokens:
-        """The batch n times in a row."""
-        grids = self.grids if len(self.grids) == 1 else self.grids * n
-        where = self.positions if self.positions.ndim == 2 else repeated(self.positions, n)
-        return Tokens(repeated(self.patches, n), grids, where, repeated(self.mask, n))
-
 
 def to_tokens(x: Tensor | list[Tensor], config: Patched) -> Tokens:
     """Cut images into patches, in the order of the config; shorter sequences are padded with zeros.
@@ -74,16 +68,23 @@ def to_tokens(x: Tensor | list[Tensor], config: Patched) -> Tokens:
 
 
 def to_images(
-    out: Tensor, tokens: Tokens, like: Tensor | list[Tensor], config: Patched
+    out: Tensor, grids: list[Grid], like: Tensor | list[Tensor], config: Patched
 ) -> Tensor | list[Tensor]:
     """Undo `to_tokens` for the network's output, whose patches are (pH, pW, out_channels).
 
     Only the first in_channels channels are kept: the others belong to learn_sigma and are unused.
+
+    Args:
+        out: the patches, for the batch of `like` or for it several times in a row.
+        grids: of the tokens.
+        like: the images that the tokens were made of.
+        config: of the network.
     """
     if isinstance(like, Tensor):
-        return _paste(out, tokens.grids[0], like, config)
-    grids = tokens.grids * len(like) if len(tokens.grids) == 1 else tokens.grids
-    each = zip(out, grids, like, strict=True)
+        return _paste(out, grids[0], like, config)
+    images = like * (out.shape[0] // len(like))
+    grids = grids * (len(images) // len(grids))
+    each = zip(out, grids, images, strict=True)
     return [_paste(o[None], grid, image[None], config)[0] for o, grid, image in each]
 
 
@@ -125,4 +126,5 @@ def _paste(out: Tensor, grid: Grid, like: Tensor, config: Patched) -> Tensor:
     _, ph, pw = config.patch
     out = out[:, : T * h * w].reshape(-1, T, h, w, ph, pw, config.out_channels)
     out = out[..., : config.in_channels].permute(0, 6, 1, 2, 4, 3, 5)
-    return out.reshape(like.shape).to(like.dtype)  # from (B, C, T, h, pH, w, pW)
+    # from (B, C, T, h, pH, w, pW)
+    return out.reshape(out.shape[0], *like.shape[1:]).to(like.dtype)

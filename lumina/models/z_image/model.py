@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lumina.models.parts.joint import JointCaption
-from lumina.models.parts.joint_model import JointTransformer
+from lumina.models.parts.joint_model import JointTransformer, Padding
 from lumina.models.parts.patches import Tokens, filled
 from lumina.models.parts.timestep import TimestepEmbedder
 from lumina.models.z_image.config import ZImageConfig
@@ -64,7 +64,7 @@ class ZImage(JointTransformer):
         places = 1 + torch.where(mask, mask.cumsum(1) - 1, count[:, None] + rank)
         return JointCaption(text, mask | filled_up, places, 1 + count + filling)
 
-    def _padding(self, tokens: Tokens) -> tuple[Tensor, Tensor | None] | None:
+    def _padding(self, tokens: Tokens) -> Padding | None:
         each = [-t * r * c % MULTIPLE for t, r, c in tokens.grids]
         most = max(each)
         # The gradient of a parameter without influence is 0; DDP waits for it in every step.
