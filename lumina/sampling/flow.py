@@ -89,7 +89,7 @@ class Flow:
             raise ValueError("guidance needs neg_feats, got None; guidance=1 does without")
         self.captions = captions
         # Memory of its own: a CUDA graph overwrites what it returned when it runs again.
-        cloned = _each(self._prepared("cap"), torch.clone)
+        cloned = _map(torch.clone, self._prepared("cap"))
         self.conditional = self.both = cloned
         if self.guidance.needed:
             self.both = _stack(cloned, self._prepared("neg"))
@@ -142,14 +142,14 @@ class Flow:
         return guided_step(x, v, scale, dt, channels, backend=self.network.backend)
 
 
-def _each(caption, change: Callable[[Tensor], Tensor]):
-    """A prepared caption of any family with every tensor changed."""
-    changed = {
-        field.name: [change(z) for z in value] if isinstance(value, list) else change(value)
-        for field in fields(caption)
-        for value in [getattr(caption, field.name)]
-    }
-    return replace(caption, **changed)
+def _map(change: Callable, *captions):
+    """A prepared caption of any family, its tensors made of those of the given ones."""
+    changed = {}
+    for field in fields(captions[0]):
+        each = [getattr(caption, field.name) for caption in captions]
+        several = isinstance(each[0], list)
+        changed[field.name] = list(map(change, *each)) if several else change(*each)
+    return replace(captions[0], **changed)
 
 
 def _stack(conditional, negative):
@@ -162,17 +162,8 @@ def _stack(conditional, negative):
             for c in (conditional, negative)
         )
     length = max(conditional.mask.shape[-1], negative.mask.shape[-1])
-    below = iter(_tensors(negative.padded(length)))
 
-    def join(a: Tensor) -> Tensor:
-        b = next(below)
+    def join(a: Tensor, b: Tensor) -> Tensor:
         return torch.cat([a, b.expand(B, *b.shape[1:])])
 
-    return _each(conditional.padded(length), join)
-
-
-def _tensors(caption) -> list[Tensor]:
-    """In the order of `_each`."""
-    tensors: list[Tensor] = []
-    _each(caption, lambda z: tensors.append(z) or z)
-    return tensors
+    return _map(join, conditional.padded(length), negative.padded(length))
