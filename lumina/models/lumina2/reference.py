@@ -1,9 +1,9 @@
 """Lumina-Image 2.0 in plain PyTorch: what `lumina.Lumina2` and its kernels are tested against.
 
-One file, no kernels, no tricks, nothing of ours imported; runs in float64. After "Lumina-Image 2.0:
-A Unified and Efficient Image Generative Framework" (arXiv 2503.21758) and its released model;
-parameters carry the names of that checkpoint. Every image runs alone, with the tokens of its text
-and no others. B batch, L tokens, D width, H query heads, G key/value heads, K head_dim.
+No kernels, no tricks; runs in float64. Norms, rotation, FFN and embedding of the time are those of
+the reference of Next-DiT. After "Lumina-Image 2.0: A Unified and Efficient Image Generative
+Framework" (arXiv 2503.21758) and its released model; parameters carry the names of that checkpoint.
+Every image runs alone, with the tokens of its text and no others. B batch, L tokens, D width, H query heads, G key/value heads, K head_dim.
 """
 
 import math
@@ -11,6 +11,14 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lumina.models.next_dit.reference import (
+    FeedForward,
+    FinalLayer,
+    RMSNorm,
+    TimestepEmbedder,
+    rotate,
+)
 
 
 class Lumina2(nn.Module):
@@ -22,7 +30,7 @@ class Lumina2(nn.Module):
         D, A, Y = config.dim, config.cond_dim, config.cap_feat_dim
         volume = config.patch_size**2 * config.in_channels
         self.x_embedder = nn.Linear(volume, D)
-        self.t_embedder = TimestepEmbedder(A, A)
+        self.t_embedder = TimestepEmbedder(A)
         self.cap_embedder = nn.Sequential(RMSNorm(Y, config.norm_eps), nn.Linear(Y, D))
         refiners = range(config.n_refiner_layers)
         self.noise_refiner = nn.ModuleList(self.block() for _ in refiners)
@@ -194,58 +202,3 @@ def stretched(config, freqs, e, side, scaling, t):
     else:
         raise ValueError(f"unknown RoPE scaling {scaling.kind!r}")
     return torch.maximum(freqs * s ** -(e * K / d), linear)
-
-
-def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Channels (2j, 2j+1) of (B, L, heads, K) as one complex number, times the rotation."""
-    acc = torch.promote_types(x.dtype, torch.float32)
-    pairs = torch.view_as_complex(x.to(acc).unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(pairs * rotation.to(pairs.dtype)).flatten(-2).to(x.dtype)
-
-
-class FeedForward(nn.Module):
-    """w2(silu(w1 x) * w3 x)."""
-
-    def __init__(self, dim, hidden):
-        super().__init__()
-        self.w1, self.w3 = nn.Linear(dim, hidden, bias=False), nn.Linear(dim, hidden, bias=False)
-        self.w2 = nn.Linear(hidden, dim, bias=False)
-
-    def forward(self, x):
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, dim, eps):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
-
-    def forward(self, x):
-        z = x.to(torch.promote_types(x.dtype, torch.float32))
-        z = z * torch.rsqrt(z.square().mean(-1, keepdim=True) + self.eps)
-        return (z * self.weight).to(x.dtype)
-
-
-class TimestepEmbedder(nn.Module):
-    """MLP of 256 sinusoids of t, cosines first."""
-
-    def __init__(self, width, hidden):
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(256, hidden), nn.SiLU(), nn.Linear(hidden, width))
-
-    def forward(self, t):
-        z = t.to(torch.promote_types(t.dtype, torch.float32))[:, None]
-        z = z * torch.exp(-math.log(10000) * torch.arange(128).to(z.dtype) / 128)
-        return self.mlp(torch.cat([z.cos(), z.sin()], dim=-1).to(self.mlp[0].weight.dtype))
-
-
-class FinalLayer(nn.Module):
-    def __init__(self, dim, cond_dim, out):
-        super().__init__()
-        self.linear = nn.Linear(dim, out)
-        # SiLU is in c already.
-        self.adaLN_modulation = nn.Sequential(nn.Identity(), nn.Linear(cond_dim, dim))
-
-    def forward(self, x, c):
-        scale = self.adaLN_modulation(c)[:, None]
-        return self.linear(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale))

@@ -238,9 +238,10 @@ class RMSNorm(nn.Module):
 class TimestepEmbedder(nn.Module):
     """MLP of 256 sinusoids of t, which is used as it is, in [0, 1]; cosines first."""
 
-    def __init__(self, width):
+    def __init__(self, width, hidden=None):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        hidden = hidden or width
+        self.mlp = nn.Sequential(nn.Linear(256, hidden), nn.SiLU(), nn.Linear(hidden, width))
 
     def forward(self, t):
         z = t.to(torch.promote_types(t.dtype, torch.float32))[:, None]

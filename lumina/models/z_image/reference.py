@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from lumina.models.lumina2 import reference
-from lumina.models.lumina2.reference import Block, TimestepEmbedder, patches
+from lumina.models.lumina2.reference import Block, patches
+from lumina.models.next_dit.reference import TimestepEmbedder
 
 
 class ZImage(reference.Lumina2):
