@@ -90,10 +90,11 @@ def _options(args, pipe, height: int, width: int) -> dict:
     if args.guidance_until != 1 or args.guidance_renorm is not None:
         if args.guidance is None:
             raise ValueError("--guidance-until and --guidance-renorm need --guidance")
-        options["guidance"] = _guidance(type(pipe), args)
+        options["guidance"] = pipe.guidance_by(
+            args.guidance, until=args.guidance_until, renorm=args.guidance_renorm
+        )
     if args.rope is not None:
-        base = pipe.default_image_size // pipe.vae_scale_factor // pipe.patch_size
-        base = None if args.rope == "none" else base
+        base = None if args.rope == "none" else pipe.base_size
         options["rope_scaling"] = lumina.RopeScaling(args.rope, base_size=base)
     if args.context_drop != 1:
         options["context_drop"] = lumina.ContextDrop(args.context_drop)
@@ -105,20 +106,6 @@ def _options(args, pipe, height: int, width: int) -> dict:
         mask = read_picture(args.mask, (height, width))
         options["mask_image"] = (mask.mean(0, keepdim=True) + 1) / 2
     return options
-
-
-def _guidance(pipeline: type, args) -> lumina.Guidance:
-    """As the pipeline guides by itself, between these bounds."""
-    from lumina.pipelines import Lumina2Pipeline, LuminaPipeline, ZImagePipeline
-    from lumina.pipelines.lumina2 import RowGuidance
-
-    bounds = {"until": args.guidance_until, "renorm": args.guidance_renorm}
-    if issubclass(pipeline, ZImagePipeline):  # there it is what comes on top of the caption alone
-        return lumina.Guidance(1 + args.guidance, **bounds)
-    if issubclass(pipeline, LuminaPipeline):
-        return lumina.Guidance(args.guidance, channels=3, **bounds)
-    by_rows = issubclass(pipeline, Lumina2Pipeline) and args.guidance_renorm is None
-    return (RowGuidance if by_rows else lumina.Guidance)(args.guidance, **bounds)
 
 
 def _box(text: str) -> tuple[float, ...]:

@@ -261,3 +261,12 @@ def check_scale(name: str, value) -> float:
     if not math.isfinite(check_number(name, value)):
         raise ValueError(f"{name} must be finite, got {value}")
     return float(value)
+
+
+def lora_scale(name: str, given: Mapping | None) -> float | None:
+    """The weight of adapters in the keyword arguments of attention, which may hold nothing else."""
+    if not given:
+        return None
+    if given.keys() != {"scale"}:
+        raise ValueError(f"{name} takes a scale alone, got {', '.join(given)}")
+    return check_scale(f"scale of {name}", given["scale"])

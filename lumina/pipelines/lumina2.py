@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lumina.pipelines.call import Call, Options, check_scale
+from lumina.pipelines.call import Options, check_scale, lora_scale
 from lumina.pipelines.pipeline import Pipeline
 from lumina.sampling.guidance import Guidance
 
@@ -57,13 +57,13 @@ class Lumina2Pipeline(Pipeline):
 
         As `LuminaPipeline.encode_prompt`; of the length of the longest, not of 256 tokens.
         """
-        call = Call(
+        call = self._call(
             prompt=prompt,
             negative_prompt=negative_prompt,
-            text=self._given("prompt_embeds", prompt_embeds, prompt_attention_mask),
-            negative_text=self._given(
-                "negative_prompt_embeds", negative_prompt_embeds, negative_prompt_attention_mask
-            ),
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            prompt_attention_mask=prompt_attention_mask,
+            negative_prompt_attention_mask=negative_prompt_attention_mask,
             num_images_per_prompt=num_images_per_prompt,
             max_sequence_length=max_sequence_length,
         )
@@ -109,13 +109,13 @@ class Lumina2Pipeline(Pipeline):
             cfg_normalization: give the guided velocity the norm of the caption's, row by row.
         """
         ours = Options.of(type(self), ours)
-        call = Call(
+        call = self._call(
             prompt=prompt,
             negative_prompt=negative_prompt,
-            text=self._given("prompt_embeds", prompt_embeds, prompt_attention_mask),
-            negative_text=self._given(
-                "negative_prompt_embeds", negative_prompt_embeds, negative_prompt_attention_mask
-            ),
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            prompt_attention_mask=prompt_attention_mask,
+            negative_prompt_attention_mask=negative_prompt_attention_mask,
             height=height,
             width=width,
             num_inference_steps=num_inference_steps,
@@ -131,15 +131,24 @@ class Lumina2Pipeline(Pipeline):
         )
         scale = check_scale("guidance_scale", guidance_scale)
         ratio = check_scale("cfg_trunc_ratio", cfg_trunc_ratio)
-        kind = RowGuidance if cfg_normalization else Guidance
+
+        def guidance(grid: Tensor) -> Guidance:
+            rule = self.guidance_by if cfg_normalization else Guidance
+            return rule(scale, until=_until(grid, ratio))
+
         return self._draw(
             call,
             ours,
             scale=scale,
-            guidance=(lambda grid: kind(scale, until=_until(grid, ratio))) if scale > 1 else None,
+            guidance=guidance if scale > 1 else None,
             texts=lambda guided: self._texts(call, guided, system_prompt=system_prompt),
-            lora_scale=self._lora_scale("attention_kwargs", attention_kwargs),
+            lora_scale=lora_scale("attention_kwargs", attention_kwargs),
         )
+
+    def guidance_by(self, scale: float, **bounds) -> Guidance:
+        """By rows, unless a bound of the norm is given."""
+        by_rows = bounds.get("renorm") is None
+        return (RowGuidance if by_rows else Guidance)(scale, **bounds)
 
     def _words(self, prompts: list[str], system_prompt: str | None) -> list[str]:
         system = self.system_prompt if system_prompt is None else system_prompt

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lumina.models.parts.rope import RopeScaling
-from lumina.pipelines.call import Call, Options, Size, check_scale
+from lumina.pipelines.call import Options, Size, check_scale
 from lumina.pipelines.pipeline import Pipeline
 from lumina.pipelines.text import Text, clean, same_length
 from lumina.sampling.guidance import Guidance
@@ -41,13 +41,13 @@ class LuminaPipeline(Pipeline):
         (B, T, Y) and (B, T), the text first; B counts the pictures of each prompt one after the
         other. Embeddings that are given are returned with the others' length.
         """
-        call = Call(
+        call = self._call(
             prompt=prompt,
             negative_prompt=negative_prompt,
-            text=self._given("prompt_embeds", prompt_embeds, prompt_attention_mask),
-            negative_text=self._given(
-                "negative_prompt_embeds", negative_prompt_embeds, negative_prompt_attention_mask
-            ),
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            prompt_attention_mask=prompt_attention_mask,
+            negative_prompt_attention_mask=negative_prompt_attention_mask,
             num_images_per_prompt=num_images_per_prompt,
             max_sequence_length=max_sequence_length,
         )
@@ -113,13 +113,13 @@ class LuminaPipeline(Pipeline):
             FloatingPointError: the network or the VAE overflows.
         """
         ours = Options.of(type(self), ours)
-        call = Call(
+        call = self._call(
             prompt=prompt,
             negative_prompt=negative_prompt,
-            text=self._given("prompt_embeds", prompt_embeds, prompt_attention_mask),
-            negative_text=self._given(
-                "negative_prompt_embeds", negative_prompt_embeds, negative_prompt_attention_mask
-            ),
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            prompt_attention_mask=prompt_attention_mask,
+            negative_prompt_attention_mask=negative_prompt_attention_mask,
             height=height,
             width=width,
             num_inference_steps=num_inference_steps,
@@ -140,11 +140,15 @@ class LuminaPipeline(Pipeline):
             call,
             ours,
             scale=scale,
-            guidance=(lambda grid: Guidance(scale, channels=3)) if scale > 1 else None,
+            guidance=(lambda grid: self.guidance_by(scale)) if scale > 1 else None,
             texts=lambda guided: self._texts(call, guided, parts, clean_caption=clean_caption),
             rope_scaling=lambda pixels: self._rope_scaling(scaling_watershed, pixels),
             base_seqlen=base**2 if proportional_attn else None,
         )
+
+    def guidance_by(self, scale: float, **bounds) -> Guidance:
+        """Of the first three channels, as the models were released."""
+        return Guidance(scale, channels=3, **bounds)
 
     def _rope_scaling(
         self, watershed: float | None, pixels: list[Size]
@@ -154,8 +158,8 @@ class LuminaPipeline(Pipeline):
             return [None] * len(pixels)
         factors = [math.sqrt(h * w) / self.default_image_size for h, w in pixels]
         if len(set(factors)) > 1 and min(factors) >= 1:
-            base = self.default_sample_size // self.patch_size
-            return [RopeScaling("watershed", base_size=base, watershed=watershed)] * len(pixels)
+            scaling = RopeScaling("watershed", base_size=self.base_size, watershed=watershed)
+            return [scaling] * len(pixels)
         return [
             None if factor == 1 else RopeScaling("watershed", factor, watershed=watershed)
             for factor in factors

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lumina.models.parts.rope import RopeScaling
 from lumina.pipelines import pictures
-from lumina.pipelines.call import Call, Options, Size, check_scale, is_count
+from lumina.pipelines.call import Call, Options, Size, is_count
 from lumina.pipelines.denoising import denoise, like
 from lumina.pipelines.loading import load, save
 from lumina.pipelines.parts import check_parts, check_sample_size, halvings, network_of
@@ -176,6 +176,15 @@ class Pipeline(DiffusionPipeline):
         """Where the inputs of a part have to be."""
         return self._execution_device if hasattr(part, "_hf_hook") else part.device
 
+    @property
+    def base_size(self) -> int:
+        """Tokens along a side of a picture of the default size."""
+        return self.default_sample_size // self.patch_size
+
+    def guidance_by(self, scale: float, **bounds) -> Guidance:
+        """The rule that `guidance_scale=scale` stands for; `bounds`: until and renorm."""
+        return Guidance(scale, **bounds)
+
     def _words(self, prompts: list[str], **treatment) -> list[str]:
         """What the tokenizer gets for prompts."""
         raise NotImplementedError
@@ -223,6 +232,23 @@ class Pipeline(DiffusionPipeline):
             result += [text and text.feats, text and text.mask.long()]
         return tuple(result)
 
+    def _call(
+        self,
+        prompt_embeds,
+        negative_prompt_embeds,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
+        **shared,
+    ) -> Call:
+        """The parameters that all families share, with the embeddings that were given."""
+        return Call(
+            text=self._given("prompt_embeds", prompt_embeds, prompt_attention_mask),
+            negative_text=self._given(
+                "negative_prompt_embeds", negative_prompt_embeds, negative_prompt_attention_mask
+            ),
+            **shared,
+        )
+
     def _given(self, name: str, feats, mask: Tensor | None = None) -> Text | None:
         """Embeddings that a caller gave, checked."""
         width = network_of(type(self), self.transformer).config.cap_feat_dim
@@ -233,13 +259,6 @@ class Pipeline(DiffusionPipeline):
         if sigmas is not None or ours.schedule is not None or not is_count(steps):
             return sigmas
         return np.linspace(1, 1 / steps, steps).tolist()
-
-    def _lora_scale(self, name: str, given: dict | None) -> float | None:
-        if not given:
-            return None
-        if given.keys() != {"scale"}:
-            raise ValueError(f"{name} takes a scale alone, got {', '.join(given)}")
-        return check_scale(f"scale of {name}", given["scale"])
 
     def _draw(
         self,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lumina.pipelines.call import Call, Options, check_scale
+from lumina.pipelines.call import Options, check_scale, lora_scale
 from lumina.pipelines.pipeline import Pipeline
 from lumina.pipelines.schedule import timesteps_of
 from lumina.pipelines.text import Text
@@ -32,11 +32,11 @@ class ZImagePipeline(Pipeline):
         max_sequence_length: int = 512,
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Features (T_i, Y) of each prompt, and of each negative prompt (none: an empty list)."""
-        call = Call(
+        call = self._call(
             prompt=prompt,
             negative_prompt=negative_prompt,
-            text=self._given("prompt_embeds", prompt_embeds),
-            negative_text=self._given("negative_prompt_embeds", negative_prompt_embeds),
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
             max_sequence_length=max_sequence_length,
         )
         device = device or self._execution_device
@@ -81,11 +81,11 @@ class ZImagePipeline(Pipeline):
             joint_attention_kwargs: {"scale": s} runs adapters (LoRA) at s times their weight.
         """
         ours = Options.of(type(self), ours)
-        call = Call(
+        call = self._call(
             prompt=prompt,
             negative_prompt=negative_prompt,
-            text=self._given("prompt_embeds", prompt_embeds),
-            negative_text=self._given("negative_prompt_embeds", negative_prompt_embeds),
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
             height=height,
             width=width,
             num_inference_steps=num_inference_steps,
@@ -105,7 +105,7 @@ class ZImagePipeline(Pipeline):
 
         def guidance(grid: Tensor) -> Guidance:
             until = _until(grid, cfg_truncation)
-            return Guidance(1 + scale, until=until, renorm=limit if limit > 0 else None)
+            return self.guidance_by(scale, until=until, renorm=limit if limit > 0 else None)
 
         return self._draw(
             call,
@@ -114,8 +114,12 @@ class ZImagePipeline(Pipeline):
             guidance=guidance if scale > 0 else None,
             texts=lambda guided: self._texts(call, guided),
             noise_dtype=torch.float32,
-            lora_scale=self._lora_scale("joint_attention_kwargs", joint_attention_kwargs),
+            lora_scale=lora_scale("joint_attention_kwargs", joint_attention_kwargs),
         )
+
+    def guidance_by(self, scale: float, **bounds) -> Guidance:
+        """With what comes on top of the velocity for the caption."""
+        return Guidance(1 + scale, **bounds)
 
     def _words(self, prompts: list[str]) -> list[str]:
         return [
