@@ -4,28 +4,10 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from pipelines.runs import distance, draw, generator
+from pipelines.runs import FAMILIES, distance, draw, features, generator, noise
 
 import lumina
 from lumina.pipelines.pictures import prepare
-
-FAMILIES = ("lumina_next", "lumina2", "z_image")
-
-
-def noise(family, batch=1, height=8, width=8, seed=1):
-    shape = (batch, 4 if family == "lumina_next" else 16, height, width)
-    return torch.randn(shape, generator=generator(seed))
-
-
-def features(pipe, prompt="a red apple"):
-    """As arguments of the pipeline, and of lumina.sample."""
-    feats = pipe.encode_prompt(prompt)
-    if isinstance(feats[0], list):
-        given = dict(zip(("prompt_embeds", "negative_prompt_embeds"), feats, strict=True))
-        return given, (feats[0][0][None], None, feats[1][0][None], None)
-    names = ("prompt_embeds", "prompt_attention_mask")
-    given = dict(zip((*names, *(f"negative_{name}" for name in names)), feats, strict=True))
-    return given, (feats[0], feats[1].bool(), feats[2], feats[3].bool())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -6,11 +6,10 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from pipelines.runs import SMALL, generator
+from pipelines.runs import FAMILIES, SMALL, generator
 
 import lumina
 
-FAMILIES = ("lumina_next", "lumina2", "z_image")
 TENSOR = torch.zeros(1, 4, 32)
 WRONG = [  # error, what it says, arguments
     (ValueError, "give either prompt or prompt_embeds, got neither", {"prompt": None}),

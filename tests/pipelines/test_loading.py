@@ -11,13 +11,11 @@ import diffusers
 import pytest
 import torch
 import transformers
-from pipelines.runs import distance, draw
+from pipelines.runs import FAMILIES, distance, draw
 from safetensors.torch import load_file, save_file
 
 import lumina
 from lumina.pipelines import LuminaPipeline, Pipeline
-
-FAMILIES = ("lumina_next", "lumina2", "z_image")
 
 
 @pytest.fixture

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 from pipelines.conftest import Made
-from pipelines.runs import PROMPTS, SMALL, distance, draw, generator
+from pipelines.runs import FAMILIES, PROMPTS, SMALL, distance, draw, generator
 
-FAMILIES = ("lumina_next", "lumina2", "z_image")
 JOINT = ("lumina2", "z_image")
 SAME = 1e-4
 

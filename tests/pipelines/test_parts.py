@@ -5,13 +5,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from pipelines.runs import distance, draw, generator
+from pipelines.runs import FAMILIES, distance, draw, generator
 
 import lumina
 from lumina.pipelines import Pipeline, lumina2, z_image
 from lumina.pipelines.schedule import time_grid
-
-FAMILIES = ("lumina_next", "lumina2", "z_image")
 
 
 def is_freed(module):

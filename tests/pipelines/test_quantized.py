@@ -4,11 +4,10 @@ import copy
 
 import pytest
 import torch
-from pipelines.runs import PROMPTS, draw
+from pipelines.runs import FAMILIES, PROMPTS, draw
 from torch import nn
 from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 
-FAMILIES = ("lumina_next", "lumina2", "z_image")
 # How far the latents may be off. A linear of zeros takes them as far as 0.1 to 1.6 (two of the text
 # branch alone 0.05), and what else goes wrong differs from the rounded weights in plain linears.
 RULES = {"int8": (Int8WeightOnlyConfig, 0.05), "float8": (Float8WeightOnlyConfig, 0.12)}

@@ -4,11 +4,10 @@ import warnings
 
 import pytest
 import torch
-from pipelines.runs import draw, generator
+from pipelines.runs import FAMILIES, draw, generator
 
 from lumina.pipelines.text import Text, clean, encode, same_length, text_of
 
-FAMILIES = ("lumina_next", "lumina2", "z_image")
 LANGUAGES = (
     "桌子上的红苹果，窗边的猫",
     "海の見える家とりんご",
