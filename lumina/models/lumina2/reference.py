@@ -3,7 +3,8 @@
 No kernels, no tricks; runs in float64. Norms, rotation, FFN and embedding of the time are those of
 the reference of Next-DiT. After "Lumina-Image 2.0: A Unified and Efficient Image Generative
 Framework" (arXiv 2503.21758) and its released model; parameters carry the names of that checkpoint.
-Every image runs alone, with the tokens of its text and no others. B batch, L tokens, D width, H query heads, G key/value heads, K head_dim.
+Every image runs alone, with the tokens of its text and no others. B batch, L tokens, D width, H
+query heads, G key/value heads, K head_dim.
 """
 
 import math
