@@ -41,6 +41,18 @@ class JointCaption:
             places=F.pad(self.places, (0, more)),
         )  # fmt: skip
 
+    def trimmed(self) -> JointCaption:
+        """Without the text tokens behind the last one that any caption attends to.
+
+        Their number is read on the host, so on a GPU this waits for the device.
+        """
+        used = self.mask.any(0).nonzero()
+        length = int(used[-1]) + 1 if len(used) else 0
+        return replace(
+            self, text=self.text[:, :length], mask=self.mask[:, :length],
+            places=self.places[:, :length],
+        )  # fmt: skip
+
     def split(self, n: int) -> list[JointCaption]:
         """In n parts of as many captions."""
         if n == 1:

@@ -179,10 +179,13 @@ class JointTransformer(nn.Module):
         shared = images.padding is None
         if shared:
             images = self._refined(images, None)
-        # A processor gains nothing from larger batches, and smaller ones take less memory.
+        # A processor gains nothing from larger batches, and smaller ones take less memory and less
+        # padding of their text.
         eager = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-        parts, out = n if eager and h.device.type == "cpu" else 1, []
+        on_cpu = eager and h.device.type == "cpu"
+        parts, out = n if on_cpu else 1, []
         for own in caption.split(parts):
+            own = own.trimmed() if on_cpu else own
             some = images.repeated(n // parts)
             if not shared:
                 some = self._refined(some, own.image_place)

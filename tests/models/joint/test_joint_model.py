@@ -116,6 +116,21 @@ def test_several_captions_of_an_image(name, sizes):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU runs the captions of an image in one batch")
+def test_a_short_caption_is_not_padded():
+    """Guidance's negative caption is a few words; a long prompt beside it costs it nothing."""
+    (ours, _), (x, t, feats, mask) = pair("lumina2"), inputs((4, 6))
+    assert feats.shape[1] > 5
+    mask = torch.zeros_like(torch.cat([mask, mask]))
+    mask[:3], mask[3:, 1:5], lengths = True, True, []
+    ours.layers[0].attention.register_forward_pre_hook(lambda _, a: lengths.append(a[0].shape[1]))
+    with torch.no_grad():
+        out = ours(x, t, torch.cat([feats, feats]), mask)
+        long, short = ours(x, t, feats, mask[:3]), ours(x, t, feats[:, 1:5], mask[3:, 1:5])
+    assert lengths == [6 + feats.shape[1], 6 + 5, 6 + feats.shape[1], 6 + 4]
+    torch.testing.assert_close(out, torch.cat([long, short]), rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", ["lumina2", "z_image"])
 def test_trains(name):
     """A few steps of descent halve the loss, from the initial weights of a new network."""
