@@ -12,7 +12,6 @@ namespace lumina_kernels::cuda {
 // The head_dims with kernels of their own; others take the next larger one, padded with zeros.
 using AttentionHeadDims =
     std::integer_sequence<int, 24, 40, 48, 64, 72, 80, 88, 96, 112, 120, 128, 256>;
-using AttentionFloatColumns = std::integer_sequence<int, 2, 3, 4, 8>;  // head_dims, in units of 32
 
 // The smallest of `kSizes`, which ascend, that is not below K.
 template <int... kSizes>

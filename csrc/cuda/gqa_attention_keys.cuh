@@ -80,14 +80,20 @@ struct AttentionPlace {
     b = head / p.G;
     g = head - b * p.G;
   }
+  // Of all rows.
+  __device__ __forceinline__ AttentionPlace(const AttentionFwdParams<T>& given, int b, int g)
+      : p(given), b(b), g(g), first_row(0) {}
 
   __device__ __forceinline__ int token(int row) const {
     return static_cast<int>(static_cast<unsigned>(row) / static_cast<unsigned>(p.R));
   }
   __device__ __forceinline__ int head(int row) const { return g * p.R + row - token(row) * p.R; }
-  // Where a row is in (B, G, L, R), and in (B, L, H).
+  // Where a row is in (B, G, L, R), in (B, H, L), and in (B, L, H).
   __device__ __forceinline__ int64_t sum(int row) const {
     return (static_cast<int64_t>(b) * p.G + g) * p.rows + row;
+  }
+  __device__ __forceinline__ int64_t pair(int row) const {
+    return (static_cast<int64_t>(b) * p.G * p.R + head(row)) * p.L + token(row);
   }
   __device__ __forceinline__ int64_t out(int row) const {
     return (static_cast<int64_t>(b) * p.L + token(row)) * p.G * p.R + head(row);
