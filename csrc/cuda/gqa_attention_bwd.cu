@@ -46,7 +46,7 @@ AttentionBwdParams<T> arguments(const AttentionInputs& x, const AttentionSaved& 
   AttentionBwdParams<T> p{};
   p.fwd = attention_params<T>(x);
   p.dout = heads_of<T>(saved.dout);
-  p.heads = Divider(p.fwd.R);
+  p.by_R = Divider(p.fwd.R), p.by_G = Divider(p.fwd.G);
   p.row_vectors = p.fwd.q_vectors && takes_vectors(saved.dout) && p.fwd.K % 8 == 0;
   p.terms[0] = pointer_to<float>(grads.terms);
   p.dq = pointer_to<T>(grads.dq);

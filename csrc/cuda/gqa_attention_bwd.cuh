@@ -47,14 +47,16 @@ struct AttentionBwdParams {
   // A power of 2 that gradients of scores are multiplied by before the sums over rows or keys,
   // which might else be infinite where these are large and the scale is small.
   float before[2];
-  Divider heads;      // by R
+  Divider by_R, by_G;
   int key_blocks[2];  // of a kv head, in the third kernel
   int text_blocks;    // those of all heads
+  Divider by_blocks[2];
   bool row_vectors;  // every head of q and dout starts at a multiple of 16 bytes, and K is one of 8
 };
 
-// The keys of a block of the third kernel: those of the text come first, as a few blocks take as
-// long as one of many. `parts` blocks share the same keys.
+// The keys of a block of the third kernel, which it shares with `parts` - 1 others: those of the
+// text come first, as a few blocks take as long as one of many. Registers are scarce there, so it
+// is found again, without a division, where it is needed.
 struct DkvPlace {
   int branch, b, g, first_key;
 
@@ -63,18 +65,17 @@ struct DkvPlace {
     int block = block_index() / parts;
     branch = block < p.text_blocks ? 1 : 0;
     if (branch == 0) block -= p.text_blocks;
-    const int head = block / p.key_blocks[branch];
-    b = head / p.fwd.G;
+    const int head = p.by_blocks[branch].divide(block);
+    b = p.by_G.divide(head);
     g = head - b * p.fwd.G;
     first_key = (block - head * p.key_blocks[branch]) * keys;
   }
   // Where a key is in (B, keys, G, K), negative if it does not exist.
   template <class T>
-  __device__ __forceinline__ int64_t out(const AttentionBwdParams<T>& p,
-                                         const AttentionPlace<T>& at, int key) const {
+  __device__ __forceinline__ int64_t out(const AttentionBwdParams<T>& p, int key) const {
     const int count = p.fwd.keys[branch].count;
     if (key >= count) return -1;
-    return ((static_cast<int64_t>(at.b) * count + key) * p.fwd.G + at.g) * p.fwd.K;
+    return ((static_cast<int64_t>(b) * count + key) * p.fwd.G + g) * p.fwd.K;
   }
 };
 

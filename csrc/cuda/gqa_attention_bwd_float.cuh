@@ -271,7 +271,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
       }
     }
   }
-  const auto to = [&](int r) { return place.out(p, at, first_key + r); };
+  const auto to = [&](int r) { return place.out(p, first_key + r); };
   warp.store(dk, p.dk[place.branch], p.fwd.K, to);
   warp.store(dv, p.dv[place.branch], p.fwd.K, to);
 }

@@ -2,6 +2,8 @@
 // are compiled by themselves.
 #pragma once
 
+#include <algorithm>
+
 #include "cuda/gqa_attention_bwd.cuh"
 #include "cuda/gqa_attention_launch.h"
 
@@ -25,8 +27,10 @@ void with_bwd_size(const AttentionBwdParams<uint16_t>& p, F&& launch) {
 // Sets how many blocks the third kernel takes for the keys of each branch, and returns the sum.
 template <class T>
 int64_t set_key_blocks(AttentionBwdParams<T>& p, int64_t B, int keys) {
-  for (int i = 0; i < 2; ++i)
+  for (int i = 0; i < 2; ++i) {
     p.key_blocks[i] = static_cast<int>(ceil_div(p.fwd.keys[i].count, keys));
+    p.by_blocks[i] = Divider(std::max(p.key_blocks[i], 1));
+  }
   p.text_blocks = static_cast<int>(B * p.fwd.G * p.key_blocks[1]);
   return p.text_blocks + B * p.fwd.G * p.key_blocks[0];
 }

@@ -11,6 +11,13 @@ namespace lumina_kernels::cuda {
 
 constexpr int kWalkRows = 16;
 
+// Where a lane's addresses start in 16 rows, for every ldmatrix of them: it is computed once.
+// Matrices: 8 rows and the next 8, columns 0 to 7; columns 8 to 15. An x2 has the first two.
+template <class Tile>
+__device__ __forceinline__ int lane_start() {
+  return lane_index() % 16 * Tile::kStep + lane_index() / 16 * 8;
+}
+
 // A warp's rows as the left factor of products, a[m][k] being rows 16 m and columns 16 k on: in
 // registers, or with kKept false in shared memory, from where every product loads them again.
 template <class Tile, bool kKept>
@@ -21,7 +28,7 @@ struct LeftRows {
   uint32_t kept[kTiles][kSteps][4], kept_tail[kTiles][2];
 
   __device__ __forceinline__ void begin(Shared<uint16_t> from) {
-    rows = from;
+    rows = from + lane_start<Tile>();
     if constexpr (kKept) {
 #pragma unroll
       for (int m = 0; m < kTiles; ++m) {
@@ -48,13 +55,11 @@ struct LeftRows {
   }
 
  private:
-  // Matrices: 8 rows and the next 8, columns 0 to 7; columns 8 to 15.
   __device__ __forceinline__ void load(int m, int k, uint32_t (&a)[4]) const {
-    const int lane = lane_index();
-    ldmatrix_x4(a, rows + (16 * m + lane % 16) * Tile::kStep + 16 * k + lane / 16 * 8);
+    ldmatrix_x4(a, rows + 16 * m * Tile::kStep + 16 * k);
   }
   __device__ __forceinline__ void load_tail(int m, uint32_t (&a)[2]) const {
-    ldmatrix_x2(a, rows + (16 * m + lane_index() % 16) * Tile::kStep + 16 * Tile::kSteps);
+    ldmatrix_x2(a, rows + 16 * m * Tile::kStep + 16 * Tile::kSteps);
   }
 };
 
@@ -65,7 +70,7 @@ struct Products {
   float of[Tile::kRowTiles][2][4];
 };
 
-// a bᵀ
+// a bᵀ, b being 16 walked rows, from this lane's start on.
 template <Dtype kDtype, class Tile, bool kKept>
 __device__ __forceinline__ void multiply(Products<Tile>& products, const LeftRows<Tile, kKept>& a,
                                          Shared<uint16_t> walked) {
@@ -74,23 +79,21 @@ __device__ __forceinline__ void multiply(Products<Tile>& products, const LeftRow
 #pragma unroll
     for (int i = 0; i < 4; ++i) products.of[m][0][i] = products.of[m][1][i] = 0.0f;
   }
-  // Matrices: 8 walked rows, columns 0 to 7 and 8 to 15; the next 8 rows.
-  const int lane = lane_index(), row = lane / 16 * 8 + lane % 8, column = lane / 8 % 2 * 8;
 #pragma unroll
   for (int k = 0; k < Tile::kSteps; ++k) {
     uint32_t b[4];
-    ldmatrix_x4(b, walked + row * Tile::kStep + 16 * k + column);
+    ldmatrix_x4(b, walked + 16 * k);
 #pragma unroll
     for (int m = 0; m < Tile::kRowTiles; ++m) {
       uint32_t left[4];
       a.get(m, k, left);
-      mma_k16<kDtype>(products.of[m][0], left, {b[0], b[1]});
-      mma_k16<kDtype>(products.of[m][1], left, {b[2], b[3]});
+      mma_k16<kDtype>(products.of[m][0], left, {b[0], b[2]});
+      mma_k16<kDtype>(products.of[m][1], left, {b[1], b[3]});
     }
   }
-  if constexpr (Tile::kTail) {  // matrices: 8 walked rows and the next 8, the last 8 columns
+  if constexpr (Tile::kTail) {
     uint32_t b[2];
-    ldmatrix_x2(b, walked + lane % 16 * Tile::kStep + 16 * Tile::kSteps);
+    ldmatrix_x2(b, walked + 16 * Tile::kSteps);
 #pragma unroll
     for (int m = 0; m < Tile::kRowTiles; ++m) {
       uint32_t left[2];
@@ -101,7 +104,7 @@ __device__ __forceinline__ void multiply(Products<Tile>& products, const LeftRow
   }
 }
 
-// sums += products times the walked rows, from their column 0 on.
+// sums += products times the walked rows, from this lane's start on.
 template <Dtype kDtype, class Tile>
 __device__ __forceinline__ void add_product(float (&sums)[Tile::kRowTiles][Tile::kOutTiles][4],
                                             const Products<Tile>& products,
@@ -116,14 +119,11 @@ __device__ __forceinline__ void add_product(float (&sums)[Tile::kRowTiles][Tile:
       a[m][i] = pack2(pair[i % 2 * 2], pair[i % 2 * 2 + 1], kDtype);
     }
   }
-  // Matrices: 8 walked rows and the next 8, columns 0 to 7; columns 8 to 15.
-  const int lane = lane_index();
-  walked += lane % 16 * Tile::kStep;
   constexpr int kPairs = Tile::kOutTiles / 2 * 2;
 #pragma unroll
   for (int n = 0; n < kPairs; n += 2) {
     uint32_t b[4];
-    ldmatrix_x4_trans(b, walked + 8 * n + lane / 16 * 8);
+    ldmatrix_x4_trans(b, walked + 8 * n);
 #pragma unroll
     for (int m = 0; m < Tile::kRowTiles; ++m) {
       mma_k16<kDtype>(sums[m][n], a[m], {b[0], b[1]});

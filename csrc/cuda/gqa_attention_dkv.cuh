@@ -13,7 +13,7 @@ struct AttentionDkvTile {
   static constexpr int kSteps = kK / 16;
   // 32 keys a warp where v, dk and dv fit into registers, else 16; k is there too then, if it fits.
   static constexpr int kRowTiles = kK <= 72 && !kExtras ? 2 : 1;
-  static constexpr bool kKeepKeys = kRowTiles == 1 && kK <= 128;
+  static constexpr bool kKeepKeys = kRowTiles == 1 && kK <= 112;
   static constexpr int kWarpRows = 16 * kRowTiles, kKeys = kAttentionWarps * kWarpRows;
   // dk and dv of 256 columns do not fit: a block sums up half of them.
   static constexpr int kParts = kK > 128 ? 2 : 1, kColumns = kK / kParts, kOutTiles = kColumns / 8;
@@ -62,7 +62,7 @@ struct AttentionDkvWarp {
 #pragma unroll 1  // registers are scarce
       for (int i = thread / Tile::kChunks; i < Tile::kRows; i += kPass) {
         const bool there = first + i < p.fwd.rows && column < K;
-        const int row = there ? first + i : 0, token = p.heads.divide(row);
+        const int row = there ? first + i : 0, token = p.by_R.divide(row);
         const int head = at.g * p.fwd.R + row - token * p.fwd.R, from = there ? column : 0;
         const Shared<uint16_t> place = to + i * Tile::kStep + column;
         copy_async_16(place, start(q, token, head) + from, there ? 16 : 0);
@@ -75,7 +75,7 @@ struct AttentionDkvWarp {
       const int column = i % Tile::kK, row = first + i / Tile::kK;
       uint16_t of_q = 0, of_dout = 0;
       if (row < p.fwd.rows && column < K) {
-        const int token = p.heads.divide(row), head = at.g * p.fwd.R + row - token * p.fwd.R;
+        const int token = p.by_R.divide(row), head = at.g * p.fwd.R + row - token * p.fwd.R;
         of_q = load_global<uint16_t>(start(q, token, head) + column);
         of_dout = load_global<uint16_t>(start(dout, token, head) + column);
       }
@@ -167,69 +167,79 @@ __global__ void __launch_bounds__(kAttentionThreads)
     gqa_attention_dkv_kernel(const LUMINA_GRID_CONSTANT AttentionBwdParams<uint16_t> p) {
   using Tile = AttentionDkvTile<kHeadDim, kExtras>;
   LUMINA_DYNAMIC_SHARED(uint16_t, shared);
-  const DkvPlace place(p, Tile::kKeys, Tile::kParts);
-  const AttentionPlace<uint16_t> at(p.fwd, place.b, place.g);
-  const AttentionKeys<uint16_t>& keys = p.fwd.keys[place.branch];
+  const auto locate = [&] { return DkvPlace(p, Tile::kKeys, Tile::kParts); };
   const auto warp_row = [] { return thread_index() / 32 * Tile::kWarpRows; };
+  const auto first_key = [&] { return locate().first_key + warp_row(); };
+  const auto own = [&] { return shared + warp_row() * Tile::kStep; };
+  const auto part = [] { return block_index() % Tile::kParts * Tile::kColumns; };  // first column
+  const Shared<uint16_t> tiles = shared + Tile::kOwn;
+  const Shared<float> terms = as_shared<float>(shared + Tile::kTerms);
+  const auto branch = [&] { return locate().branch; };
+  const auto keys = [&]() -> const AttentionKeys<uint16_t>& { return p.fwd.keys[branch()]; };
   AttentionDkvWarp<kHeadDim, kDtype, kExtras> warp;
   clear(warp.dk);
   clear(warp.dv);
-  const Shared<uint16_t> own = shared + warp_row() * Tile::kStep, tiles = shared + Tile::kOwn;
-  const Shared<float> terms = as_shared<float>(shared + Tile::kTerms);
-  const int part = block_index() % Tile::kParts * Tile::kColumns;  // the first column
-  if (any_valid<Tile::kKeys>(keys, at.b, place.first_key)) {
-    copy_keys<Tile>(shared, at.keys(keys.k), keys.k.step_l, place.first_key, keys.count, p.fwd.K,
-                    keys.vectors);
-    copy_keys<Tile>(tiles, at.keys(keys.v), keys.v.step_l, place.first_key, keys.count, p.fwd.K,
-                    keys.vectors);
+  if (any_valid<Tile::kKeys>(keys(), locate().b, locate().first_key)) {
+    const auto copy_own = [&](Shared<uint16_t> to, const AttentionHeads<uint16_t>& x) {
+      const DkvPlace place = locate();
+      copy_keys<Tile>(to, x.data + (place.b * x.step_b + place.g * x.step_h), x.step_l,
+                      place.first_key, keys().count, p.fwd.K, keys().vectors);
+    };
+    copy_own(shared, keys().k);
+    copy_own(tiles, keys().v);
     copy_async_commit();
     copy_async_wait<0>();
     __syncthreads();
-    warp.k.begin(own);
+    warp.k.begin(own());
     warp.v.begin(tiles + warp_row() * Tile::kStep);
     __syncthreads();  // v is read
     const auto copy = [&](int stage, int first) {
-      warp.copy_rows(p, at, place.branch, first, tiles + 2 * stage * Tile::kElements,
-                     terms + stage * kRowTerms * Tile::kRows);
+      const DkvPlace place = locate();
+      warp.copy_rows(p, {p.fwd, place.b, place.g}, place.branch, first,
+                     tiles + 2 * stage * Tile::kElements, terms + stage * kRowTerms * Tile::kRows);
       copy_async_commit();
     };
     copy(0, 0);
-    int stage = 0;
 #pragma unroll 1
-    for (int first = 0; first < p.fwd.rows; first += Tile::kRows, stage ^= 1) {
+    for (int first = 0; first < p.fwd.rows; first += Tile::kRows) {
+      const int stage = first / Tile::kRows % 2;
       copy_async_wait<0>();
       __syncthreads();
       if (first + Tile::kRows < p.fwd.rows) copy(stage ^ 1, first + Tile::kRows);
-      const int first_key = place.first_key + warp_row();
-      if (first_key >= keys.count) continue;
+      if (first_key() >= keys().count) continue;
 #pragma unroll 1
       for (int step = 0; step < Tile::kRows; step += kWalkRows) {
-        const Shared<uint16_t> q = tiles + (2 * stage * Tile::kElements + step * Tile::kStep);
+        const Shared<uint16_t> q =
+            tiles + (2 * stage * Tile::kElements + step * Tile::kStep + lane_start<Tile>());
         const Shared<uint16_t> dout = q + Tile::kElements;
         multiply<kDtype>(warp.weights, warp.k, q);
-        if (kExtras && place.branch == 0 && is_there(p.fwd.bias.values)) {
-          warp.add_bias(at, first_key, first + step, keys);
+        if (kExtras && branch() == 0 && is_there(p.fwd.bias.values)) {
+          const DkvPlace place = locate();
+          warp.add_bias({p.fwd, place.b, place.g}, first_key(), first + step, keys());
         }
         multiply<kDtype>(warp.gradients, warp.v, dout);
-        warp.differentiate(terms + kRowTerms * (stage * Tile::kRows + step), keys.split,
-                           p.before[place.branch]);
-        if (kExtras && place.branch == 1 && p.fwd.text_masks.data != nullptr) {
-          warp.mask_rows(at, first_key, first + step, keys.count);
+        warp.differentiate(terms + kRowTerms * (stage * Tile::kRows + step), keys().split,
+                           p.before[branch()]);
+        if (kExtras && branch() == 1 && p.fwd.text_masks.data != nullptr) {
+          const DkvPlace place = locate();
+          warp.mask_rows({p.fwd, place.b, place.g}, first_key(), first + step, keys().count);
         }
-        add_product<kDtype>(warp.dv, warp.weights, dout + part);
-        add_product<kDtype>(warp.dk, warp.gradients, q + part);
+        add_product<kDtype>(warp.dv, warp.weights, dout + part());
+        add_product<kDtype>(warp.dk, warp.gradients, q + part());
       }
     }
-    warp.finish(keys.scale / p.before[place.branch],
-                [&](int row) { return is_valid(keys, at.b, place.first_key + warp_row() + row); });
+    warp.finish(keys().scale / p.before[branch()],
+                [&](int row) { return is_valid(keys(), locate().b, first_key() + row); });
   }
   const auto to = [&](int row) {
-    const int64_t start = place.out(p, at, place.first_key + warp_row() + row);
-    return start < 0 ? start : start + part;
+    const int64_t start = locate().out(p, first_key() + row);
+    return start < 0 ? start : start + part();
   };
-  const int columns = p.fwd.K - part;
-  store_sums<Tile, kDtype>(warp.dk, own, p.dk[place.branch], columns, p.fwd.K % 8 == 0, to);
-  store_sums<Tile, kDtype>(warp.dv, own, p.dv[place.branch], columns, p.fwd.K % 8 == 0, to);
+  const auto store = [&](const auto& sums, Global<uint16_t> grad) {
+    store_sums<Tile, kDtype>(sums, own(), grad, p.fwd.K - part(), p.fwd.K % 8 == 0, to);
+  };
+  store(warp.dk, p.dk[branch()]);
+  store(warp.dv, p.dv[branch()]);
 }
 
 }  // namespace lumina_kernels::cuda

@@ -230,7 +230,8 @@ __global__ void __launch_bounds__(kAttentionThreads)
       for (int step = 0; step < Tile::kKeys; step += kWalkRows) {
         const uint32_t bits = static_cast<uint32_t>(tile_bits >> step) & 0xFFFF;
         if (bits == 0) continue;
-        const Shared<uint16_t> k = tiles + (2 * stage * Tile::kElements + step * Tile::kStep);
+        const Shared<uint16_t> k =
+            tiles + (2 * stage * Tile::kElements + step * Tile::kStep + lane_start<Tile>());
         multiply<kDtype>(warp.weights, warp.q, k);
         const bool biased = kExtras && branch == 0 && is_there(p.fwd.bias.values);
         if (biased) warp.add_bias(at, first_row(), first + step, keys);
