@@ -13,14 +13,6 @@ namespace lumina_kernels::cuda {
 using AttentionHeadDims =
     std::integer_sequence<int, 24, 40, 48, 64, 72, 80, 88, 96, 112, 120, 128, 256>;
 
-// The smallest of `kSizes`, which ascend, that is not below K.
-template <int... kSizes>
-constexpr int attention_size(int K, std::integer_sequence<int, kSizes...>) {
-  int found = 0;
-  ((found = found == 0 && K <= kSizes ? kSizes : found), ...);
-  return found;
-}
-
 // The fraction of the tensor cores' multiply-adds at head_dim K that are not padding: products with
 // keys take 16 columns at a time (the m16n8k8 at 72 counts in full), products with values yield 8
 // columns at a time. 0.947 at 72.

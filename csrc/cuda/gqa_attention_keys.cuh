@@ -1,6 +1,8 @@
 // The arguments of the CUDA kernels of gqa_attention, and the iteration over tiles of keys.
 #pragma once
 
+#include <utility>
+
 #include "cuda/lib/ptx.cuh"
 #include "split_scale.h"
 
@@ -16,6 +18,14 @@ namespace lumina_kernels::cuda {
 constexpr int kAttentionWarps = 4;
 constexpr int kAttentionThreads = 32 * kAttentionWarps;
 constexpr float kMinusInfinity = -__builtin_huge_valf();
+
+// The smallest of `kSizes`, which ascend, that is not below K.
+template <int... kSizes>
+constexpr int attention_size(int K, std::integer_sequence<int, kSizes...>) {
+  int found = 0;
+  ((found = found == 0 && K <= kSizes ? kSizes : found), ...);
+  return found;
+}
 
 // Head h of token l of sample b, K numbers without gaps, starts at data[b * step_b + l * step_l +
 // h * step_h].
