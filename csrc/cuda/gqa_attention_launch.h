@@ -105,8 +105,12 @@ inline AttentionInputs attention_inputs(const Tensor& q, const Tensor& k, const 
   OptionalTensor shared = text_mask, own;
   if (text_mask && text_mask->dim() == 3) {
     Tensor mask = *text_mask;
-    shared = torch::stable::narrow(mask, 1, 0, 1);
-    if (step(mask, 1) != 0) own = mask, shared = OptionalTensor();
+    shared = OptionalTensor();
+    if (mask.size(1) > 0 && step(mask, 1) == 0) {
+      shared = torch::stable::narrow(mask, 1, 0, 1);
+    } else {
+      own = mask;
+    }
   }
   return {.q = packed(q),
           .k = packed(k),
