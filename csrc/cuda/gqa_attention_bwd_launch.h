@@ -4,22 +4,10 @@
 
 #include <algorithm>
 
-#include "cuda/gqa_attention_bwd.cuh"
+#include "cuda/gqa_attention_bwd_mma.cuh"
 #include "cuda/gqa_attention_launch.h"
 
 namespace lumina_kernels::cuda {
-
-// The head_dims with kernels of their own; others take the next larger one, padded with zeros. With
-// a bias or with masks of tokens' own the kernels have fewer.
-using AttentionBwdHeadDims = std::integer_sequence<int, 24, 32, 48, 64, 72, 80, 96, 112, 128, 256>;
-using AttentionExtraHeadDims = std::integer_sequence<int, 32, 80, 128, 256>;
-
-// The fraction of the tensor cores' multiply-adds at head_dim K that are not padding, as in the
-// forward: 4 products sum over K, 3 yield K columns. 0.940 at 72.
-constexpr double attention_bwd_useful_fraction(int K) {
-  const int size = attention_size(K, AttentionBwdHeadDims());
-  return 7.0 * K / static_cast<double>(64 * ceil_div(size, 16) + 3 * size);
-}
 
 // launch(head_dim, kExtras)
 template <class F>

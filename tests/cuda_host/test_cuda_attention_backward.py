@@ -125,7 +125,7 @@ def test_useful_fraction(tmp_path):
     """Of 7 products 4 have 80 columns for 72, and 3 have 72."""
     source = tmp_path / "probe.cu"
     source.write_text("""
-        #include "cuda/gqa_attention_bwd_launch.h"
+        #include "cuda/gqa_attention_bwd_mma.cuh"
         #pragma GCC visibility push(default)
         extern "C" double useful_fraction(int K) {
           return lumina_kernels::cuda::attention_bwd_useful_fraction(K);
