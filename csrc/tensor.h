@@ -71,4 +71,14 @@ inline Tensor or_no_heads(const OptionalTensor& k, const Tensor& q) {
   return k ? *k : empty(q, {q.size(0), q.size(1), 0, q.size(3)}, q.scalar_type());
 }
 
+// The sum over the axes along which `like` is broadcast to the shape of `whole`, as its gradient.
+inline Tensor sum_to(const Tensor& whole, const Tensor& like) {
+  std::vector<int64_t> axes;
+  const int64_t missing = whole.dim() - like.dim();
+  for (int64_t i = 0; i < whole.dim(); ++i)
+    if (i < missing || like.size(i - missing) != whole.size(i)) axes.push_back(i);
+  const Tensor grad = axes.empty() ? whole : torch::stable::sum(whole, axes, true);
+  return torch::stable::to(torch::stable::reshape(grad, like.sizes()), like.scalar_type());
+}
+
 }  // namespace lumina_kernels

@@ -77,7 +77,7 @@ def case(shape, device) -> Case:
 def gqa_attention(**arguments):
     try:
         return lk.gqa_attention(**arguments)
-    except NotImplementedError as error:  # this backend has no gradient
+    except NotImplementedError as error:  # its tiles do not fit this GPU
         raise Unavailable(str(error)) from None
 
 

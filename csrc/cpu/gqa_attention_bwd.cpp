@@ -290,16 +290,6 @@ Tensor gate_gradient(const Gradients& a, const Tensor& gate) {
   return torch::stable::to(grad, gate.scalar_type());
 }
 
-// (B, H, L, keys) summed over the axes along which the bias is broadcast.
-Tensor bias_gradient(const Tensor& whole, const Tensor& bias) {
-  std::vector<int64_t> axes;
-  const int64_t missing = 4 - bias.dim();
-  for (int64_t i = 0; i < 4; ++i)
-    if (i < missing || bias.size(i - missing) != whole.size(i)) axes.push_back(i);
-  Tensor grad = axes.empty() ? whole : torch::stable::sum(whole, axes, true);
-  return torch::stable::to(torch::stable::reshape(grad, bias.sizes()), bias.scalar_type());
-}
-
 using Grads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Grads gqa_attention_bwd(const Tensor& dout, const Tensor& out, const Tensor& error,
@@ -332,7 +322,7 @@ Grads gqa_attention_bwd(const Tensor& dout, const Tensor& out, const Tensor& err
     if (a.text.count > 0) keys_backward(a, true);
     if (text_gate) dgate = gate_gradient(a, *text_gate);
   }
-  if (with_dbias) dbias = bias_gradient(dbias, *bias);
+  if (with_dbias) dbias = sum_to(dbias, *bias);
   return {dq, dk, dv, dtext_k, dtext_v, dgate, dbias};
 }
 

@@ -1,98 +1,25 @@
 // CUDA launcher of gqa_attention.
-#include <cmath>
-#include <utility>
-
 #include "cuda/gqa_attention.cuh"
-#include "cuda/lib/launch.h"
+#include "cuda/gqa_attention_launch.h"
 
 namespace lumina_kernels::cuda {
 namespace {
 
 using Saved = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-// What the kernels read; the last dimension of each has no gaps.
-struct Inputs {
-  Tensor q, k, v;
-  OptionalTensor key_mask, text_k, text_v, text_mask, text_gate, bias;
-  OptionalTensor own_masks;  // text_mask is missing if every token has its own
-  double scale;
-};
-
-// use(std::integral_constant<int, the first of kSizes that is not below `size`>)
-template <class F, int... kSizes>
-void with_size(int64_t size, std::integer_sequence<int, kSizes...>, F&& use) {
-  bool found = false;
-  const auto take = [&](auto one) {
-    if (!found && size <= one) use(one), found = true;
-  };
-  (take(std::integral_constant<int, kSizes>()), ...);
-  STD_TORCH_CHECK(found, "head_dim is too large");
-}
-
-// The stride of an axis with one element may be anything; it is never used.
-int64_t step(const Tensor& x, int64_t axis) { return x.size(axis) > 1 ? x.stride(axis) : 0; }
-
 template <class T>
-AttentionHeads<T> heads_of(const Tensor& x) {
-  return {pointer_to<const T>(x), step(x, 0), step(x, 1), step(x, 2)};
-}
-
-template <class T>
-AttentionKeys<T> keys_of(const Tensor& k, const Tensor& v, const OptionalTensor& mask, double scale,
-                         bool biased) {
-  AttentionKeys<T> keys{heads_of<T>(k), heads_of<T>(v)};
-  keys.count = static_cast<int>(k.size(1));
-  keys.scale = static_cast<float>(scale);
-  keys.split = biased ? kUnscaled : split_scale(scale);
-  keys.vectors = takes_vectors(k) && takes_vectors(v) && k.size(3) % 8 == 0;
-  if (mask) {
-    keys.mask = pointer_to<const uint8_t>(*mask);
-    keys.mask_step = step(*mask, 0);
-    keys.mask_vectors = takes_vectors(*mask);
-  }
-  return keys;
-}
-
-AttentionBias bias_of(const OptionalTensor& bias) {
-  AttentionBias found{values_of(bias), 0, 0, 0, 0};
-  if (!bias) return found;
-  int64_t* steps[] = {&found.step_key, &found.step_l, &found.step_h, &found.step_b};
-  for (int64_t i = 0; i < bias->dim(); ++i) *steps[i] = step(*bias, bias->dim() - 1 - i);
-  return found;
-}
-
-AttentionOwnMasks own_masks_of(const OptionalTensor& mask) {
-  if (!mask) return {};
-  return {pointer_to<const uint8_t>(*mask), step(*mask, 0), step(*mask, 1), step(*mask, 2)};
-}
-
-template <class T>
-AttentionFwdParams<T> arguments(const Inputs& x, const Saved& outs) {
+AttentionFwdParams<T> arguments(const AttentionInputs& x, const Saved& outs) {
   const auto& [out, error, stats, text_stats] = outs;
-  const int64_t L = x.q.size(1), H = x.q.size(2), G = x.k.size(2), K = x.q.size(3);
-  AttentionFwdParams<T> p{};
-  p.q = heads_of<T>(x.q);
-  p.keys[0] = keys_of<T>(x.k, x.v, x.key_mask, x.scale, x.bias.has_value());
-  p.text = x.text_k.has_value();
-  if (p.text) {
-    const double scale = 1 / std::sqrt(static_cast<double>(K));
-    p.keys[1] = keys_of<T>(*x.text_k, *x.text_v, x.text_mask, scale, false);
-    p.text_stats = pointer_to<float>(text_stats);
-  }
-  p.gate = values_of(x.text_gate);
-  p.bias = bias_of(x.bias);
-  p.text_masks = own_masks_of(x.own_masks);
+  AttentionFwdParams<T> p = attention_params<T>(x);
   p.out = pointer_to<T>(out);
   if (error.numel() > 0) p.error = pointer_to<uint8_t>(error);
   p.stats = pointer_to<float>(stats);
-  p.L = static_cast<int>(L), p.G = static_cast<int>(G), p.R = static_cast<int>(H / G);
-  p.K = static_cast<int>(K), p.rows = p.L * p.R;
-  p.q_vectors = takes_vectors(x.q);
+  if (p.text) p.text_stats = pointer_to<float>(text_stats);
   return p;
 }
 
 template <int kLaneColumns>
-void launch_float(const Inputs& x, const Saved& outs) {
+void launch_float(const AttentionInputs& x, const Saved& outs) {
   AttentionFwdParams<float> p = arguments<float>(x, outs);
   p.row_blocks = static_cast<int>(ceil_div(p.rows, AttentionFloatTile<kLaneColumns>::kRows));
   const LaunchConfig config = gqa_attention_float_config<kLaneColumns>(x.q.size(0) * p.G, p.rows);
@@ -100,7 +27,7 @@ void launch_float(const Inputs& x, const Saved& outs) {
 }
 
 template <int kHeadDim, Dtype kDtype, bool kBias, bool kOwnMasks>
-void launch_mma(const Inputs& x, const Saved& outs) {
+void launch_mma(const AttentionInputs& x, const Saved& outs) {
   AttentionFwdParams<uint16_t> p = arguments<uint16_t>(x, outs);
   p.row_blocks = static_cast<int>(ceil_div(p.rows, AttentionTile<kHeadDim, kBias>::kRows));
   const LaunchConfig config =
@@ -109,7 +36,7 @@ void launch_mma(const Inputs& x, const Saved& outs) {
 }
 
 template <int kHeadDim, Dtype kDtype>
-void launch_mma(const Inputs& x, const Saved& outs) {
+void launch_mma(const AttentionInputs& x, const Saved& outs) {
   if (x.bias) {  // rarely with text: one kernel takes both kinds of masks
     launch_mma<kHeadDim, kDtype, true, true>(x, outs);
   } else if (x.own_masks) {
@@ -128,15 +55,6 @@ Saved outputs_of(const Tensor& q, int64_t G, bool text, bool with_error) {
           stats, text ? empty_as(stats) : empty(q, {0}, ScalarType::Float)};
 }
 
-void check_sizes(const Inputs& x) {
-  constexpr int64_t kMost = 1 << 30;
-  const int64_t G = x.k.size(2), rows = x.q.size(1) * (x.q.size(2) / G);
-  STD_TORCH_CHECK(rows < kMost && x.q.size(0) * G * ceil_div(rows, 16) < kMost,
-                  "attention takes less than 2^30 rows of a head, and 2^34 in all");
-  STD_TORCH_CHECK(x.k.size(1) < kMost && (!x.text_k || x.text_k->size(1) < kMost),
-                  "attention takes less than 2^30 keys");
-}
-
 Saved gqa_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
                         const OptionalTensor& key_mask, double scale, const OptionalTensor& text_k,
                         const OptionalTensor& text_v, const OptionalTensor& text_mask,
@@ -146,24 +64,8 @@ Saved gqa_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
   const Saved outs =
       outputs_of(q, k.size(2), text_k.has_value(), with_error && dtype != Dtype::kFloat);
   if (std::get<0>(outs).numel() == 0) return outs;
-  // A mask that is expanded over the tokens is that of all of them.
-  OptionalTensor shared = text_mask, own;
-  if (text_mask && text_mask->dim() == 3) {
-    Tensor mask = *text_mask;
-    shared = torch::stable::narrow(mask, 1, 0, 1);
-    if (step(mask, 1) != 0) own = mask, shared = OptionalTensor();
-  }
-  const Inputs x{.q = packed(q),
-                 .k = packed(k),
-                 .v = packed(v),
-                 .key_mask = packed(key_mask),
-                 .text_k = packed(text_k),
-                 .text_v = packed(text_v),
-                 .text_mask = packed(shared),
-                 .text_gate = packed(text_gate),
-                 .bias = bias,
-                 .own_masks = own,
-                 .scale = scale};
+  const AttentionInputs x =
+      attention_inputs(q, k, v, key_mask, scale, text_k, text_v, text_mask, text_gate, bias);
   check_sizes(x);
   const int64_t K = q.size(3);
   if (dtype == Dtype::kFloat) {

@@ -12,15 +12,6 @@ namespace lumina_kernels::cuda {
 // The head_dims with kernels of their own; others take the next larger one, padded with zeros.
 using AttentionHeadDims =
     std::integer_sequence<int, 24, 40, 48, 64, 72, 80, 88, 96, 112, 120, 128, 256>;
-using AttentionFloatColumns = std::integer_sequence<int, 2, 3, 4, 8>;  // head_dims, in units of 32
-
-// The smallest of `kSizes`, which ascend, that is not below K.
-template <int... kSizes>
-constexpr int attention_size(int K, std::integer_sequence<int, kSizes...>) {
-  int found = 0;
-  ((found = found == 0 && K <= kSizes ? kSizes : found), ...);
-  return found;
-}
 
 // The fraction of the tensor cores' multiply-adds at head_dim K that are not padding: products with
 // keys take 16 columns at a time (the m16n8k8 at 72 counts in full), products with values yield 8

@@ -1,9 +1,13 @@
 // gqa_attention in float32, without tensor cores, which would truncate factors to tf32.
 #pragma once
 
+#include <utility>
+
 #include "cuda/gqa_attention_keys.cuh"
 
 namespace lumina_kernels::cuda {
+
+using AttentionFloatColumns = std::integer_sequence<int, 2, 3, 4, 8>;  // head_dims, in units of 32
 
 // Sizes for head_dims up to 32 * kLaneColumns.
 template <int kLaneColumns>

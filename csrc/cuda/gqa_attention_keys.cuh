@@ -1,6 +1,8 @@
 // The arguments of the CUDA kernels of gqa_attention, and the iteration over tiles of keys.
 #pragma once
 
+#include <utility>
+
 #include "cuda/lib/ptx.cuh"
 #include "split_scale.h"
 
@@ -16,6 +18,14 @@ namespace lumina_kernels::cuda {
 constexpr int kAttentionWarps = 4;
 constexpr int kAttentionThreads = 32 * kAttentionWarps;
 constexpr float kMinusInfinity = -__builtin_huge_valf();
+
+// The smallest of `kSizes`, which ascend, that is not below K.
+template <int... kSizes>
+constexpr int attention_size(int K, std::integer_sequence<int, kSizes...>) {
+  int found = 0;
+  ((found = found == 0 && K <= kSizes ? kSizes : found), ...);
+  return found;
+}
 
 // Head h of token l of sample b, K numbers without gaps, starts at data[b * step_b + l * step_l +
 // h * step_h].
@@ -80,14 +90,20 @@ struct AttentionPlace {
     b = head / p.G;
     g = head - b * p.G;
   }
+  // Of all rows.
+  __device__ __forceinline__ AttentionPlace(const AttentionFwdParams<T>& given, int b, int g)
+      : p(given), b(b), g(g), first_row(0) {}
 
   __device__ __forceinline__ int token(int row) const {
     return static_cast<int>(static_cast<unsigned>(row) / static_cast<unsigned>(p.R));
   }
   __device__ __forceinline__ int head(int row) const { return g * p.R + row - token(row) * p.R; }
-  // Where a row is in (B, G, L, R), and in (B, L, H).
+  // Where a row is in (B, G, L, R), in (B, H, L), and in (B, L, H).
   __device__ __forceinline__ int64_t sum(int row) const {
     return (static_cast<int64_t>(b) * p.G + g) * p.rows + row;
+  }
+  __device__ __forceinline__ int64_t pair(int row) const {
+    return (static_cast<int64_t>(b) * p.G * p.R + head(row)) * p.L + token(row);
   }
   __device__ __forceinline__ int64_t out(int row) const {
     return (static_cast<int64_t>(b) * p.L + token(row)) * p.G * p.R + head(row);

@@ -55,14 +55,14 @@ def gqa_attention(
     Raises:
         ValueError, TypeError: a shape, device or dtype is not as above, or text_k, text_v and
             text_gate do not come together.
-        NotImplementedError: the backend that was asked for takes no head_dim above 256, is "cuda"
-            where a tensor requires a gradient, or is "triton" on a GPU that its tiles do not fit.
+        NotImplementedError: the backend that was asked for takes no head_dim above 256, or is
+            "triton" on a GPU that its tiles do not fit.
     """
     _check(q, k, v, key_mask, bias)
     _check_text(q, k, text_k, text_v, text_mask, text_gate)
     floats = (q, k, v, text_k, text_v, text_gate, bias)
     with_grad = wants_grad(*floats)
-    backend = resolve(backend, BEST_FIRST, *floats, refused=_refusals(q.shape[-1], with_grad))
+    backend = resolve(backend, BEST_FIRST, *floats, refused=_refusals(q.shape[-1]))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     inputs = q, k, v, key_mask, scale, text_k, text_v, text_mask, text_gate, bias
     if backend == "torch":
@@ -83,10 +83,10 @@ def gqa_attention_ref(
     return out.to(q.dtype)
 
 
-def _refusals(K, with_grad) -> dict[str, str]:
-    if K > MAX_HEAD_DIM:
-        return dict.fromkeys(BEST_FIRST, f"takes a head_dim of at most {MAX_HEAD_DIM}, got {K}")
-    return {"cuda": "computes no gradients, which a tensor requires"} if with_grad else {}
+def _refusals(K) -> dict[str, str]:
+    if K <= MAX_HEAD_DIM:
+        return {}
+    return dict.fromkeys(BEST_FIRST, f"takes a head_dim of at most {MAX_HEAD_DIM}, got {K}")
 
 
 def _attend(q, k, v, scale, key_mask, bias):

@@ -3,14 +3,7 @@
 import math
 
 import torch
-from common import BACKENDS, DEVICE, randn
-
-GRADIENT = ("torch", *(name for name in BACKENDS if name != "cuda"))
-
-
-def gradients_of(backend, wrt=None):
-    """The inputs of which to compare gradients, None for all; of "cuda" none."""
-    return wrt if backend in GRADIENT else ()
+from common import DEVICE, randn
 
 
 def make_mask(B, L):

@@ -61,19 +61,13 @@ def arguments(op, name, sizes=SIZES, seed=0):
     return examples(op, sizes)[name]
 
 
-def differentiated(op, backend):
-    """The inputs whose gradients the backend computes."""
-    without = op == "gqa_attention" and backend == "cuda"
-    return frozenset() if without else forward(op).differentiable
-
-
 def call(op, backend):
     return partial(getattr(lumina_kernels, op), backend=backend)
 
 
 def results(op, backend, inputs, fn=None):
-    """Outputs, and gradients where the backend has them; `fn` instead of the op itself."""
-    return run(fn or call(op, backend), inputs, wrt=differentiated(op, backend))
+    """Outputs and gradients; `fn` instead of the op itself."""
+    return run(fn or call(op, backend), inputs, wrt=forward(op).differentiable)
 
 
 @cache
@@ -88,7 +82,7 @@ def assert_as_definition(found, inputs, op, backend, label="", low=None):
     """`found` has the definition's dtypes and keeps the accuracy rule: it errs at most twice as
     much as the definition on these inputs, or on `low` as eager PyTorch, whose attention rounds its
     weights to 16 bits."""
-    definition, wrt = call(op, "torch"), differentiated(op, backend)
+    definition, wrt = call(op, "torch"), forward(op).differentiable
     same, high = run(definition, inputs, wrt), run(definition, cast(inputs, torch.float64), wrt)
     rounding = attention.eager if op == "gqa_attention" else definition
     low = same if low is None else run(rounding, low, wrt)

@@ -24,7 +24,6 @@ from contract import (
     arguments,
     assert_as_definition,
     call,
-    differentiated,
     every_call,
     every_op,
     every_quick_call,
@@ -91,7 +90,7 @@ def test_views_with_gaps(op, name, backend):
 def test_empty(op, name, backend, empty):
     """No samples, or no tokens: the definition's shapes, and sums over nothing are 0."""
     inputs = arguments(op, name, Sizes(device=SIZES.device, **empty))
-    want = run(call(op, "torch"), inputs, differentiated(op, backend))
+    want = run(call(op, "torch"), inputs, forward(op).differentiable)
     assert_equal_results(results(op, backend, inputs), want)
 
 
@@ -131,7 +130,7 @@ def test_float64_is_refused(op, name, backend):
 
 
 def registered_calls(op, name, backend):
-    wrt = differentiated(op, backend)
+    wrt = forward(op).differentiable
     with Calls(with_gradient=bool(wrt)) as calls:
         results(op, backend, arguments(op, name))
     assert len(calls.made) == (2 if wrt else 1)
@@ -163,7 +162,7 @@ def test_registrations_pass_opcheck(op, name, backend):
 @every_registration
 def test_one_graph_serves_all_sizes(op, name, backend):
     inputs = [arguments(op, name, sizes) for sizes in COMPILED]
-    assert_compiles(call(op, backend), *inputs, wrt=differentiated(op, backend))
+    assert_compiles(call(op, backend), *inputs, wrt=forward(op).differentiable)
 
 
 @every_registration
@@ -180,7 +179,7 @@ def test_copies_and_pickles(op, name, backend):
 @every_registration
 def test_flops_are_those_of_the_definition(op, name, backend):
     """Forward and backward, as torch.utils.flop_counter counts them."""
-    counts, wrt = {}, differentiated(op, backend)
+    counts, wrt = {}, forward(op).differentiable
     for each in (backend, "torch"):
         with FlopCounterMode(display=False) as counter:
             run(call(op, each), arguments(op, name), wrt)

@@ -12,7 +12,6 @@ from contract import (
     Calls,
     arguments,
     call,
-    differentiated,
     every_call,
     every_op,
     every_registration,
@@ -27,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 @every_call
 def test_one_output_at_a_time(op, name, backend):
     """The gradients through the outputs one by one add up to the gradients through all."""
-    inputs, wrt = arguments(op, name), differentiated(op, backend)
+    inputs, wrt = arguments(op, name), forward(op).differentiable
     whole = {key: x for key, x in expected(op, name, backend).items() if key[0] == "d"}
     outputs = [int(k[4:]) for k, x in expected(op, name, backend).items() if k[0] == "o"]
     if not wrt or len(outputs) == 1:
@@ -51,7 +50,7 @@ def test_one_output_at_a_time(op, name, backend):
 @every_registration
 @pytest.mark.parametrize("reentrant", (False, True))
 def test_checkpointing(op, name, backend, reentrant):
-    if not differentiated(op, backend):
+    if not forward(op).differentiable:
         return
     fn = call(op, backend)
 
@@ -99,7 +98,7 @@ def test_forward_mode_takes_the_definition(op, name):
 
 @every_registration
 def test_a_gradient_of_a_gradient_is_refused(op, name, backend):
-    wrt = differentiated(op, backend)
+    wrt = forward(op).differentiable
     if not wrt:
         return
     inputs = arguments(op, name)
@@ -138,7 +137,7 @@ def test_gradients_that_a_kernel_does_not_have(op, name, backend):
     constants = {n: x for n, x in inputs.items() if isinstance(x, torch.Tensor)}
     constants |= {n: x.float() for n, x in constants.items() if n == "positions"}
     for key, x in constants.items():
-        if not is_float(x) or key in differentiated(op, backend):
+        if not is_float(x) or key in forward(op).differentiable:
             continue
         learned = inputs | {key: x.clone().requires_grad_()}
         match = f"no gradient of {key}|no gradients, which"
@@ -148,6 +147,6 @@ def test_gradients_that_a_kernel_does_not_have(op, name, backend):
         out = outs[0] if isinstance(outs, tuple) else outs
         assert torch.equal(out, expected(op, name, backend)["out 0"])
         found, want = (run(call(op, default), learned, {key}) for default in (None, "torch"))
-        if key in differentiated(op, "cpu"):
+        if key in forward(op).differentiable:
             continue  # another kernel has it
         assert_equal_results(found, want)
