@@ -19,7 +19,7 @@ from lumina_kernels.ops import OPS
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
-RUNTIME = [HERE / "cuda_host.cpp", HERE / "memory.cpp"]
+RUNTIME = [HERE / f"{name}.cpp" for name in ("cuda_host", "memory", "async", "wgmma")]
 NAMESPACE = "lumina_kernels_cuda_host"
 FLAGS = [
     "-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas",

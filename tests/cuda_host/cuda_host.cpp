@@ -103,6 +103,7 @@ void prepare(uint3 index) {
   blockIdx = index;
   block.at_barrier = block.done = 0;
   block.epoch = 1;
+  block.async = false;
   block.error.clear();
   block.arrays.clear();
   forget(0, block.static_bytes);
@@ -128,8 +129,14 @@ std::string deadlock() {
     const Fiber& fiber = block.fibers[i];
     if (fiber.state == State::kDone) done = i;
     if (fiber.state == State::kDone || !what.empty()) continue;
-    const bool barrier = fiber.state == State::kBarrier;
     block.current = &block.fibers[i];
+    if (fiber.state == State::kMbarrier || fiber.state == State::kNamed) {
+      const bool named = fiber.state == State::kNamed;
+      what = std::string(named ? "waits at a named barrier" : "waits at an mbarrier") + " (" +
+             place(fiber.site) + ") that " + missing(fiber);
+      continue;
+    }
+    const bool barrier = fiber.state == State::kBarrier;
     what = std::string(barrier ? "waits at a barrier" : "waits at a warp collective") + " (" +
            place(fiber.site) + ") that some of its threads do not reach";
   }
@@ -149,8 +156,9 @@ void run_block(bool backwards) {
       cuda_host_switch(&block.scheduler, fiber.stack_pointer);
       if (!block.error.empty()) throw std::runtime_error(block.error);
     }
-    if (!progress) fail(deadlock());
+    if (!progress && !finish_a_copy(backwards)) fail(deadlock());
   }
+  end_async();
 }
 
 std::string kernel_name(const char* launched) {
@@ -167,6 +175,12 @@ void fail(const std::string& what) {
   std::string where = kernel + ", block " + show(blockIdx);
   if (block.current != nullptr) where += ", thread " + show(block.current->index);
   throw std::runtime_error(where + ": " + what);
+}
+
+void wait_as(State state, Site site) {
+  block.current->state = state;
+  block.current->site = site;
+  to_scheduler();
 }
 
 unsigned lane() { return static_cast<unsigned>(block.current->number) & 31; }
@@ -210,19 +224,17 @@ void run(const char* name, dim3 grid, dim3 threads, size_t shared_bytes, void (*
 }
 
 void barrier(Site site) {
-  Fiber& self = *block.current;
   if (block.at_barrier > 0 && block.barrier_site.line != site.line) {
     fail("is at the barrier " + place(site) + " while others are at " + place(block.barrier_site));
   }
   block.barrier_site = site;
   if (++block.at_barrier < block.threads) {
-    self.state = State::kBarrier;
-    self.site = site;
-    to_scheduler();
+    wait_as(State::kBarrier, site);
     return;
   }
   block.at_barrier = 0;
   ++block.epoch;
+  if (block.async) join_block();
   for (int i = 0; i < block.threads; ++i) {
     if (block.fibers[i].state == State::kBarrier) block.fibers[i].state = State::kReady;
   }
@@ -246,14 +258,15 @@ void collective(Kind kind, unsigned mask, void* mine, void (*resolve)(void** lan
   group->arrived |= bit;
   group->lanes[self.number & 31] = mine;
   if (group->arrived != mask) {
-    self.state = State::kCollective;
-    self.site = site;
     self.mask = mask;
-    to_scheduler();
+    wait_as(State::kCollective, site);
     return;
   }
   resolve(group->lanes);
-  if (kind == Kind::kSyncWarp) ++warp.epoch;
+  if (kind == Kind::kSyncWarp) {
+    ++warp.epoch;
+    if (block.async) join_warp(self.number / 32);
+  }
   const int first = self.number / 32 * 32;
   for (int i = 0; i < 32; ++i) {
     if ((mask >> i & 1) != 0 && first + i != self.number) {
