@@ -307,6 +307,7 @@ const char* cuda_host_executed() {
   for (const std::string& name : cuda_host::executed) names += name + "\n";
   return names.c_str();
 }
+const char* cuda_host_latest() { return cuda_host::kernel.c_str(); }
 uint64_t cuda_host_launches() { return cuda_host::launches; }
 uint64_t cuda_host_bytes_read() { return cuda_host::bytes_read; }
 uint64_t cuda_host_bytes_written() { return cuda_host::bytes_written; }
