@@ -99,7 +99,7 @@ void use_async() {
   const auto threads = static_cast<size_t>(block.threads);
   async.clocks.assign(threads, Clock(threads + kMaxMbarriers, 0));
   for (size_t i = 0; i < threads; ++i) async.clocks[i][i] = 1;
-  async.fences.assign(threads, 0);
+  async.fences.assign(threads, {});
   async.granules.assign((kStaticLimit + kSharedLimit) / 16, Granule{-1, -1, 0, 0, false, {}, {}});
   async.mbarriers.clear();
   async.mbarriers.reserve(kMaxMbarriers);
@@ -129,7 +129,7 @@ void join_block() {
 }
 
 uint32_t now(int thread) {
-  return block.async ? async.clocks[static_cast<size_t>(thread)][static_cast<size_t>(thread)] : 0;
+  return block.async ? async.clocks[static_cast<size_t>(thread)][static_cast<size_t>(thread)] : 1;
 }
 
 uint32_t release(int thread) {
@@ -137,7 +137,7 @@ uint32_t release(int thread) {
 }
 
 bool happened(int thread, uint32_t time) {
-  return block.async && time > 0 &&
+  return block.async &&
          async.clocks[static_cast<size_t>(self())][static_cast<size_t>(thread)] >= time;
 }
 
@@ -172,9 +172,18 @@ void check_unread(const void* at, size_t bytes, const char* verb) {
   }
 }
 
+uint32_t fences(int thread) {
+  return static_cast<uint32_t>(async.fences[static_cast<size_t>(thread)].size());
+}
+
+bool fenced(int thread, uint32_t before) {
+  if (fences(thread) <= before) return false;
+  return thread == self() || happened(thread, async.fences[static_cast<size_t>(thread)][before]);
+}
+
 void fence_proxy_async() {
   use_async();
-  ++async.fences[static_cast<size_t>(self())];
+  async.fences[static_cast<size_t>(self())].push_back(now(self()));
 }
 
 // --- barriers ---
@@ -185,10 +194,9 @@ void mbarrier_init(void* at, int count) {
     if (barrier.at == at) fail("initialises an mbarrier twice");
   }
   if (count < 1 || async.mbarriers.size() == kMaxMbarriers) fail("too many mbarriers or no count");
-  const auto me = static_cast<size_t>(self());
   const Clock zero(async.clocks[0].size(), 0);
   async.mbarriers.push_back({static_cast<const char*>(at), count, count, 0, 0, self(), now(self()),
-                             async.fences[me], block.epoch, zero, zero});
+                             fences(self()), block.epoch, zero, zero});
 }
 
 void mbarrier_arrive(void* at, int bytes, Site) {
@@ -255,7 +263,7 @@ void tensor_copy(void* to, const void* begin, const void* end, const TensorMap& 
                  const int (&first)[4]) {
   use_async();
   const Mbarrier& full = mbarrier_of(barrier);
-  if (async.fences[static_cast<size_t>(full.init_thread)] <= full.init_fence) {
+  if (!fenced(full.init_thread, full.init_fence)) {
     fail("copies for an mbarrier that no fence.proxy.async followed");
   }
   const size_t row = 2 * map.box[0], bytes = row * map.box[1] * map.box[2] * map.box[3];
@@ -272,7 +280,7 @@ void tensor_copy(void* to, const void* begin, const void* end, const TensorMap& 
   const Granule* before = granules_of(to);
   for (size_t i = 0; i < bytes / 16; ++i) {
     const int writer = before[i].writer;
-    if (writer >= 0 && async.fences[static_cast<size_t>(writer)] <= before[i].fence) {
+    if (writer >= 0 && !fenced(writer, before[i].fence)) {
       fail("copies to shared memory that a thread wrote without fence.proxy.async");
     }
   }

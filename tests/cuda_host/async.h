@@ -44,7 +44,7 @@ struct TensorCopy {
 
 struct Async {
   std::vector<Clock> clocks;
-  std::vector<uint32_t> fences;  // of each thread
+  std::vector<std::vector<uint32_t>> fences;  // of each thread: when it made them
   std::vector<Granule> granules;
   std::vector<Mbarrier> mbarriers;
   std::vector<NamedBarrier> named;
@@ -54,10 +54,12 @@ extern Async async;
 
 void use_async();  // what follows needs clocks
 void join(Clock& clock, const Clock& other);
-void join_warp(int warp);
-uint32_t now(int thread);  // 0 without clocks
+uint32_t now(int thread);
 uint32_t release(int thread);
 bool happened(int thread, uint32_t time);  // before what the current thread does
+// Fences a thread has made; and whether one followed its first `before`, and is known here.
+uint32_t fences(int thread);
+bool fenced(int thread, uint32_t before);
 Granule* granules_of(const void* at);
 void check_written(const void* at, size_t bytes);  // memory.cpp
 void check_copied(const void* at, size_t bytes, const char* verb);

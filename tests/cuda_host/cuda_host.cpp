@@ -121,24 +121,30 @@ void prepare(uint3 index) {
   }
 }
 
-// Every thread that has not finished is waiting; says for what.
+std::string waiting(const Fiber& fiber) {
+  const std::string site = " (" + place(fiber.site) + ") that ";
+  if (fiber.state == State::kMbarrier) return "waits at an mbarrier" + site + missing(fiber);
+  if (fiber.state == State::kNamed) return "waits at a named barrier" + site + missing(fiber);
+  const bool barrier = fiber.state == State::kBarrier;
+  return (barrier ? "waits at a barrier" : "waits at a warp collective") + site +
+         "some of its threads do not reach";
+}
+
+// Every thread that has not finished is waiting; says for what, each thing once.
 std::string deadlock() {
   std::string what;
+  std::set<std::string> said;
   int done = -1;
   for (int i = 0; i < block.threads; ++i) {
     const Fiber& fiber = block.fibers[i];
     if (fiber.state == State::kDone) done = i;
-    if (fiber.state == State::kDone || !what.empty()) continue;
-    block.current = &block.fibers[i];
-    if (fiber.state == State::kMbarrier || fiber.state == State::kNamed) {
-      const bool named = fiber.state == State::kNamed;
-      what = std::string(named ? "waits at a named barrier" : "waits at an mbarrier") + " (" +
-             place(fiber.site) + ") that " + missing(fiber);
-      continue;
+    if (fiber.state == State::kDone || !said.insert(waiting(fiber)).second) continue;
+    if (what.empty()) {
+      block.current = &block.fibers[i];
+    } else {
+      what += "; thread " + show(fiber.index) + " ";
     }
-    const bool barrier = fiber.state == State::kBarrier;
-    what = std::string(barrier ? "waits at a barrier" : "waits at a warp collective") + " (" +
-           place(fiber.site) + ") that some of its threads do not reach";
+    what += waiting(fiber);
   }
   if (done >= 0) what += "; thread " + show(block.fibers[done].index) + " has returned";
   return what;

@@ -126,7 +126,7 @@ void write_shared(void* at, size_t bytes, const void* begin, const void* end, si
     for (; granule <= end; ++granule) {
       granule->mbarrier = -1;
       granule->writer = static_cast<int16_t>(block.current->number);
-      granule->fence = async.fences[static_cast<size_t>(block.current->number)];
+      granule->fence = fences(block.current->number);
     }
   }
   mark_written(shadow, bytes);

@@ -88,7 +88,7 @@ void check_readable(size_t offset) {
   const char* at = block.shared + offset;
   const Granule& granule = *granules_of(at);
   check_written(at, 16);
-  if (granule.writer >= 0 && async.fences[static_cast<size_t>(granule.writer)] <= granule.fence) {
+  if (granule.writer >= 0 && !fenced(granule.writer, granule.fence)) {
     fail("a wgmma reads shared memory that a thread wrote without fence.proxy.async");
   }
 }
