@@ -259,13 +259,16 @@ struct HopperWarp {
     free_stage(Tile::kKeysFree, 0);
     scores_to_weights(factor);
     round_weights();
+    bool more = walk.next(given, b);
 #pragma unroll 1
-    while (walk.next(given, b)) {
+    while (more) {
       start_keys(1);
       start_values();
       wgmma_wait<1>();  // the scores are there
       free_stage(Tile::kKeysFree, 1);
       scores_to_weights(factor);
+      // Its branches are in the way of ptxas, which else puts the next wait before the exponentials.
+      more = walk.next(given, b);
       wgmma_wait<0>();
       free_stage(Tile::kValuesFree, 0);
       after_wait(out[0]);
