@@ -97,10 +97,10 @@ __global__ void __launch_bounds__(kAttentionThreads, AttentionTile<kHeadDim, kBi
                    branch == 0 ? p.stats : p.text_stats);
     if (!p.text) break;
     if (branch == 0) {
-      keep_sums<false, kAttentionThreads>(warp, sums, thread_index());
+      keep_sums<false, kAttentionThreads>(warp, sums, static_cast<int>(threadIdx.x));
       if (negative) warp.negate_queries();
     } else {
-      keep_sums<true, kAttentionThreads>(warp, sums, thread_index());
+      keep_sums<true, kAttentionThreads>(warp, sums, static_cast<int>(threadIdx.x));
     }
   }
   store_results<kDtype>(warp, p, tiles);

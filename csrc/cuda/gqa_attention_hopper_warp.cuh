@@ -131,38 +131,42 @@ struct HopperWarp {
 
   // Starts scores = q kᵀ.
   __device__ __forceinline__ void multiply_keys(Shared<uint16_t> queries, Shared<uint16_t> keys) {
+    const uint64_t q = matrix_descriptor(queries, 128, 1024, 16);
+    const uint64_t key = matrix_descriptor(keys, 128, 1024, 16);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 4 * Tile::kMain; ++k) {
-      const int a = k / 4 * 64 * Tile::kGroupRows, b = k / 4 * 64 * Tile::kKeys,
-                column = k % 4 * 16;
-      wgmma_keys<kDtype>(scores, matrix_descriptor(queries + (a + column), 128, 1024, 16),
-                         matrix_descriptor(keys + (b + column), 128, 1024, 16), k > 0);
+      const int block = k / 4 * 64, column = k % 4 * 16;
+      wgmma_keys<kDtype>(scores, advance(q, block * Tile::kGroupRows + column),
+                         advance(key, block * Tile::kKeys + column), k > 0);
     }
-    constexpr int kBytes = 2 * Tile::kKeyTail;
+    if constexpr (Tile::kKeyTail > 0) {
+      constexpr int kMain = 64 * Tile::kMain, kBytes = 2 * Tile::kKeyTail;
+      const uint64_t q_tail =
+          matrix_descriptor(queries + kMain * Tile::kGroupRows, kBytes, 8 * kBytes, 16);
+      const uint64_t key_tail =
+          matrix_descriptor(keys + kMain * Tile::kKeys, kBytes, 8 * kBytes, 16);
 #pragma unroll
-    for (int k = 0; k < Tile::kKeyTail / 16; ++k) {
-      const Shared<uint16_t> a = queries + (64 * Tile::kGroupRows * Tile::kMain + 16 * k);
-      const Shared<uint16_t> b = keys + (64 * Tile::kKeys * Tile::kMain + 16 * k);
-      wgmma_keys<kDtype>(scores, matrix_descriptor(a, kBytes, 8 * kBytes, 16),
-                         matrix_descriptor(b, kBytes, 8 * kBytes, 16), true);
+      for (int k = 0; k < Tile::kKeyTail / 16; ++k) {
+        wgmma_keys<kDtype>(scores, advance(q_tail, 16 * k), advance(key_tail, 16 * k), true);
+      }
     }
     wgmma_commit();
   }
 
   // Starts out += weights v.
   __device__ __forceinline__ void multiply_values(Shared<uint16_t> values) {
-    constexpr int kColumns = 64 * Tile::kMain, kBytes = 2 * Tile::kTail;
+    constexpr int kMain = 64 * Tile::kMain, kBytes = 2 * Tile::kTail;
+    const uint64_t value = matrix_descriptor(values, 128, 1024, 128 * Tile::kKeys);
+    const uint64_t tail =
+        matrix_descriptor(values + kMain * Tile::kKeys, kBytes, 8 * kBytes, 8 * kBytes);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < Tile::kKeys / 16; ++k) {
-      wgmma_values<kDtype, kColumns, 0>(
-          out[0], weights[k],
-          matrix_descriptor(values + 16 * k * 64, 128, 1024, 128 * Tile::kKeys));
+      wgmma_values<kDtype, kMain, 0>(out[0], weights[k], advance(value, 16 * k * 64));
       if constexpr (Tile::kTail > 0) {
-        const Shared<uint16_t> tail = values + (kColumns * Tile::kKeys + 16 * k * Tile::kTail);
-        wgmma_values<kDtype, Tile::kTail, kColumns / 8>(
-            out[0], weights[k], matrix_descriptor(tail, kBytes, 8 * kBytes, 8 * kBytes));
+        wgmma_values<kDtype, Tile::kTail, kMain / 8>(out[0], weights[k],
+                                                     advance(tail, 16 * k * Tile::kTail));
       }
     }
     wgmma_commit();
@@ -267,7 +271,7 @@ struct HopperWarp {
       wgmma_wait<1>();  // the scores are there
       free_stage(Tile::kKeysFree, 1);
       scores_to_weights(factor);
-      // Its branches are in the way of ptxas, which else puts the next wait before the exponentials.
+      // Its branches keep ptxas from putting the next wait before the exponentials.
       more = walk.next(given, b);
       wgmma_wait<0>();
       free_stage(Tile::kValuesFree, 0);

@@ -166,6 +166,11 @@ __device__ __forceinline__ uint64_t matrix_descriptor(Shared<T> start, int bytes
          static_cast<uint64_t>(stride >> 4) << 32 | swizzle << 62;
 }
 
+// The descriptor of a matrix that begins `elements` numbers further on.
+__device__ __forceinline__ uint64_t advance(uint64_t descriptor, int elements) {
+  return descriptor + static_cast<uint64_t>(elements / 8);
+}
+
 // Before the first product, and after registers of products were written.
 __device__ __forceinline__ void wgmma_fence(LUMINA_ONLY_SITE) {
 #ifdef LUMINA_CUDA_HOST
