@@ -44,8 +44,12 @@ struct HopperTile {
   static constexpr size_t kSharedBytes = 2 * kSumsAt + 4 * kSums * 4 * kConsumers;
   static_assert(3 * kRowElements <= 4 * kSums && kSharedBytes <= 225 << 10);
   static_assert(kTail == 0 || kTail == 8 || kTail == 32);
+  // Of the tensor cores' multiply-adds, those that are not padding.
+  static constexpr double kUseful = 2.0 * kK / (128 * kMain + kKeyTail + kTail);
   enum Barrier { kKeysFull, kKeysFree, kValuesFull, kValuesFree, kBarrierKinds };
 };
+
+static_assert(HopperTile<72>::kUseful > 0.94);
 
 // KeyWalk for tiles of 128 keys. Their mask bits are fetched only where one is not set.
 struct WideKeyWalk : KeyWalk<64> {
