@@ -87,6 +87,13 @@ def arch_flags(archs: list[str]) -> list[str]:
     return flags
 
 
+def hopper_flags(archs: list[str]) -> list[str]:
+    """Of `*_hopper.cu`: their instructions are those of sm_90a, whose images run on 9.0 alone."""
+    if not any(re.match(r"9\.0", arch) for arch in archs):
+        return arch_flags(archs)  # without LUMINA_HOPPER they hold no kernel
+    return ["-DLUMINA_HOPPER", "-gencode=arch=compute_90a,code=sm_90a"]
+
+
 def extensions() -> list[Extension]:
     """What can be built here. `python -m lumina_kernels.doctor` says again what is missing."""
     words = set(sys.argv[1:])
@@ -141,7 +148,7 @@ class Build(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(extension.name)).absolute()
         target.parent.mkdir(parents=True, exist_ok=True)
-        sources, nvcc_command = list(extension.sources), None
+        sources, nvcc, good = list(extension.sources), None, []
         if extension.name.endswith("_C_cuda"):
             nvcc = find_nvcc()
             good, bad = architectures(nvcc)
@@ -149,8 +156,7 @@ class Build(build_ext):
                 say(f"architectures that are skipped: {', '.join(bad)}")
             say(f"the CUDA kernels are built for {', '.join(good)}, a minute for each")
             sources.append(_source_of_names(good, folder))
-            nvcc_command = [nvcc, *NVCC_FLAGS, *arch_flags(good)]
-        (folder / "build.ninja").write_text(_ninja_file(sources, target, nvcc_command))
+        (folder / "build.ninja").write_text(_ninja_file(sources, target, nvcc, good))
         say(f"building {target.name} of {len(sources)} files")
         ninja = shutil.which("ninja")
         ninja = [ninja] if ninja else [sys.executable, "-m", "ninja"]
@@ -167,17 +173,17 @@ def _source_of_names(archs: list[str], folder: Path) -> str:
     return str(path)
 
 
-def _ninja_file(sources: list[str], target: Path, nvcc_command: list | None) -> str:
-    """How one library is built."""
+def _ninja_file(sources: list[str], target: Path, nvcc: Path | None, archs: list[str]) -> str:
+    """How one library is built, with nvcc for `archs` if there is one."""
     torch = torch_folder()
     cxx = [os.environ.get("CXX", "c++"), os.environ.get("CXXFLAGS", "")]
     system = [torch / "include", sysconfig.get_path("include")]
     shared = [TARGET, f"-I{ROOT / 'csrc'}", *(f"-isystem {path}" for path in system)]
     link = [f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", "-ldl", "-lpthread"]
     compilers = {".cpp": [*cxx, *CXX_FLAGS]}
-    if nvcc_command:
-        compilers[".cu"] = nvcc_command
-        home = nvcc_command[0].parent.parent
+    if nvcc:
+        compilers[".cu"] = [nvcc, *NVCC_FLAGS, "$arch"]
+        home = nvcc.parent.parent
         link += [f"-L{home / 'lib64'}", f"-L{home / 'lib'}", "-lcudart_static", "-lrt"]
     lines = []
     for suffix, words in compilers.items():
@@ -190,6 +196,9 @@ def _ninja_file(sources: list[str], target: Path, nvcc_command: list | None) -> 
     for source in map(Path, sources):
         objects.append(f"{source.name}.o")
         lines.append(f"build {objects[-1]}: {source.suffix[1:]} {ROOT / source}")
+        if source.suffix == ".cu":
+            flags = hopper_flags if source.stem.endswith("_hopper") else arch_flags
+            lines.append(f"  arch = {_line(*flags(archs))}")
     return "\n".join([*lines, f"build {target}: link {' '.join(objects)}", ""])
 
 

@@ -105,6 +105,26 @@ def test_a_torch_with_cuda_has_the_kernels_for_every_architecture(build, source)
     assert done.stdout == f"{DEFAULT}\n"
 
 
+def test_files_for_hopper_are_built_for_it_alone(build, source):
+    path = source / "csrc" / "cuda" / "some_hopper.cu"
+    path.touch()
+    try:
+        assert (
+            build("13.0", TORCH_CUDA_ARCH_LIST="8.0 9.0+PTX")[2].count("compute_90a,code=sm_90a")
+            == 1
+        )
+        assert (
+            build("13.0", TORCH_CUDA_ARCH_LIST="8.0+PTX")[2]
+            == [
+                "compute_80,code=sm_80",
+                "compute_80,code=compute_80",
+            ]
+            * 2
+        )
+    finally:
+        path.unlink()
+
+
 def test_an_older_toolkit_builds_what_it_knows_and_ptx_of_the_last(build):
     status, said, flags = build("12.4", release="12.4", known="75 80 86 89 90")
     assert (status, said[1:3]) == (
@@ -195,5 +215,7 @@ def test_what_did_not_change_is_not_compiled_again(build, source):
 def test_the_library_holds_the_images_and_the_ptx_that_it_names():
     names = [arch.replace(".", "") for arch in backend.cuda_archs()]
     listed = tool("cuobjdump", "-lelf", "-lptx", CUDA.origin)
-    assert set(re.findall(r"sm_(\w+)\.cubin", listed)) == {n.removesuffix("+PTX") for n in names}
+    images = {n.removesuffix("+PTX") for n in names}
+    images |= {"90a"} & {f"{n}a" for n in images}  # of the kernels for Hopper
+    assert set(re.findall(r"sm_(\w+)\.cubin", listed)) == images
     assert set(re.findall(r"sm_(\w+)\.ptx", listed)) == {n[:-4] for n in names if "+PTX" in n}

@@ -1,5 +1,6 @@
 // CUDA launcher of gqa_attention.
 #include "cuda/gqa_attention.cuh"
+#include "cuda/gqa_attention_hopper.h"
 #include "cuda/gqa_attention_launch.h"
 
 namespace lumina_kernels::cuda {
@@ -71,6 +72,9 @@ Saved gqa_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
   if (dtype == Dtype::kFloat) {
     with_size(ceil_div(K, 32), AttentionFloatColumns(),
               [&](auto columns) { launch_float<columns()>(x, outs); });
+    return outs;
+  }
+  if (!x.bias && !x.own_masks && gqa_attention_hopper_fwd(q, arguments<uint16_t>(x, outs), dtype)) {
     return outs;
   }
   with_size(K, AttentionHeadDims(), [&](auto size) {

@@ -19,7 +19,7 @@ from lumina_kernels.ops import OPS
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
-RUNTIME = [HERE / "cuda_host.cpp", HERE / "memory.cpp"]
+RUNTIME = [HERE / f"{name}.cpp" for name in ("cuda_host", "memory", "async", "wgmma")]
 NAMESPACE = "lumina_kernels_cuda_host"
 FLAGS = [
     "-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas",
@@ -34,12 +34,17 @@ class Host:
     def __init__(self, path):
         self._library = ctypes.CDLL(str(path))
         self._library.cuda_host_executed.restype = ctypes.c_char_p
+        self._library.cuda_host_latest.restype = ctypes.c_char_p
         for name in COUNTERS:
             getattr(self._library, f"cuda_host_{name}").restype = ctypes.c_uint64
 
     def executed(self) -> set[str]:
         """Names of the kernels that were launched in this process."""
         return set(self._library.cuda_host_executed().decode().split())
+
+    def latest(self) -> str:
+        """The name of the kernel that was launched last."""
+        return self._library.cuda_host_latest().decode()
 
     def count(self, name: str) -> int:
         """One of `COUNTERS`, since the process began."""

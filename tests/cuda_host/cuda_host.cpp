@@ -103,6 +103,7 @@ void prepare(uint3 index) {
   blockIdx = index;
   block.at_barrier = block.done = 0;
   block.epoch = 1;
+  block.async = false;
   block.error.clear();
   block.arrays.clear();
   forget(0, block.static_bytes);
@@ -120,18 +121,30 @@ void prepare(uint3 index) {
   }
 }
 
-// Every thread that has not finished is waiting; says for what.
+std::string waiting(const Fiber& fiber) {
+  const std::string site = " (" + place(fiber.site) + ") that ";
+  if (fiber.state == State::kMbarrier) return "waits at an mbarrier" + site + missing(fiber);
+  if (fiber.state == State::kNamed) return "waits at a named barrier" + site + missing(fiber);
+  const bool barrier = fiber.state == State::kBarrier;
+  return (barrier ? "waits at a barrier" : "waits at a warp collective") + site +
+         "some of its threads do not reach";
+}
+
+// Every thread that has not finished is waiting; says for what, each thing once.
 std::string deadlock() {
   std::string what;
+  std::set<std::string> said;
   int done = -1;
   for (int i = 0; i < block.threads; ++i) {
     const Fiber& fiber = block.fibers[i];
     if (fiber.state == State::kDone) done = i;
-    if (fiber.state == State::kDone || !what.empty()) continue;
-    const bool barrier = fiber.state == State::kBarrier;
-    block.current = &block.fibers[i];
-    what = std::string(barrier ? "waits at a barrier" : "waits at a warp collective") + " (" +
-           place(fiber.site) + ") that some of its threads do not reach";
+    if (fiber.state == State::kDone || !said.insert(waiting(fiber)).second) continue;
+    if (what.empty()) {
+      block.current = &block.fibers[i];
+    } else {
+      what += "; thread " + show(fiber.index) + " ";
+    }
+    what += waiting(fiber);
   }
   if (done >= 0) what += "; thread " + show(block.fibers[done].index) + " has returned";
   return what;
@@ -149,8 +162,9 @@ void run_block(bool backwards) {
       cuda_host_switch(&block.scheduler, fiber.stack_pointer);
       if (!block.error.empty()) throw std::runtime_error(block.error);
     }
-    if (!progress) fail(deadlock());
+    if (!progress && !finish_a_copy(backwards)) fail(deadlock());
   }
+  end_async();
 }
 
 std::string kernel_name(const char* launched) {
@@ -167,6 +181,12 @@ void fail(const std::string& what) {
   std::string where = kernel + ", block " + show(blockIdx);
   if (block.current != nullptr) where += ", thread " + show(block.current->index);
   throw std::runtime_error(where + ": " + what);
+}
+
+void wait_as(State state, Site site) {
+  block.current->state = state;
+  block.current->site = site;
+  to_scheduler();
 }
 
 unsigned lane() { return static_cast<unsigned>(block.current->number) & 31; }
@@ -210,19 +230,17 @@ void run(const char* name, dim3 grid, dim3 threads, size_t shared_bytes, void (*
 }
 
 void barrier(Site site) {
-  Fiber& self = *block.current;
   if (block.at_barrier > 0 && block.barrier_site.line != site.line) {
     fail("is at the barrier " + place(site) + " while others are at " + place(block.barrier_site));
   }
   block.barrier_site = site;
   if (++block.at_barrier < block.threads) {
-    self.state = State::kBarrier;
-    self.site = site;
-    to_scheduler();
+    wait_as(State::kBarrier, site);
     return;
   }
   block.at_barrier = 0;
   ++block.epoch;
+  if (block.async) join_block();
   for (int i = 0; i < block.threads; ++i) {
     if (block.fibers[i].state == State::kBarrier) block.fibers[i].state = State::kReady;
   }
@@ -246,14 +264,15 @@ void collective(Kind kind, unsigned mask, void* mine, void (*resolve)(void** lan
   group->arrived |= bit;
   group->lanes[self.number & 31] = mine;
   if (group->arrived != mask) {
-    self.state = State::kCollective;
-    self.site = site;
     self.mask = mask;
-    to_scheduler();
+    wait_as(State::kCollective, site);
     return;
   }
   resolve(group->lanes);
-  if (kind == Kind::kSyncWarp) ++warp.epoch;
+  if (kind == Kind::kSyncWarp) {
+    ++warp.epoch;
+    if (block.async) join_warp(self.number / 32);
+  }
   const int first = self.number / 32 * 32;
   for (int i = 0; i < 32; ++i) {
     if ((mask >> i & 1) != 0 && first + i != self.number) {
@@ -294,6 +313,7 @@ const char* cuda_host_executed() {
   for (const std::string& name : cuda_host::executed) names += name + "\n";
   return names.c_str();
 }
+const char* cuda_host_latest() { return cuda_host::kernel.c_str(); }
 uint64_t cuda_host_launches() { return cuda_host::launches; }
 uint64_t cuda_host_bytes_read() { return cuda_host::bytes_read; }
 uint64_t cuda_host_bytes_written() { return cuda_host::bytes_written; }

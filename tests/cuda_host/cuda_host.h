@@ -9,7 +9,8 @@
 //   - shared memory: out of bounds, misaligned, never written, still under way (cp.async), or
 //     touched by two threads with no barrier between them where one of the two writes;
 //   - global memory: out of the bounds of its tensor, or misaligned.
-// Pointers carry their bounds: Global<T> and Shared<T> are classes here and T* under nvcc.
+// What Hopper adds is in hopper.h. Pointers carry their bounds: Global<T> and Shared<T> are classes
+// here and T* under nvcc.
 #pragma once
 
 #include <algorithm>
@@ -85,7 +86,7 @@ void barrier(Site site);
 
 // A collective of the lanes in `mask`. The last one to arrive calls `resolve` with what each lane
 // provided, in lanes[0..31]; null for lanes outside the mask.
-enum class Kind { kSyncWarp, kShuffle, kVote, kMma, kLdmatrix };
+enum class Kind { kSyncWarp, kShuffle, kVote, kMma, kLdmatrix, kWgmma };
 void collective(Kind kind, unsigned mask, void* mine, void (*resolve)(void** lanes), Site site);
 unsigned lane();
 
@@ -111,6 +112,7 @@ std::string text(const T& value) {
 
 }  // namespace cuda_host
 
+#include "hopper.h"
 #include "pointers.h"
 
 namespace cuda_host {

@@ -1,5 +1,5 @@
 // The runtime behind cuda_host.h: bounds, the shadow of shared memory, asynchronous copies.
-#include "block.h"
+#include "async.h"
 
 namespace cuda_host {
 
@@ -23,7 +23,7 @@ void check_global(const void* at, size_t bytes, const void* begin, const void* e
 // Marks the memory as never written, and fills it with NaN.
 void forget(size_t offset, size_t bytes) {
   std::fill_n(block.shadow.begin() + static_cast<int64_t>(offset), bytes,
-              Shadow{0, 0, 0, 0, kNobody, kNobody, false, false});
+              Shadow{0, 0, 0, 0, 0, 0, kNobody, kNobody, false, false});
   std::memset(block.shared + offset, 0xFF, bytes);
 }
 
@@ -54,47 +54,62 @@ static Shadow* shadow_of(const void* at, size_t bytes, const void* begin, const 
   return &block.shadow[offset];
 }
 
-void read_shared(const void* at, size_t bytes, const void* begin, const void* end, size_t align) {
-  Shadow* shadow = shadow_of(at, bytes, begin, end, align, "reads ");
-  const auto self = static_cast<int16_t>(block.current->number);
-  const int16_t readers = static_cast<int16_t>(kReaders - self / 32);
+// What the current thread, or a product of its, reads of shared memory is there.
+void check_written(const void* at, size_t bytes) {
+  const Shadow* shadow =
+      &block.shadow[static_cast<size_t>(static_cast<const char*>(at) - block.shared)];
+  const int self = block.current->number;
   const uint32_t warp_epoch = block.warps[self / 32].epoch;
-  for (size_t i = 0; i < bytes; ++i) {
-    Shadow& s = shadow[i];
-    if (s.under_way) fail("reads shared memory that a cp.async has not filled yet");
-    if (!s.written) fail("reads shared memory that nothing wrote");
-    if (s.write_block == block.epoch && s.writer != self &&
-        (s.writer / 32 != self / 32 || s.write_warp == warp_epoch)) {
-      fail("reads shared memory that thread " + show(block.fibers[s.writer].index) +
+  if (block.async) check_copied(at, bytes, "reads ");
+  for (const Shadow* s = shadow; s < shadow + bytes; ++s) {
+    if (s->under_way) fail("reads shared memory that a cp.async has not filled yet");
+    if (!s->written) fail("reads shared memory that nothing wrote");
+    if (s->write_block == block.epoch && s->writer != self && s->writer != kTensorCopy &&
+        (s->writer / 32 != self / 32 || s->write_warp == warp_epoch) &&
+        !happened(s->writer, s->write_time)) {
+      fail("reads shared memory that thread " + show(block.fibers[s->writer].index) +
            " wrote with no barrier between");
     }
+  }
+}
+
+void read_shared(const void* at, size_t bytes, const void* begin, const void* end, size_t align) {
+  Shadow* shadow = shadow_of(at, bytes, begin, end, align, "reads ");
+  check_written(at, bytes);
+  const auto self = static_cast<int16_t>(block.current->number);
+  const int16_t readers = static_cast<int16_t>(kReaders - self / 32);
+  const uint32_t warp_epoch = block.warps[self / 32].epoch, time = now(self);
+  for (size_t i = 0; i < bytes; ++i) {
+    Shadow& s = shadow[i];
     if (s.read_block != block.epoch || s.reader == kNobody) {
       s.reader = self;
     } else if (s.reader != self && s.reader != readers) {
       s.reader = s.reader >= 0 && s.reader / 32 == self / 32 ? readers : kSeveralWarps;
     }
-    s.read_block = block.epoch, s.read_warp = warp_epoch;
+    s.read_block = block.epoch, s.read_warp = warp_epoch, s.read_time = time;
   }
 }
 
 static void mark_written(Shadow* shadow, size_t bytes) {
   const auto self = static_cast<int16_t>(block.current->number);
   const int16_t readers = static_cast<int16_t>(kReaders - self / 32);
-  const uint32_t warp_epoch = block.warps[self / 32].epoch;
+  const uint32_t warp_epoch = block.warps[self / 32].epoch, time = now(self);
   for (size_t i = 0; i < bytes; ++i) {
     Shadow& s = shadow[i];
-    if (s.write_block == block.epoch && s.writer != self && s.written &&
-        (s.writer / 32 != self / 32 || s.write_warp == warp_epoch)) {
+    if (s.write_block == block.epoch && s.writer != self && s.writer != kTensorCopy && s.written &&
+        (s.writer / 32 != self / 32 || s.write_warp == warp_epoch) &&
+        !happened(s.writer, s.write_time)) {
       fail("writes shared memory that thread " + show(block.fibers[s.writer].index) +
            " wrote with no barrier between");
     }
     const bool same_warp = s.reader == readers || (s.reader >= 0 && s.reader / 32 == self / 32);
     if (s.read_block == block.epoch && s.reader != kNobody && s.reader != self &&
-        !(same_warp && s.read_warp < warp_epoch)) {
+        !(same_warp && s.read_warp < warp_epoch) &&
+        !(s.reader >= 0 && happened(s.reader, s.read_time))) {
       fail("writes shared memory that another thread read with no barrier between");
     }
     s.writer = self, s.written = true;
-    s.write_block = block.epoch, s.write_warp = warp_epoch;
+    s.write_block = block.epoch, s.write_warp = warp_epoch, s.write_time = time;
   }
 }
 
@@ -102,6 +117,17 @@ void write_shared(void* at, size_t bytes, const void* begin, const void* end, si
   Shadow* shadow = shadow_of(at, bytes, begin, end, align, "writes ");
   for (size_t i = 0; i < bytes; ++i) {
     if (shadow[i].under_way) fail("writes shared memory that a cp.async is about to fill");
+  }
+  if (block.async) {
+    check_copied(at, bytes, "writes ");
+    check_unread(at, bytes, "writes ");
+    Granule* granule = granules_of(at);
+    const Granule* end = granules_of(static_cast<char*>(at) + bytes - 1);
+    for (; granule <= end; ++granule) {
+      granule->mbarrier = -1;
+      granule->writer = static_cast<int16_t>(block.current->number);
+      granule->fence = fences(block.current->number);
+    }
   }
   mark_written(shadow, bytes);
 }

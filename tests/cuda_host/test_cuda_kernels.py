@@ -14,10 +14,16 @@ NO_BACKWARD = {"guided_step"}
 TABLES = {"positions", "inv_freq", "cos", "sin"}  # without a gradient, too
 
 
-def test_every_kernel_runs(cuda_host):
+def run_examples(op, sizes):
+    kernel = partial(getattr(lumina_kernels, op), backend="cuda")
+    for inputs in examples(op, sizes).values():
+        run(kernel, inputs, wrt=() if op in NO_BACKWARD else inputs.keys() - TABLES)
+
+
+def test_every_kernel_runs(cuda_host, monkeypatch):
     for op in OPS:
-        kernel = partial(getattr(lumina_kernels, op), backend="cuda")
         for dtype in (torch.float32, torch.bfloat16):
-            for inputs in examples(op, Sizes(dtype=dtype)).values():
-                run(kernel, inputs, wrt=() if op in NO_BACKWARD else inputs.keys() - TABLES)
+            run_examples(op, Sizes(dtype=dtype))
+    monkeypatch.setenv("LUMINA_KERNELS_HOPPER", "1")
+    run_examples("gqa_attention", Sizes(K=72, dtype=torch.bfloat16))
     assert cuda_host.executed() == kernel_names()

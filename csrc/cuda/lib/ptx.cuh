@@ -89,8 +89,10 @@ void load_matrices(uint32_t* out, Shared<T> row, cuda_host::Site site) {
 
 }  // namespace host
 
-#define LUMINA_SITE , cuda_host::Site site = CUDA_HOST_SITE
+#define LUMINA_ONLY_SITE cuda_host::Site site = CUDA_HOST_SITE
+#define LUMINA_SITE , LUMINA_ONLY_SITE
 #else
+#define LUMINA_ONLY_SITE
 #define LUMINA_SITE
 
 template <class T>

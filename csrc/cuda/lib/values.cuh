@@ -7,7 +7,7 @@
 //     p + i work; wider accesses go through load_global, store_global, load_shared, store_shared;
 //   - `auto` must not hold a shared[i]: write its type out;
 //   - shared memory is declared by LUMINA_SHARED or LUMINA_DYNAMIC_SHARED;
-//   - instructions in assembly are in ptx.cuh alone.
+//   - instructions in assembly are in ptx.cuh and ptx_hopper.cuh alone.
 #pragma once
 
 #include <cstddef>
