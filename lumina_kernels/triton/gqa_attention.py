@@ -12,13 +12,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from triton.runtime import driver
 from triton.runtime.errors import OutOfResources
 
-from lumina_kernels.backend import EMULATED
+from lumina_kernels.measured import configuration
+from lumina_kernels.ops.gqa_attention import MAX_HEAD_DIM
 from lumina_kernels.triton._arguments import heads_of, in_units
 from lumina_kernels.triton._tiles import blocks
-from lumina_kernels.triton._tune import AUTOTUNE, fastest, magnitude
+from lumina_kernels.triton._tune import AUTOTUNE, current_arch, fastest, magnitude
 from lumina_kernels.triton.gqa_attention_bwd import (
     gqa_attention_dkv_kernel,
     gqa_attention_dq_kernel,
@@ -216,20 +216,15 @@ def head_cuts(K: int) -> tuple[tuple[int, int], ...]:
 
 
 def _options(kind: str, K: int, dtype: torch.dtype, bias: bool, more: bool = False) -> dict:
-    """Tile sizes and launch options of a kernel, "fwd", "dq" or "dkv": on Hopper the fastest,
-    elsewhere such that no register is spilled. `more`: it takes more registers, for another reason
-    than a bias."""
-    return _options_on(_arch(), kind, K, dtype, bias, more)
-
-
-def _arch() -> int:
-    """Compute capability of the current GPU, 90 for 9.0; 0 for the interpreter."""
-    return 0 if "triton" in EMULATED else driver.active.get_current_target().arch
+    """Tile sizes and launch options of a kernel, "fwd", "dq" or "dkv": those that were
+    measured, elsewhere such that no register is spilled. `more`: it takes more registers, for
+    another reason than a bias."""
+    return _options_on(current_arch(), kind, K, dtype, bias, more)
 
 
 def _is_on_trial(q: Tensor) -> bool:
     """Whether q is on a GPU whose attention is tried before its first use; in aot none is."""
-    return q.is_cuda and _arch() // 10 == 10
+    return q.is_cuda and current_arch() // 10 == 10
 
 
 @cache
@@ -240,8 +235,6 @@ def _options_on(arch: int, kind: str, K: int, dtype: torch.dtype, bias: bool, mo
         scan = 64
         if dtype == torch.float32:
             tiles = _float32_tiles(kind, K, arch, bias)
-        elif arch // 10 == 9 and K <= 128:
-            tiles = _hopper_tiles(kind, K, bias, more)
         elif arch // 10 in (9, 10):
             tiles = _group_tiles(kind, K, arch, bias, more)
         else:
@@ -250,8 +243,15 @@ def _options_on(arch: int, kind: str, K: int, dtype: torch.dtype, bias: bool, mo
     if kind != "dkv":
         options |= {"EDGE": tiles.edge, "SCAN": scan}  # SCAN: tiles of keys to a word of bits
     options |= {"num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": True}
+    kernel = f"gqa_attention_{kind}" + " with bias" * (bias or more)
+    options |= configuration(arch, kernel, head_class(K), dtype.itemsize)
     # Without maxnreg ptxas spills a few registers to fit a second block on the processor.
     return options | {"maxnreg": 255}
+
+
+def head_class(K: int) -> int:
+    """Head_dims up to the same one share what was measured."""
+    return next(most for most in (64, 96, 128, MAX_HEAD_DIM) if K <= most)
 
 
 def _launch(kind: str, options: dict, launch, like: Tensor, L_kv: int) -> None:
@@ -261,7 +261,7 @@ def _launch(kind: str, options: dict, launch, like: Tensor, L_kv: int) -> None:
     except OutOfResources as error:
         raise NotImplementedError(
             f"backend 'triton' has no tiles of gqa_attention for a head_dim of {like.shape[-1]} in "
-            f"{like.dtype} on sm_{_arch()}: {error.name} {error.required} of {error.limit}"
+            f"{like.dtype} on sm_{current_arch()}: {error.name} {error.required} of {error.limit}"
         ) from error
 
 
@@ -291,24 +291,9 @@ def _float32_tiles(kind: str, K: int, arch: int, bias: bool) -> Tiles:
     return Tiles(32, 16, warps=8, stages=1)
 
 
-def _hopper_tiles(kind: str, K: int, bias: bool, more: bool) -> Tiles:
-    """The fastest of ten to twenty for head_dims of 64 to 128 in bfloat16, measured on an H200 with
-    triton 3.6 at 4096 tokens. Some spill a few registers and are the fastest all the same."""
-    wide = K > 96
-    if kind == "fwd":
-        if bias or more:
-            return Tiles(128, 64, 8, 3, edge=32) if wide else Tiles(64, 64, 4, 3, edge=32)
-        return Tiles(128, 128, 8, 3, edge=32) if wide else Tiles(128, 64, 4, 3, edge=32)
-    if kind == "dq":
-        return Tiles(128, 64, 8, 3, edge=32) if wide else Tiles(64, 64, 4, 3, edge=32)
-    if bias:
-        return Tiles(64, 128, 8, 3)
-    return Tiles(128, 64, 4, 2) if K <= 64 else Tiles(64, 64, 4, 2 if wide else 3)
-
-
 def _group_tiles(kind: str, K: int, arch: int, bias: bool, more: bool) -> Tiles:
     """Where products take 64 rows to 4 warps: tcgen05 (Blackwell), and wgmma (Hopper) beyond
-    `_hopper_tiles`."""
+    what was measured."""
     if kind == "fwd":
         small = arch >= 100 and (K > 96 or bias or more)
         return Tiles(128, 32 if small else 64, warps=8, stages=2, edge=32)
