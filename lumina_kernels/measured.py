@@ -19,7 +19,7 @@ def configuration(arch: int, kernel: str, size: int, itemsize: int) -> dict:
     """Launch options of a Triton kernel, for values of `itemsize` bytes; empty: not measured.
 
     `size` is what the launcher distinguishes: the width of a row, the values of a token, the
-    largest head_dim that shares a configuration."""
+    largest head_dim that shares a configuration; 1 where nothing is."""
     entries = TABLE.get(f"sm_{arch}", {}).get("configurations", {})
     return entries.get(name_of(kernel, size, itemsize), {})
 

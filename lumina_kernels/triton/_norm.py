@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lumina_kernels.triton._arguments import contiguous, rows_of
+from lumina_kernels.triton._arguments import contiguous, empty_as, rows_of
 from lumina_kernels.triton._tiles import (
     add,
     blocks,
@@ -234,7 +234,7 @@ def modulation_grads(
     B, chunks, sums, D = partial.shape
     per_sample = scale if scale is not None and scale.ndim == 2 else None
     dweight, dbias, dscale, dshift = (
-        None if p is None else p.new_empty(p.shape) for p in (weight, bias, per_sample, shift)
+        None if p is None else empty_as(p) for p in (weight, bias, per_sample, shift)
     )
     sums_are_dshift = shift is not None and shift.ndim == 2
     if shift is not None and shift.ndim == 3:

@@ -19,6 +19,7 @@ from lumina_kernels.triton._tiles import (
     store_token,
     zeros,
 )
+from lumina_kernels.triton._tune import tuned
 
 
 @triton.jit
@@ -115,7 +116,8 @@ def context_drop_fwd(k, v, grid, factor, key_mask) -> tuple[Tensor, Tensor, Tens
     (k, v), unit = in_units(heads_of(k), heads_of(v))
     context_drop_kernel[(B * windows,)](
         k, v, mask_of(key_mask), k_out, v_out, mask, counts, tuple(grid), factor,
-        UNIT=unit, G=G, K=K, GS=cut(G), KS=cut(K), **loop_options(G * K, 48),
+        UNIT=unit, G=G, K=K, GS=cut(G), KS=cut(K),
+        **tuned("context_drop_fwd", G * K, k_out, loop_options(G * K, 48)),
     )  # fmt: skip
     return k_out, v_out, mask, counts
 
@@ -133,6 +135,7 @@ def context_drop_bwd(
     (dk_out, dv_out), unit = in_units(heads_of(dk_out), heads_of(dv_out))
     context_drop_bwd_kernel[(B * windows,)](
         dk_out, dv_out, mask_of(key_mask), counts, dk, dv, tuple(grid), factor,
-        UNIT=unit, G=G, K=K, GS=cut(G), KS=cut(K), **loop_options(G * K, 48),
+        UNIT=unit, G=G, K=K, GS=cut(G), KS=cut(K),
+        **tuned("context_drop_bwd", G * K, dv, loop_options(G * K, 48)),
     )  # fmt: skip
     return dk, dv

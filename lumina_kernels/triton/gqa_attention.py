@@ -16,7 +16,7 @@ from triton.runtime.errors import OutOfResources
 
 from lumina_kernels.measured import configuration
 from lumina_kernels.ops.gqa_attention import MAX_HEAD_DIM
-from lumina_kernels.triton._arguments import heads_of, in_units
+from lumina_kernels.triton._arguments import empty_as, heads_of, in_units
 from lumina_kernels.triton._tiles import blocks
 from lumina_kernels.triton._tune import AUTOTUNE, current_arch, fastest, magnitude
 from lumina_kernels.triton.gqa_attention_bwd import (
@@ -38,7 +38,7 @@ def gqa_attention_fwd(
     Empty: the error unless it is wanted and out has 16 bits; the second branch without text."""
     B, L, H, K = q.shape
     G, L_kv = k.shape[2], k.shape[1]
-    out = q.new_empty(q.shape)
+    out = empty_as(q)
     stats = q.new_empty((B, G, L, H // G, 2), dtype=torch.float32)
     text_stats = stats.new_empty(0 if text_k is None else stats.shape)
     with_error = with_error and q.itemsize == 2
@@ -78,7 +78,7 @@ def gqa_attention_bwd(
     B, L, H, K = q.shape
     G, L_kv = k.shape[2], k.shape[1]
     dq, dk, dv, dtext_k, dtext_v = (
-        None if x is None else x.new_empty(x.shape) for x in (q, k, v, text_k, text_v)
+        None if x is None else empty_as(x) for x in (q, k, v, text_k, text_v)
     )
     delta = stats.new_empty(stats.shape[:-1])
     text_delta, text_weight = (
