@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lumina_kernels.triton._arguments import contiguous, empty_as, rows_of
 from lumina_kernels.triton._tiles import (
+    COUNTS,
     add,
     blocks,
     clear_padding,
@@ -187,7 +188,7 @@ def sum_partials(
     return tl.sum(total, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def modulation_grads_kernel(
     partial_ptr, weight_ptr, bias_ptr, scale, dweight_ptr, dbias_ptr, dscale_ptr, dshift_ptr,
     B, chunks, sums, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,

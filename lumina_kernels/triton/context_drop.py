@@ -8,6 +8,7 @@ from torch import Tensor
 from lumina_kernels.triton._arguments import heads_of, in_units, mask_of
 from lumina_kernels.triton._rotation import loop_options
 from lumina_kernels.triton._tiles import (
+    COUNTS,
     add,
     blocks,
     ceil_div,
@@ -49,7 +50,7 @@ def window_of(index, grid, factor):
     return (frame * rows + top) * columns + left
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def context_drop_kernel(
     k, v,  # heads: (pointer, stride of b, of l, of h)
     key_mask,  # (pointer, stride of b, of l) or None
@@ -75,7 +76,7 @@ def context_drop_kernel(
     tl.store(counts_ptr + window, count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def context_drop_bwd_kernel(
     dk_out, dv_out, key_mask, counts_ptr, dk_ptr, dv_ptr, grid, factor,  # dk_out, dk_ptr or None
     UNIT: tl.constexpr, G: tl.constexpr, K: tl.constexpr, GS: tl.constexpr, KS: tl.constexpr,

@@ -21,6 +21,7 @@ from lumina_kernels.triton._norm import (
     zeros_of,
 )
 from lumina_kernels.triton._tiles import (
+    COUNTS,
     add,
     blocks,
     load_rows,
@@ -33,7 +34,7 @@ from lumina_kernels.triton._tiles import (
 from lumina_kernels.triton._tune import tuned
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def gate_residual_norm_fwd_kernel(
     y, residual, gate, weight_ptr, bias_ptr, scale, shift,  # rows: (pointer, stride of b, of l)
     new_residual_ptr, normed_ptr, rstd_ptr, mean_ptr,  # mean None: an RMS norm
@@ -53,7 +54,7 @@ def gate_residual_norm_fwd_kernel(
     store_rows(normed_ptr, normed, b, rows, L, D, DS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def gate_residual_norm_bwd_kernel(
     dnew_residual, dnormed, y, residual, gate, weight_ptr, bias_ptr, scale, rstd_ptr, mean_ptr,
     dy_ptr, dresidual_ptr, dgate_ptr, dscale_ptr, partial_ptr,

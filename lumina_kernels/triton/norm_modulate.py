@@ -21,6 +21,7 @@ from lumina_kernels.triton._norm import (
     zeros_of,
 )
 from lumina_kernels.triton._tiles import (
+    COUNTS,
     blocks,
     load_rows,
     program_chunk,
@@ -31,7 +32,7 @@ from lumina_kernels.triton._tiles import (
 from lumina_kernels.triton._tune import tuned
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def norm_modulate_fwd_kernel(
     x, weight_ptr, bias_ptr, scale, shift,  # rows: (pointer, stride of b, of l)
     out_ptr, rstd_ptr, mean_ptr,  # mean None: an RMS norm
@@ -44,7 +45,7 @@ def norm_modulate_fwd_kernel(
     store_rows(out_ptr, out, b, rows, L, D, DS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def norm_modulate_bwd_kernel(
     dout, x, weight_ptr, bias_ptr, scale, rstd_ptr, mean_ptr,
     dx_ptr, dscale_ptr, partial_ptr, L, chunk, D: tl.constexpr, DS: tl.constexpr,

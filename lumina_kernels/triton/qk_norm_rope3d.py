@@ -21,6 +21,7 @@ from lumina_kernels.triton._arguments import (
 from lumina_kernels.triton._norm import sum_partials, zeros_of
 from lumina_kernels.triton._rotation import cos_sin_of, loop_options, rotate, token_options
 from lumina_kernels.triton._tiles import (
+    COUNTS,
     add,
     band,
     blocks,
@@ -158,7 +159,7 @@ def norm_bwd(
     return dtile, multiply(d, normed)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def qk_norm_rope3d_kernel(
     q, k,  # heads: (pointer, stride of b, of l, of h)
     q_parameters, k_parameters,  # (weight, bias), pointers or None
@@ -178,7 +179,7 @@ def qk_norm_rope3d_kernel(
     store_token(k_out_ptr, k, number, G, K, GS, KS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def qk_norm_rope3d_bwd_kernel(
     dout, x, weight_ptr, positions, inv_freq, axis_ptr, dx_ptr, partial_ptr, eps,
     counts_ptr, windows, grid, factor,  # of a sample; None without windows
@@ -232,7 +233,7 @@ def _sum(
             tl.store(out_ptr + columns, total.to(out_ptr.dtype.element_ty), mask=columns < WIDTH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def qk_norm_rope3d_parameters_kernel(
     q_partial, k_partial,  # (pointer, stride of the programs)
     dq_weight_ptr, dq_bias_ptr, dk_weight_ptr, dk_bias_ptr, programs,

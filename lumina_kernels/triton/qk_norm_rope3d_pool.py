@@ -22,6 +22,7 @@ from lumina_kernels.triton._arguments import (
 from lumina_kernels.triton._norm import zeros_of
 from lumina_kernels.triton._rotation import cos_sin_of, loop_options
 from lumina_kernels.triton._tiles import (
+    COUNTS,
     add,
     cut,
     load_token,
@@ -39,7 +40,7 @@ from lumina_kernels.triton.qk_norm_rope3d import heads_bwd, norm_rotate, paramet
 PER_LANE = 47
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def qk_norm_rope3d_pool_kernel(
     q, k, v,  # heads: (pointer, stride of b, of l, of h)
     q_parameters, k_parameters,  # (weight, bias), pointers or None

@@ -30,6 +30,7 @@ from lumina_kernels.triton._rotation import (
     token_options,
 )
 from lumina_kernels.triton._tiles import (
+    COUNTS,
     add,
     blocks,
     cut,
@@ -96,7 +97,7 @@ def _rotate(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def qk_norm_rope_table_kernel(
     q, k,  # heads: (pointer, stride of b, of l, of h), k or None
     q_parameters, k_parameters,  # (weight, bias), pointers or None
@@ -121,7 +122,7 @@ def qk_norm_rope_table_kernel(
         store_token(k_out_ptr, k, number, G, K, GS, KS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def qk_norm_rope_table_bwd_kernel(
     dout, x, weight_ptr, cos, sin, dx_ptr, partial_ptr, eps, L, tokens, chunk,
     UNIT: tl.constexpr, TABLE_UNIT: tl.constexpr, HALF: tl.constexpr, H: tl.constexpr,

@@ -16,11 +16,11 @@ from lumina_kernels.triton._arguments import (
     positions_of,
 )
 from lumina_kernels.triton._rotation import cos_sin_of, rotate, token_options
-from lumina_kernels.triton._tiles import cut, load_token, split_token, store_token
+from lumina_kernels.triton._tiles import COUNTS, cut, load_token, split_token, store_token
 from lumina_kernels.triton._tune import tuned
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def rope3d_kernel(
     q, k,  # heads: (pointer, stride of b, of l, of h)
     positions, inv_freq, axis_ptr,  # as in `cos_sin_of`

@@ -16,7 +16,7 @@ from lumina_kernels.triton._rotation import (
     split_entries,
     token_options,
 )
-from lumina_kernels.triton._tiles import cut, load_heads, split_token, store_heads
+from lumina_kernels.triton._tiles import COUNTS, cut, load_heads, split_token, store_heads
 from lumina_kernels.triton._tune import tuned
 
 
@@ -89,7 +89,7 @@ def _rotate_token(
         store_heads(out_ptr + C, rest, K, H, K - C, HS, RS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def rope_table_kernel(
     q, k,  # heads: (pointer, stride of b, of l, of h), k or None
     cos, sin,  # the same, and where entries have gaps the stride of these, not in units

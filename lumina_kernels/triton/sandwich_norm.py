@@ -19,6 +19,7 @@ from lumina_kernels.triton._norm import (
     zeros_of,
 )
 from lumina_kernels.triton._tiles import (
+    COUNTS,
     add,
     blocks,
     load_row_values,
@@ -125,7 +126,7 @@ def sandwich_bwd(
     return norm_bwd(d, n, rstd, D, False), gate_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def sandwich_norm_fwd_kernel(
     y, residual, weight_ptr, gate,  # rows: (pointer, stride of b, of l)
     out_ptr, rstd_ptr, L, eps,
@@ -140,7 +141,7 @@ def sandwich_norm_fwd_kernel(
     store_rows(out_ptr, out, b, rows, L, D, DS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def sandwich_norm_bwd_kernel(
     dout, y, weight_ptr, gate, rstd_ptr, dy_ptr, dgate_ptr, partial_ptr,
     L, chunk, TANH: tl.constexpr, D: tl.constexpr, DS: tl.constexpr,
@@ -162,7 +163,7 @@ def sandwich_norm_bwd_kernel(
     store_sums(partial_ptr, 1, (gate_sum,), D, DS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def sandwich_norm_gate_kernel(
     partial_ptr, weight_ptr, gate, dweight_ptr, dgate_ptr, B, chunks, sums,
     TANH: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,

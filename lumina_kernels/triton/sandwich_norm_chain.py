@@ -20,6 +20,7 @@ from lumina_kernels.triton._norm import (
     zeros_of,
 )
 from lumina_kernels.triton._tiles import (
+    COUNTS,
     add,
     blocks,
     load_rows,
@@ -32,7 +33,7 @@ from lumina_kernels.triton._tune import tuned
 from lumina_kernels.triton.sandwich_norm import gate_grads, sandwich, sandwich_bwd
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def sandwich_norm_chain_fwd_kernel(
     y, residual, weight_ptr, gate, next_weight_ptr, next_scale,  # (pointer, stride of b, of l)
     new_residual_ptr, normed_ptr, rstd_ptr, next_rstd_ptr, L, eps,
@@ -50,7 +51,7 @@ def sandwich_norm_chain_fwd_kernel(
     store_rows(normed_ptr, normed, b, rows, L, D, DS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def sandwich_norm_chain_bwd_kernel(
     dnew_residual, dnormed, y, residual, weight_ptr, gate, next_weight_ptr, next_scale,
     rstd_ptr, next_rstd_ptr, dy_ptr, dresidual_ptr, dgate_ptr, dscale_ptr, partial_ptr,
