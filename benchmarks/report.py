@@ -25,7 +25,7 @@ import pytest_benchmark
 import torch
 from tqdm import tqdm
 
-from benchmarks.harness import plots
+from benchmarks.harness import plots, rows
 from benchmarks.harness.tables import OUT_OF_BUDGET, csv_text, markdown
 from lumina_kernels.output import replace
 
@@ -48,7 +48,16 @@ def main() -> int:
     parser.add_argument("--budget", type=float, help="seconds after which the rest is skipped")
     parser.add_argument("--seconds", type=float, help="of measurement for each case")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
+    parser.add_argument(
+        "--rows", type=Path, nargs="+", help="report these, of pytest's --rows, and measure nothing"
+    )
     args = parser.parse_args()
+    if args.rows:
+        found = of_rows([line for path in args.rows for line in rows.read(path)])
+        found["command"] = shlex.join(["python", "-m", "benchmarks.report", *sys.argv[1:]])
+        write(found, args.out)
+        print(f"{args.out / 'report.md'}: {summary(found)}")
+        return 0
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA GPU here")
@@ -148,17 +157,32 @@ def run(arguments: list[str], out: Path, budget: float = math.inf) -> dict:
     return report
 
 
+def of_rows(lines: list[dict]) -> dict:
+    """The report of rows that one or several runs of pytest wrote, of which some may have ended
+    early."""
+    progress = Progress()
+    heads = [line for line in lines if "tests" in line]
+    tests = [test for head in heads for test in head["tests"]]
+    progress.add(heads[0] | {"tests": tests})
+    for line in lines:
+        if "tests" not in line:
+            progress.add(line)
+    progress.give_up(progress.left(), "skipped", OUT_OF_BUDGET)
+    progress.bar.close()
+    return report_of(progress)
+
+
 def run_child(arguments: list[str], log, progress: Progress, end: float) -> tuple[str, int]:
     """Runs the remaining tests in a child until it ends or has to be killed.
 
     Returns the reason why it ended, and its exit code.
     """
     with tempfile.TemporaryDirectory() as folder:
-        rows = Path(folder) / "rows.jsonl"
-        rows.touch()
+        path = Path(folder) / "rows.jsonl"
+        path.touch()
         progress.collected = False
         command = [sys.executable, "-m", "pytest", *arguments, "--benchmark-only", "-q"]
-        command += ["--continue-on-collection-errors", "--rows", str(rows)]
+        command += ["--continue-on-collection-errors", "--rows", str(path)]
         command += [f"--deselect={test}" for test in progress.lines]
         command += [f"--budget={max(0, end - time.monotonic())}"] if end < math.inf else []
         log.flush()
@@ -167,7 +191,7 @@ def run_child(arguments: list[str], log, progress: Progress, end: float) -> tupl
             command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
-            for line in follow(process, rows, end + GRACE):
+            for line in follow(process, path, end + GRACE):
                 if any(text in line.get("reason", "") for text in FATAL):
                     progress.add(line)
                     return f"after {line['reason']}", 0

@@ -4,6 +4,7 @@ import ctypes
 import functools
 import importlib
 import importlib.util
+import math
 import os
 import sys
 import warnings
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from lumina_kernels import measured
 from lumina_kernels.when_imported import when_imported
 
 # Every name a call may give. "torch" is the definition, which every op has on every device.
@@ -27,7 +29,8 @@ DEVICES = {"triton": "cuda", "cuda": "cuda", "cpu": "cpu"}
 BEST_FIRST = ("triton", "cuda", "cpu")
 
 # On a GPU smaller tensors wait for the host, which a call of "cuda" keeps busy for half as long as
-# one of "triton" (an H200's: 40 to 145 us, 76 to 284 us), so "cuda" comes first for them.
+# one of "triton" (an H200's: 40 to 145 us, 76 to 284 us), so "cuda" comes first for them. That is
+# the rule where it was not measured for an op and a GPU, see `lumina_kernels.measured`.
 LARGE = 2**23  # values: 4096 tokens of a width of 2048
 
 # Process-wide choice, read once; a call's own `backend=` still wins. An empty value is unset.
@@ -129,6 +132,7 @@ def _unfit(backend: str, device: torch.device) -> str | None:
     return None
 
 
+@functools.cache
 def launchers(op: str, backend: str):
     """What has `<op>_fwd` and `<op>_bwd` of a kernel backend; imported on first use."""
     if backend == "triton":
@@ -140,6 +144,7 @@ def resolve(
     backend: str | None,
     implemented: tuple[str, ...],
     *tensors: Tensor | None,
+    op: str = "",
     refused: Mapping[str, str] = MappingProxyType({}),
     **constants: Tensor | float | None,
 ) -> str:
@@ -148,9 +153,10 @@ def resolve(
     Args:
         backend: the caller's choice; None takes `LUMINA_KERNELS_BACKEND`, else the first of
             `implemented` that is here and takes these tensors, "cuda" before others if the first
-            tensor is not LARGE, else "torch".
+            tensor has fewer values than `triton_from` says, else "torch".
         implemented: what the op has besides "torch", best first.
         tensors: what the op was given; the first says the device.
+        op: its name.
         refused: why a backend does not take this call, by name: None looks further.
         constants: what its kernels do not differentiate, by name. Where one of them asks for a
             gradient, None takes "torch".
@@ -164,11 +170,13 @@ def resolve(
             another backend, for derivatives "torch".
     """
     device = tensors[0].device
-    learned = next((name for name, value in constants.items() if wants_grad(value)), None)
-    forward_mode = any_tangent((*tensors, *constants.values()))
+    learned = None
+    if constants and torch.is_grad_enabled():
+        learned = next((name for name, value in constants.items() if wants_grad(value)), None)
+    forward_mode = in_forward_mode() and any_tangent((*tensors, *constants.values()))
     asked = f"backend {backend!r}"
     if backend is None and DEFAULT is None:
-        for name in _best_first(implemented, tensors[0]):
+        for name in _best_first(implemented, tensors[0], op):
             here = name not in MISSING and DEVICES[name] == device.type
             if here and name not in refused and not unfit(name, device):
                 only_torch = _any_float64(tensors) or learned or forward_mode
@@ -205,13 +213,30 @@ def resolve(
     return backend
 
 
-def _best_first(implemented: tuple[str, ...], x: Tensor) -> tuple[str, ...]:
+def triton_from(op: str, device: torch.device) -> float:
+    """Values of the first tensor from which Triton comes before CUDA C++ on a GPU; inf: never."""
+    return _triton_from(op, device)
+
+
+when_imported("torch._dynamo", lambda: torch.compiler.assume_constant_result(triton_from))
+
+
+@functools.cache
+def _triton_from(op: str, device: torch.device) -> float:
+    if not (device.type == "cuda" and torch.version.cuda and torch.cuda.is_available()):
+        return LARGE
+    major, minor = torch.cuda.get_device_capability(device)
+    return measured.triton_from(10 * major + minor, op, LARGE)
+
+
+def _best_first(implemented: tuple[str, ...], x: Tensor, op: str) -> tuple[str, ...]:
     """The order in which None looks through `implemented`. A size that a graph does not know is
     large: a comparison would bind the graph to it."""
-    if x.device.type != "cuda" or torch.compiler.is_dynamo_compiling():
+    if x.device.type != "cuda":
         return implemented
-    size = x.numel()
-    is_large = not isinstance(size, int) or size >= LARGE
+    least = triton_from(op, x.device)
+    size = None if torch.compiler.is_dynamo_compiling() else x.numel()
+    is_large = size >= least if isinstance(size, int) else least < math.inf
     return implemented if is_large else _cuda_first(implemented)
 
 
@@ -222,17 +247,23 @@ def _cuda_first(implemented: tuple[str, ...]) -> tuple[str, ...]:
 
 def wants_grad(*tensors: Tensor | float | None) -> bool:
     """Whether autograd records an op on these."""
-    given = any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
-    return given and torch.is_grad_enabled()
+    if not torch.is_grad_enabled():
+        return False
+    return any([isinstance(x, Tensor) and x.requires_grad for x in tensors])
+
+
+def in_forward_mode() -> bool:
+    """Whether there is a level of forward-mode AD."""
+    return forward_ad._current_level >= 0
 
 
 def any_tangent(values) -> bool:
     """Whether forward-mode AD follows a tensor among `values`."""
-    if forward_ad._current_level < 0:
+    if not in_forward_mode():
         return False
     tensors = (x for x in values if isinstance(x, Tensor))
     return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 def _any_float64(tensors) -> bool:
-    return any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
+    return any([tensor is not None and tensor.dtype == torch.float64 for tensor in tensors])

@@ -4,6 +4,7 @@ python -m lumina_kernels.doctor
 """
 
 import importlib.metadata
+import math
 import os
 import platform
 from importlib import import_module
@@ -68,13 +69,15 @@ def _version(package: str) -> str:
 def _taken(op: str, device: str) -> str:
     """For small tensors, and for large ones where that is another."""
     one = torch.empty(1, device=device)
+    least = backend.triton_from(op, one.device)
     try:
         small, large = (
-            backend.resolve(None, _implemented(op), one.expand(size)) for size in (1, backend.LARGE)
+            backend.resolve(None, _implemented(op), one.expand(size), op=op)
+            for size in (1, least if least < math.inf else 1)
         )
     except (ValueError, RuntimeError) as error:
         return f"an error: {error}"
-    return small if small == large else f"{small}, {large} from {backend.LARGE} values on"
+    return small if small == large else f"{small}, {large} from {least} values on"
 
 
 def _others(device: str) -> dict[str, str]:

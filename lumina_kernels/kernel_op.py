@@ -83,7 +83,10 @@ class KernelOp:
         when_imported("torch.distributed.tensor", partial(sharding.declare, self))
 
     def __call__(self, *args):
-        return self.overload(*args)
+        if not _is_plain_call() or backend.wants_grad(*args):
+            return self.overload(*args)
+        with torch._C._AutoDispatchBelowAutograd():  # what autograd itself would do, sooner
+            return self.overload(*args)
 
     def __reduce__(self):
         return self.name  # as a function: copies and pickles are the op itself
@@ -195,6 +198,15 @@ class KernelOp:
 
 
 _ABSENT = (0,)
+
+
+def _is_plain_call() -> bool:
+    """Whether nothing looks at a call but autograd: no compiler, no transform of functions."""
+    return not (
+        torch.compiler.is_dynamo_compiling()
+        or backend.in_forward_mode()
+        or torch._C._functorch.peek_interpreter_stack()
+    )
 
 
 def _without_none(results, first: Tensor):

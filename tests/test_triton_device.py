@@ -11,6 +11,7 @@ from triton.runtime.errors import OutOfResources
 from lumina_kernels import aot, backend, gqa_attention
 from lumina_kernels.ops.gqa_attention import gqa_attention_fwd
 from lumina_kernels.ops.swiglu import swiglu_fwd
+from lumina_kernels.triton import _tune
 from lumina_kernels.triton import gqa_attention as attention
 from lumina_kernels.triton import gqa_attention_trial as trial
 
@@ -48,14 +49,16 @@ class Driver(aot.OfflineDriver):
 def machine(monkeypatch):
     found = Machine()
     monkeypatch.setattr(backend, "EMULATED", set())
-    monkeypatch.setattr(attention, "EMULATED", set())
+    monkeypatch.setattr(_tune, "EMULATED", set())
+    _tune._arch_of.cache_clear()
     monkeypatch.setattr(driver, "_active", Driver(found))
     for kernel in (interpreter.InterpretedFunction, jit.JITFunction):
         monkeypatch.setattr(kernel, "run", lambda kernel, *a, **k: found.run(kernel, *a, **k))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: found.current)
     for name in ("_exchange_device", "_maybe_exchange_device"):
         monkeypatch.setattr(torch.cuda, name, found.set_current)
-    return found
+    yield found
+    _tune._arch_of.cache_clear()
 
 
 def heads(device, K=72, dtype=torch.bfloat16):

@@ -30,6 +30,7 @@ MAX_GAP = 16 << 20  # bytes
 # overwritten instead.) The code stays cached, as in a program that calls it repeatedly.
 COLD, MAX_COPIES = 96 << 20, 48
 CLONE, MATMUL = "clone", "matmul"
+SCRATCH = 256 << 20  # bytes, more than any L2 cache has
 
 
 def time_variants(
@@ -58,7 +59,7 @@ def time_variants(
         ]
         calls = {name: [caller(f, case, z) for z in inputs] for name, f in functions.items()}
         calls |= ceiling_calls(case, device, len(inputs))
-        if device == "cuda" and not (case.model or case.backward):
+        if device == "cuda" and not case.model:
             calls = {name: [as_cuda_graph(call) for call in same] for name, same in calls.items()}
         if done > 0:
             time_calls(calls, 1)  # warm up: the first call allocates
@@ -124,7 +125,7 @@ def cuda_rounds(calls: dict[str, list[Callable]], rounds: int) -> dict[str, list
     """Seconds between events on the stream, by variant. Each call comes after a kernel that
     overwrites the L2 cache; that also gives the host a head start, so that the time is the GPU's.
     """
-    scratch = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    scratch = torch.empty(SCRATCH, dtype=torch.uint8, device="cuda")
     events = {name: [] for name in calls}
     for _ in range(rounds):
         for name, (call,) in calls.items():

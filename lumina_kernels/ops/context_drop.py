@@ -40,7 +40,7 @@ def context_drop(
             tokens, or factor is less than 1.
     """
     check_context_drop(k, v, grid, factor, key_mask)
-    backend = resolve(backend, BEST_FIRST, k, v)
+    backend = resolve(backend, BEST_FIRST, k, v, op="context_drop")
     if backend == "torch":
         return context_drop_ref(k, v, grid, factor, key_mask)
     return context_drop_fwd(k, v, list(grid), factor, key_mask, backend)

@@ -46,7 +46,7 @@ def gate_residual_norm(
     check_norm(y, kind, weight=weight, bias=bias)
     gate, scale, shift = modulations(y, gate=gate, scale=scale, shift=shift)
     tensors = (y, residual, gate, weight, bias, scale, shift)
-    backend = resolve(backend, BEST_FIRST, *tensors)
+    backend = resolve(backend, BEST_FIRST, *tensors, op="gate_residual_norm")
     if backend == "torch":
         return gate_residual_norm_ref(*tensors, eps, kind)
     return gate_residual_norm_fwd(*tensors, eps, kind, backend)[:2]

@@ -37,7 +37,7 @@ def gelu(x: Tensor, approximate: str = "none", *, backend: str | None = None) ->
     if approximate not in APPROXIMATIONS:
         names = ", ".join(APPROXIMATIONS)
         raise ValueError(f"approximate must be one of {names}, got {approximate!r}")
-    backend = resolve(backend, BEST_FIRST, x)
+    backend = resolve(backend, BEST_FIRST, x, op="gelu")
     if backend == "torch":
         return gelu_ref(x, approximate)
     return gelu_fwd(x, approximate == "tanh", backend)

@@ -62,7 +62,8 @@ def gqa_attention(
     _check_text(q, k, text_k, text_v, text_mask, text_gate)
     floats = (q, k, v, text_k, text_v, text_gate, bias)
     with_grad = wants_grad(*floats)
-    backend = resolve(backend, BEST_FIRST, *floats, refused=_refusals(q.shape[-1]))
+    refused = _refusals(q.shape[-1])
+    backend = resolve(backend, BEST_FIRST, *floats, refused=refused, op="gqa_attention")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     inputs = q, k, v, key_mask, scale, text_k, text_v, text_mask, text_gate, bias
     if backend == "torch":

@@ -45,7 +45,7 @@ def guided_step(
             raise ValueError(f"{name} must be a number or a 0-d tensor, got {tuple(number.shape)}")
     if channels is not None and not 0 <= channels <= x.shape[1]:
         raise ValueError(f"channels must be within 0..{x.shape[1]}, got {channels}")
-    backend = resolve(backend, BEST_FIRST, x, v, x=x, v=v, weight=weight, dt=dt)
+    backend = resolve(backend, BEST_FIRST, x, v, x=x, v=v, weight=weight, dt=dt, op="guided_step")
     if backend == "torch":
         return guided_step_ref(x, v, weight, dt, channels)
     numbers = (*_tensor_and_value(weight, x.device), *_tensor_and_value(dt, x.device))

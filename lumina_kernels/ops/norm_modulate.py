@@ -40,7 +40,7 @@ def norm_modulate(
     check_axes("x", x, "B, L, D")
     check_norm(x, kind, weight=weight, bias=bias)
     scale, shift = modulations(x, scale=scale, shift=shift)
-    backend = resolve(backend, BEST_FIRST, x, weight, bias, scale, shift)
+    backend = resolve(backend, BEST_FIRST, x, weight, bias, scale, shift, op="norm_modulate")
     if backend == "torch":
         return norm_modulate_ref(x, weight, bias, scale, shift, eps, kind)
     return norm_modulate_fwd(x, weight, bias, scale, shift, eps, kind, backend)[0]

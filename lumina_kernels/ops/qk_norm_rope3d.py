@@ -54,7 +54,9 @@ def qk_norm_rope3d(
     check_qk_norm(q, k, *parameters, norm)
     constants = {"positions": positions, "inv_freq": inv_freq}
     floats = q, k, *parameters
-    backend = resolve(backend, BEST_FIRST, *floats, refused=refusals(*floats), **constants)
+    backend = resolve(
+        backend, BEST_FIRST, *floats, refused=refusals(*floats), **constants, op="qk_norm_rope3d"
+    )
     if backend == "torch":
         return qk_norm_rope3d_ref(q, k, *parameters, positions, inv_freq, axis, eps, norm)
     return qk_norm_rope3d_fwd(q, k, *parameters, positions, inv_freq, axis, eps, norm, backend)

@@ -49,7 +49,14 @@ def qk_norm_rope3d_pool(
     check_context_drop(k, v, grid, factor, key_mask)
     constants = {"positions": positions, "inv_freq": inv_freq}
     floats = q, k, v, *parameters
-    backend = resolve(backend, BEST_FIRST, *floats, refused=refusals(*floats), **constants)
+    backend = resolve(
+        backend,
+        BEST_FIRST,
+        *floats,
+        refused=refusals(*floats),
+        **constants,
+        op="qk_norm_rope3d_pool",
+    )
     inputs = q, k, v, *parameters, *table, list(grid), factor, key_mask, eps, norm
     if backend == "torch":
         return qk_norm_rope3d_pool_ref(*inputs)

@@ -52,7 +52,15 @@ def qk_norm_rope_table(
     check_qk_norm(q, k, *parameters, norm)
     floats = q, k, *parameters
     table = cos, sin, pairing, channels, eps, norm
-    backend = resolve(backend, BEST_FIRST, *floats, refused=refusals(*floats), cos=cos, sin=sin)
+    backend = resolve(
+        backend,
+        BEST_FIRST,
+        *floats,
+        refused=refusals(*floats),
+        cos=cos,
+        sin=sin,
+        op="qk_norm_rope_table",
+    )
     if backend == "torch":
         return qk_norm_rope_table_ref(*floats, *table)
     q_out, k_out = qk_norm_rope_table_fwd(*floats, *table, backend)

@@ -40,7 +40,9 @@ def rope3d(
             return NaN for it.
     """
     check_rope3d(q, k, positions, inv_freq, axis)
-    backend = resolve(backend, BEST_FIRST, q, k, positions=positions, inv_freq=inv_freq)
+    backend = resolve(
+        backend, BEST_FIRST, q, k, positions=positions, inv_freq=inv_freq, op="rope3d"
+    )
     if backend == "torch":
         return rope3d_ref(q, k, positions, inv_freq, axis)
     return rope3d_fwd(q, k, positions, inv_freq, axis, backend)

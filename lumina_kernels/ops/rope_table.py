@@ -47,7 +47,7 @@ def rope_table(
     """
     check_rope_heads(q, q if k is None else k)
     channels = check_rope_table(q, k, cos, sin, pairing, channels)
-    backend = resolve(backend, BEST_FIRST, q, k, cos=cos, sin=sin)
+    backend = resolve(backend, BEST_FIRST, q, k, cos=cos, sin=sin, op="rope_table")
     if backend == "torch":
         return rope_table_ref(q, k, cos, sin, pairing, channels)
     q_out, k_out = rope_table_fwd(q, k, cos, sin, pairing, channels, backend)

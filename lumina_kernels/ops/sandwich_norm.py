@@ -37,7 +37,7 @@ def sandwich_norm(
     """
     check_sandwich(y, residual, weight)
     (gate,) = modulations(y, gate=gate)
-    backend = resolve(backend, BEST_FIRST, y, residual, weight, gate)
+    backend = resolve(backend, BEST_FIRST, y, residual, weight, gate, op="sandwich_norm")
     if backend == "torch":
         return sandwich_norm_ref(y, residual, weight, gate, eps, tanh)
     return sandwich_norm_fwd(y, residual, weight, gate, eps, tanh, backend)[0]

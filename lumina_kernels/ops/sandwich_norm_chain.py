@@ -46,7 +46,7 @@ def sandwich_norm_chain(
     check_optional("next_weight", next_weight, y.device, y.shape[-1:])
     gate, next_scale = modulations(y, gate=gate, next_scale=next_scale)
     tensors = (y, residual, weight, gate, next_weight, next_scale)
-    backend = resolve(backend, BEST_FIRST, *tensors)
+    backend = resolve(backend, BEST_FIRST, *tensors, op="sandwich_norm_chain")
     if backend == "torch":
         return sandwich_norm_chain_ref(*tensors, eps, tanh)
     return sandwich_norm_chain_fwd(*tensors, eps, tanh, backend)[:2]

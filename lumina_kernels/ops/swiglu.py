@@ -32,7 +32,7 @@ def swiglu(a: Tensor, b: Tensor, *, backend: str | None = None) -> Tensor:
     check_floating("a", a)
     check_float("b", b, a.device, tuple(a.shape))
     check_same_dtype(a=a, b=b)
-    backend = resolve(backend, BEST_FIRST, a, b)
+    backend = resolve(backend, BEST_FIRST, a, b, op="swiglu")
     return swiglu_ref(a, b) if backend == "torch" else swiglu_fwd(a, b, backend)
 
 

@@ -6,6 +6,7 @@ plain arguments, and picks the width of loads by that.
 
 import math
 
+import torch
 from torch import Tensor
 
 # Of the largest tile that autotuning tries.
@@ -15,6 +16,11 @@ MOST_TOKENS = 256
 def contiguous(tensor: Tensor | None) -> Tensor | None:
     """The tensor without gaps."""
     return None if tensor is None else tensor.contiguous()
+
+
+def empty_as(x: Tensor) -> Tensor:
+    """A result without values or gaps, shaped as x; `new_empty` takes the host twice as long."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def rows_of(x: Tensor | None) -> tuple | None:

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from lumina_kernels.triton._arguments import rows_of
 
-BLOCK = 1024  # 8 values a lane: 16 bytes in 16 bits
+# 8 values a lane: 16 bytes in 16 bits.
+OPTIONS = {"BLOCK": 1024, "num_warps": 4, "enable_fp_fusion": True}
 
 
 @triton.jit

@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lumina_kernels.triton._arguments import contiguous, rows_of
+from lumina_kernels.triton._arguments import contiguous, empty_as, rows_of
 from lumina_kernels.triton._tiles import (
+    COUNTS,
     add,
     blocks,
     clear_padding,
@@ -187,7 +188,7 @@ def sum_partials(
     return tl.sum(total, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def modulation_grads_kernel(
     partial_ptr, weight_ptr, bias_ptr, scale, dweight_ptr, dbias_ptr, dscale_ptr, dshift_ptr,
     B, chunks, sums, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -234,7 +235,7 @@ def modulation_grads(
     B, chunks, sums, D = partial.shape
     per_sample = scale if scale is not None and scale.ndim == 2 else None
     dweight, dbias, dscale, dshift = (
-        None if p is None else p.new_empty(p.shape) for p in (weight, bias, per_sample, shift)
+        None if p is None else empty_as(p) for p in (weight, bias, per_sample, shift)
     )
     sums_are_dshift = shift is not None and shift.ndim == 2
     if shift is not None and shift.ndim == 3:

@@ -1,15 +1,39 @@
-"""LUMINA_KERNELS_AUTOTUNE=1: a launcher measures configurations instead of trusting its table."""
+"""Configurations of kernels: those measured on such a GPU (`lumina_kernels.measured`),
+and, with LUMINA_KERNELS_AUTOTUNE=1, those that a launcher measures itself.
+"""
 
 import math
 import os
 from collections.abc import Callable, Iterable
+from functools import cache
 
+from torch import Tensor
+from triton.runtime import driver
 from triton.testing import do_bench
+
+from lumina_kernels.backend import EMULATED
+from lumina_kernels.measured import configuration
 
 AUTOTUNE = os.environ.get("LUMINA_KERNELS_AUTOTUNE") == "1"
 
 # The fastest configurations found in this process.
 _found: dict[tuple, dict] = {}
+
+
+def current_arch() -> int:
+    """Compute capability of the current GPU, 90 for 9.0; 0 for the interpreter."""
+    return 0 if "triton" in EMULATED else _arch_of(driver.active.get_current_device())
+
+
+@cache
+def _arch_of(device: int) -> int:
+    return driver.active.get_current_target().arch
+
+
+def tuned(kernel: str, size: int, x: Tensor, options: dict) -> dict:
+    """The options with what was measured of the kernel on this GPU, for values as those of x."""
+    changes = configuration(current_arch(), kernel, size, x.itemsize)
+    return options | changes if changes else options
 
 
 def fastest(

@@ -8,6 +8,7 @@ from torch import Tensor
 from lumina_kernels.triton._arguments import heads_of, in_units, mask_of
 from lumina_kernels.triton._rotation import loop_options
 from lumina_kernels.triton._tiles import (
+    COUNTS,
     add,
     blocks,
     ceil_div,
@@ -19,6 +20,7 @@ from lumina_kernels.triton._tiles import (
     store_token,
     zeros,
 )
+from lumina_kernels.triton._tune import tuned
 
 
 @triton.jit
@@ -48,7 +50,7 @@ def window_of(index, grid, factor):
     return (frame * rows + top) * columns + left
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def context_drop_kernel(
     k, v,  # heads: (pointer, stride of b, of l, of h)
     key_mask,  # (pointer, stride of b, of l) or None
@@ -74,7 +76,7 @@ def context_drop_kernel(
     tl.store(counts_ptr + window, count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def context_drop_bwd_kernel(
     dk_out, dv_out, key_mask, counts_ptr, dk_ptr, dv_ptr, grid, factor,  # dk_out, dk_ptr or None
     UNIT: tl.constexpr, G: tl.constexpr, K: tl.constexpr, GS: tl.constexpr, KS: tl.constexpr,
@@ -115,7 +117,8 @@ def context_drop_fwd(k, v, grid, factor, key_mask) -> tuple[Tensor, Tensor, Tens
     (k, v), unit = in_units(heads_of(k), heads_of(v))
     context_drop_kernel[(B * windows,)](
         k, v, mask_of(key_mask), k_out, v_out, mask, counts, tuple(grid), factor,
-        UNIT=unit, G=G, K=K, GS=cut(G), KS=cut(K), **loop_options(G * K, 48),
+        UNIT=unit, G=G, K=K, GS=cut(G), KS=cut(K),
+        **tuned("context_drop_fwd", G * K, k_out, loop_options(G * K, 48)),
     )  # fmt: skip
     return k_out, v_out, mask, counts
 
@@ -133,6 +136,7 @@ def context_drop_bwd(
     (dk_out, dv_out), unit = in_units(heads_of(dk_out), heads_of(dv_out))
     context_drop_bwd_kernel[(B * windows,)](
         dk_out, dv_out, mask_of(key_mask), counts, dk, dv, tuple(grid), factor,
-        UNIT=unit, G=G, K=K, GS=cut(G), KS=cut(K), **loop_options(G * K, 48),
+        UNIT=unit, G=G, K=K, GS=cut(G), KS=cut(K),
+        **tuned("context_drop_bwd", G * K, dv, loop_options(G * K, 48)),
     )  # fmt: skip
     return dk, dv

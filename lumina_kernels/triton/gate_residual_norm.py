@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lumina_kernels.triton._arguments import contiguous, rows_of
+from lumina_kernels.triton._arguments import contiguous, empty_as, rows_of
 from lumina_kernels.triton._norm import (
     backward_options,
     forward_options,
@@ -21,6 +21,7 @@ from lumina_kernels.triton._norm import (
     zeros_of,
 )
 from lumina_kernels.triton._tiles import (
+    COUNTS,
     add,
     blocks,
     load_rows,
@@ -30,9 +31,10 @@ from lumina_kernels.triton._tiles import (
     store_rows,
     zero_row,
 )
+from lumina_kernels.triton._tune import tuned
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def gate_residual_norm_fwd_kernel(
     y, residual, gate, weight_ptr, bias_ptr, scale, shift,  # rows: (pointer, stride of b, of l)
     new_residual_ptr, normed_ptr, rstd_ptr, mean_ptr,  # mean None: an RMS norm
@@ -52,7 +54,7 @@ def gate_residual_norm_fwd_kernel(
     store_rows(normed_ptr, normed, b, rows, L, D, DS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def gate_residual_norm_bwd_kernel(
     dnew_residual, dnormed, y, residual, gate, weight_ptr, bias_ptr, scale, rstd_ptr, mean_ptr,
     dy_ptr, dresidual_ptr, dgate_ptr, dscale_ptr, partial_ptr,
@@ -99,11 +101,11 @@ def gate_residual_norm_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """new_residual and normed (B, L, D), and the statistics: rstd and a LayerNorm's mean."""
     B, L, D = y.shape
-    new_residual, normed = residual.new_empty(B, L, D), residual.new_empty(B, L, D)
+    new_residual, normed = empty_as(residual), empty_as(residual)
     statistics = y.new_empty(1 + (kind == "layer"), B, L, dtype=torch.float32)
     if new_residual.numel() == 0:
         return new_residual, normed, statistics
-    options = forward_options(D)
+    options = tuned("gate_residual_norm_fwd", D, y, forward_options(D))
     gate_residual_norm_fwd_kernel[(B * blocks(L, options["ROWS"]),)](
         rows_of(y), rows_of(residual), rows_of(gate), contiguous(weight), contiguous(bias),
         rows_of(scale), rows_of(shift), new_residual, normed, *rstd_and_mean(statistics),
@@ -117,19 +119,20 @@ def gate_residual_norm_bwd(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of y, residual, gate, weight, bias, scale and shift; None for None."""
     B, L, D = y.shape
-    dy, dresidual = y.new_empty(B, L, D), residual.new_empty(B, L, D)
+    dy, dresidual = empty_as(y), empty_as(residual)
     if dy.numel() == 0:
         return dy, dresidual, *zeros_of(gate, weight, bias, scale, shift)
     chunk = rows_per_program(B * L)
     chunks = blocks(L, chunk)
     partial = y.new_empty(B, chunks, 2 if gate is None else 3, D, dtype=torch.float32)
     scale_per_token = scale is not None and scale.ndim == 3
-    dscale = scale.new_empty(B, L, D) if scale_per_token else None
-    dgate = gate.new_empty(B, L, D) if gate is not None and gate.ndim == 3 else None
+    dscale = empty_as(scale) if scale_per_token else None
+    dgate = empty_as(gate) if gate is not None and gate.ndim == 3 else None
     gate_residual_norm_bwd_kernel[(B * chunks,)](
         rows_of(dnew_residual), rows_of(dnormed), rows_of(y), rows_of(residual), rows_of(gate),
         contiguous(weight), contiguous(bias), rows_of(scale), *rstd_and_mean(statistics),
-        dy, dresidual, dgate, dscale, partial, L, chunk, **backward_options(D),
+        dy, dresidual, dgate, dscale, partial, L, chunk,
+        **tuned("gate_residual_norm_bwd", D, y, backward_options(D)),
     )  # fmt: skip
     if gate is not None and dgate is None:
         dgate = partial[:, :, 2].sum(1).to(gate.dtype)

@@ -4,8 +4,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lumina_kernels.triton._flat import BLOCK, flat_rows, load_flat, store_flat
+from lumina_kernels.triton._arguments import empty_as
+from lumina_kernels.triton._flat import OPTIONS, flat_rows, load_flat, store_flat
 from lumina_kernels.triton._tiles import blocks, program_chunk
+from lumina_kernels.triton._tune import tuned
 
 
 @triton.jit
@@ -49,21 +51,19 @@ def gelu_bwd_kernel(dout, x, dx_ptr, F, TANH: tl.constexpr, BLOCK: tl.constexpr)
 
 def gelu_fwd(x, tanh) -> Tensor:
     """out, shaped as x."""
-    out = x.new_empty(x.shape)
+    out = empty_as(x)
     if out.numel() > 0:
         (x,), rows, F = flat_rows(x)
-        gelu_fwd_kernel[(rows * blocks(F, BLOCK),)](
-            x, out, F, TANH=tanh, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True
-        )
+        options = tuned("gelu_fwd", 1, out, OPTIONS)
+        gelu_fwd_kernel[(rows * blocks(F, options["BLOCK"]),)](x, out, F, TANH=tanh, **options)
     return out
 
 
 def gelu_bwd(dout, x, tanh) -> Tensor:
     """dx, shaped as x."""
-    dx = x.new_empty(x.shape)
+    dx = empty_as(x)
     if dx.numel() > 0:
         (dout, x), rows, F = flat_rows(dout, x)
-        gelu_bwd_kernel[(rows * blocks(F, BLOCK),)](
-            dout, x, dx, F, TANH=tanh, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True
-        )
+        options = tuned("gelu_bwd", 1, dx, OPTIONS)
+        gelu_bwd_kernel[(rows * blocks(F, options["BLOCK"]),)](dout, x, dx, F, TANH=tanh, **options)
     return dx

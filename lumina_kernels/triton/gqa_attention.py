@@ -12,13 +12,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from triton.runtime import driver
 from triton.runtime.errors import OutOfResources
 
-from lumina_kernels.backend import EMULATED
-from lumina_kernels.triton._arguments import heads_of, in_units
+from lumina_kernels.measured import configuration
+from lumina_kernels.ops.gqa_attention import MAX_HEAD_DIM
+from lumina_kernels.triton._arguments import empty_as, heads_of, in_units
 from lumina_kernels.triton._tiles import blocks
-from lumina_kernels.triton._tune import AUTOTUNE, fastest, magnitude
+from lumina_kernels.triton._tune import AUTOTUNE, current_arch, fastest, magnitude
 from lumina_kernels.triton.gqa_attention_bwd import (
     gqa_attention_dkv_kernel,
     gqa_attention_dq_kernel,
@@ -37,8 +37,8 @@ def gqa_attention_fwd(
 
     Empty: the error unless it is wanted and out has 16 bits; the second branch without text."""
     B, L, H, K = q.shape
-    G, L_kv = k.shape[2], k.shape[1]
-    out = q.new_empty(q.shape)
+    G, L_kv, T = k.shape[2], k.shape[1], 0 if text_k is None else text_k.shape[1]
+    out = empty_as(q)
     stats = q.new_empty((B, G, L, H // G, 2), dtype=torch.float32)
     text_stats = stats.new_empty(0 if text_k is None else stats.shape)
     with_error = with_error and q.itemsize == 2
@@ -58,7 +58,7 @@ def gqa_attention_fwd(
         grid = (blocks(L * H // G, options["BLOCK_M"]) * G * B,)
         gqa_attention_fwd_kernel[grid](
             q, tokens, text, text_gate, added, out, error if with_error else None,
-            stats, text_stats, L, G,
+            stats, text_stats, L, G, L_kv, T,
             R=H // G, UNIT=unit, NEGATIVE=scale < 0, **options,
         )  # fmt: skip
 
@@ -76,9 +76,9 @@ def gqa_attention_bwd(
     over broadcast axes, (B, H, L, L_kv).
     """
     B, L, H, K = q.shape
-    G, L_kv = k.shape[2], k.shape[1]
+    G, L_kv, T = k.shape[2], k.shape[1], 0 if text_k is None else text_k.shape[1]
     dq, dk, dv, dtext_k, dtext_v = (
-        None if x is None else x.new_empty(x.shape) for x in (q, k, v, text_k, text_v)
+        None if x is None else empty_as(x) for x in (q, k, v, text_k, text_v)
     )
     delta = stats.new_empty(stats.shape[:-1])
     text_delta, text_weight = (
@@ -108,23 +108,24 @@ def gqa_attention_bwd(
             gqa_attention_dq_kernel[grid](
                 dout, q, tokens, text, text_gate, added,
                 out, error if error.numel() else None, stats, text_stats,
-                dq, delta, text_delta, text_weight, dbias, L, G, **constants, **options,
+                dq, delta, text_delta, text_weight, dbias, L, G, L_kv, T,
+                **constants, **options,
             )  # fmt: skip
 
         _launch("dq", options, launch_dq, dq, L_kv)
-        branches = [(tokens, added, stats, delta, None, dk, dv)]
+        branches = [(L_kv, tokens, added, stats, delta, None, dk, dv)]
         if text is not None:
             rest = text_stats, text_delta, text_weight, dtext_k, dtext_v
-            branches.append((text, None, *rest))
-        for branch, *rest in branches:
-            options = _options("dkv", K, dq.dtype, rest[0] is not None)
+            branches.append((T, text, None, *rest))
+        for n_keys, *rest in branches:
+            options = _options("dkv", K, dq.dtype, rest[1] is not None)
 
-            def launch_dkv(options, branch=branch, rest=rest):
-                grid = (blocks(branch[3], options["BLOCK_N"]) * G * B,)
-                gqa_attention_dkv_kernel[grid](dout, q, branch, *rest, L, G, **constants, **options)
+            def launch_dkv(options, n_keys=n_keys, rest=rest):
+                grid = (blocks(n_keys, options["BLOCK_N"]) * G * B,)
+                gqa_attention_dkv_kernel[grid](dout, q, *rest, L, G, n_keys, **constants, **options)
 
-            if branch[3] > 0:
-                _launch("dkv", options, launch_dkv, dq, branch[3])
+            if n_keys > 0:
+                _launch("dkv", options, launch_dkv, dq, n_keys)
     dgate = None if text_gate is None else _dgate(text_gate, text_delta)
     if dbias is not None:
         dbias = dbias.sum_to_size(bias.shape).to(bias.dtype)
@@ -150,7 +151,7 @@ def _branch(
     before = 1.0 if k[0].dtype == torch.float16 else inner  # its range is small, no sum overflows
     if bias is not None:
         inner, outer = 1.0, LOG2E
-    return k, v, _mask(mask), k[0].shape[1], (scale, inner, outer, before)
+    return k, v, _mask(mask), (scale, inner, outer, before)
 
 
 def split_scale(scale: float) -> tuple[float, float]:
@@ -181,7 +182,8 @@ def _mask(mask: Tensor | None) -> tuple | None:
         mask = mask[:, 0]  # it is the same for all tokens
     if mask.stride(1) != 1:
         mask = mask.contiguous()
-    return mask.view(torch.int8), mask.stride(0)
+    # 16 divides 0: one sample is one variant of the kernel, whatever the number of keys.
+    return mask.view(torch.int8), mask.stride(0) if len(mask) > 1 else 0
 
 
 def _bias(bias: Tensor | None, shape: tuple) -> tuple | None:
@@ -216,20 +218,15 @@ def head_cuts(K: int) -> tuple[tuple[int, int], ...]:
 
 
 def _options(kind: str, K: int, dtype: torch.dtype, bias: bool, more: bool = False) -> dict:
-    """Tile sizes and launch options of a kernel, "fwd", "dq" or "dkv": on Hopper the fastest,
-    elsewhere such that no register is spilled. `more`: it takes more registers, for another reason
-    than a bias."""
-    return _options_on(_arch(), kind, K, dtype, bias, more)
-
-
-def _arch() -> int:
-    """Compute capability of the current GPU, 90 for 9.0; 0 for the interpreter."""
-    return 0 if "triton" in EMULATED else driver.active.get_current_target().arch
+    """Tile sizes and launch options of a kernel, "fwd", "dq" or "dkv": those that were
+    measured, elsewhere such that no register is spilled. `more`: it takes more registers, for
+    another reason than a bias."""
+    return _options_on(current_arch(), kind, K, dtype, bias, more)
 
 
 def _is_on_trial(q: Tensor) -> bool:
     """Whether q is on a GPU whose attention is tried before its first use; in aot none is."""
-    return q.is_cuda and _arch() // 10 == 10
+    return q.is_cuda and current_arch() // 10 == 10
 
 
 @cache
@@ -240,8 +237,6 @@ def _options_on(arch: int, kind: str, K: int, dtype: torch.dtype, bias: bool, mo
         scan = 64
         if dtype == torch.float32:
             tiles = _float32_tiles(kind, K, arch, bias)
-        elif arch // 10 == 9 and K <= 128:
-            tiles = _hopper_tiles(kind, K, bias, more)
         elif arch // 10 in (9, 10):
             tiles = _group_tiles(kind, K, arch, bias, more)
         else:
@@ -250,8 +245,15 @@ def _options_on(arch: int, kind: str, K: int, dtype: torch.dtype, bias: bool, mo
     if kind != "dkv":
         options |= {"EDGE": tiles.edge, "SCAN": scan}  # SCAN: tiles of keys to a word of bits
     options |= {"num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": True}
+    kernel = f"gqa_attention_{kind}" + " with bias" * (bias or more)
+    options |= configuration(arch, kernel, head_class(K), dtype.itemsize)
     # Without maxnreg ptxas spills a few registers to fit a second block on the processor.
     return options | {"maxnreg": 255}
+
+
+def head_class(K: int) -> int:
+    """Head_dims up to the same one share what was measured."""
+    return next(most for most in (64, 96, 128, MAX_HEAD_DIM) if K <= most)
 
 
 def _launch(kind: str, options: dict, launch, like: Tensor, L_kv: int) -> None:
@@ -261,7 +263,7 @@ def _launch(kind: str, options: dict, launch, like: Tensor, L_kv: int) -> None:
     except OutOfResources as error:
         raise NotImplementedError(
             f"backend 'triton' has no tiles of gqa_attention for a head_dim of {like.shape[-1]} in "
-            f"{like.dtype} on sm_{_arch()}: {error.name} {error.required} of {error.limit}"
+            f"{like.dtype} on sm_{current_arch()}: {error.name} {error.required} of {error.limit}"
         ) from error
 
 
@@ -291,24 +293,9 @@ def _float32_tiles(kind: str, K: int, arch: int, bias: bool) -> Tiles:
     return Tiles(32, 16, warps=8, stages=1)
 
 
-def _hopper_tiles(kind: str, K: int, bias: bool, more: bool) -> Tiles:
-    """The fastest of ten to twenty for head_dims of 64 to 128 in bfloat16, measured on an H200 with
-    triton 3.6 at 4096 tokens. Some spill a few registers and are the fastest all the same."""
-    wide = K > 96
-    if kind == "fwd":
-        if bias or more:
-            return Tiles(128, 64, 8, 3, edge=32) if wide else Tiles(64, 64, 4, 3, edge=32)
-        return Tiles(128, 128, 8, 3, edge=32) if wide else Tiles(128, 64, 4, 3, edge=32)
-    if kind == "dq":
-        return Tiles(128, 64, 8, 3, edge=32) if wide else Tiles(64, 64, 4, 3, edge=32)
-    if bias:
-        return Tiles(64, 128, 8, 3)
-    return Tiles(128, 64, 4, 2) if K <= 64 else Tiles(64, 64, 4, 2 if wide else 3)
-
-
 def _group_tiles(kind: str, K: int, arch: int, bias: bool, more: bool) -> Tiles:
     """Where products take 64 rows to 4 warps: tcgen05 (Blackwell), and wgmma (Hopper) beyond
-    `_hopper_tiles`."""
+    what was measured."""
     if kind == "fwd":
         small = arch >= 100 and (K > 96 or bias or more)
         return Tiles(128, 32 if small else 64, warps=8, stages=2, edge=32)

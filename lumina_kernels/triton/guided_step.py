@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lumina_kernels.triton._arguments import empty_as
 from lumina_kernels.triton._tiles import blocks, program_chunk
 
 BLOCK = 1024  # 8 values a lane: 16 bytes in 16 bits
@@ -32,7 +33,7 @@ def guided_step_fwd_kernel(
 def guided_step_fwd(x, v, weight, weight_value, dt, dt_value, channels) -> Tensor:
     """The new state, shaped as x. `weight` and `dt`: tensors, which the kernel reads without the
     host waiting for them, or None for the numbers beside them."""
-    out = x.new_empty(x.shape)
+    out = empty_as(x)
     if out.numel() == 0:
         return out
     B, C = x.shape[:2]

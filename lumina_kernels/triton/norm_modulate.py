@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lumina_kernels.triton._arguments import contiguous, rows_of
+from lumina_kernels.triton._arguments import contiguous, empty_as, rows_of
 from lumina_kernels.triton._norm import (
     backward_options,
     forward_options,
@@ -21,6 +21,7 @@ from lumina_kernels.triton._norm import (
     zeros_of,
 )
 from lumina_kernels.triton._tiles import (
+    COUNTS,
     blocks,
     load_rows,
     program_chunk,
@@ -28,9 +29,10 @@ from lumina_kernels.triton._tiles import (
     store_rows,
     zero_row,
 )
+from lumina_kernels.triton._tune import tuned
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def norm_modulate_fwd_kernel(
     x, weight_ptr, bias_ptr, scale, shift,  # rows: (pointer, stride of b, of l)
     out_ptr, rstd_ptr, mean_ptr,  # mean None: an RMS norm
@@ -43,7 +45,7 @@ def norm_modulate_fwd_kernel(
     store_rows(out_ptr, out, b, rows, L, D, DS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def norm_modulate_bwd_kernel(
     dout, x, weight_ptr, bias_ptr, scale, rstd_ptr, mean_ptr,
     dx_ptr, dscale_ptr, partial_ptr, L, chunk, D: tl.constexpr, DS: tl.constexpr,
@@ -69,11 +71,11 @@ def norm_modulate_bwd_kernel(
 def norm_modulate_fwd(x, weight, bias, scale, shift, eps, kind) -> tuple[Tensor, Tensor]:
     """out (B, L, D), and the statistics: rstd and, for a LayerNorm, the mean, (1 or 2, B, L)."""
     B, L, D = x.shape
-    out = x.new_empty(B, L, D)
+    out = empty_as(x)
     statistics = x.new_empty(1 + (kind == "layer"), B, L, dtype=torch.float32)
     if out.numel() == 0:
         return out, statistics
-    options = forward_options(D)
+    options = tuned("norm_modulate_fwd", D, x, forward_options(D))
     norm_modulate_fwd_kernel[(B * blocks(L, options["ROWS"]),)](
         rows_of(x), contiguous(weight), contiguous(bias), rows_of(scale), rows_of(shift),
         out, *rstd_and_mean(statistics), L, eps, **options,
@@ -84,17 +86,18 @@ def norm_modulate_fwd(x, weight, bias, scale, shift, eps, kind) -> tuple[Tensor,
 def norm_modulate_bwd(dout, x, weight, bias, scale, shift, statistics) -> tuple[Tensor | None, ...]:
     """dx, dweight, dbias, dscale and dshift, shaped as their inputs; None for None."""
     B, L, D = x.shape
-    dx = x.new_empty(B, L, D)
+    dx = empty_as(x)
     if dx.numel() == 0:
         return dx, *zeros_of(weight, bias, scale, shift)
     chunk = rows_per_program(B * L)
     chunks = blocks(L, chunk)
     partial = x.new_empty(B, chunks, 2, D, dtype=torch.float32)
     per_token = scale is not None and scale.ndim == 3
-    dscale = scale.new_empty(B, L, D) if per_token else None
+    dscale = empty_as(scale) if per_token else None
     norm_modulate_bwd_kernel[(B * chunks,)](
         rows_of(dout), rows_of(x), contiguous(weight), contiguous(bias), rows_of(scale),
-        *rstd_and_mean(statistics), dx, dscale, partial, L, chunk, **backward_options(D),
+        *rstd_and_mean(statistics), dx, dscale, partial, L, chunk,
+        **tuned("norm_modulate_bwd", D, x, backward_options(D)),
     )  # fmt: skip
     dweight, dbias, dscale_sum, dshift = modulation_grads(partial, weight, bias, scale, shift, dout)
     return dx, dweight, dbias, dscale if per_token else dscale_sum, dshift

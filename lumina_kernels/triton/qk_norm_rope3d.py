@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lumina_kernels.triton._arguments import (
     contiguous,
+    empty_as,
     frequencies_of,
     heads_of,
     in_units,
@@ -20,6 +21,7 @@ from lumina_kernels.triton._arguments import (
 from lumina_kernels.triton._norm import sum_partials, zeros_of
 from lumina_kernels.triton._rotation import cos_sin_of, loop_options, rotate, token_options
 from lumina_kernels.triton._tiles import (
+    COUNTS,
     add,
     band,
     blocks,
@@ -37,6 +39,7 @@ from lumina_kernels.triton._tiles import (
     sum_columns,
     zeros,
 )
+from lumina_kernels.triton._tune import tuned
 from lumina_kernels.triton.context_drop import window_of
 
 # Values of a token that a lane holds, in the forward and in the backward, which holds four tokens.
@@ -156,7 +159,7 @@ def norm_bwd(
     return dtile, multiply(d, normed)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def qk_norm_rope3d_kernel(
     q, k,  # heads: (pointer, stride of b, of l, of h)
     q_parameters, k_parameters,  # (weight, bias), pointers or None
@@ -176,7 +179,7 @@ def qk_norm_rope3d_kernel(
     store_token(k_out_ptr, k, number, G, K, GS, KS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def qk_norm_rope3d_bwd_kernel(
     dout, x, weight_ptr, positions, inv_freq, axis_ptr, dx_ptr, partial_ptr, eps,
     counts_ptr, windows, grid, factor,  # of a sample; None without windows
@@ -230,7 +233,7 @@ def _sum(
             tl.store(out_ptr + columns, total.to(out_ptr.dtype.element_ty), mask=columns < WIDTH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def qk_norm_rope3d_parameters_kernel(
     q_partial, k_partial,  # (pointer, stride of the programs)
     dq_weight_ptr, dq_bias_ptr, dk_weight_ptr, dk_bias_ptr, programs,
@@ -257,7 +260,7 @@ def qk_norm_rope3d_fwd(
     """q (B, L, H, K) and k (B, L, G, K), normalised and rotated."""
     B, L, H, K = q.shape
     G = k.shape[2]
-    q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
+    q_out, k_out = empty_as(q), empty_as(k)
     if q_out.numel() + k_out.numel() == 0:
         return q_out, k_out
     (q, k), unit = in_units(heads_of(q), heads_of(k))
@@ -266,7 +269,7 @@ def qk_norm_rope3d_fwd(
         (contiguous(k_weight), contiguous(k_bias)), positions_of(positions),
         frequencies_of(inv_freq), axis.contiguous(), q_out, k_out, eps, L,
         UNIT=unit, H=H, G=G, K=K, HS=cut(H), GS=cut(G), KS=cut(K), NORM=norm,
-        **token_options(max(H, G) * K, FWD_PER_LANE),
+        **tuned("qk_norm_rope3d_fwd", H * K, q_out, token_options(max(H, G) * K, FWD_PER_LANE)),
     )  # fmt: skip
     return q_out, k_out
 
@@ -282,7 +285,7 @@ def heads_bwd(
     B, L, H, K = x.shape
     chunk = max(LEAST_TOKENS, blocks(B * L, MOST_PARTIALS))
     sums = 0 if weight is None and bias is None else 1 if bias is None else 2
-    dx = x.new_empty(x.shape)
+    dx = empty_as(x)
     partial = x.new_empty(blocks(B * L, chunk), sums * H * K, dtype=torch.float32)
     counts, grid, factor, key_mask = pool or (None,) * 4
     windows, grid = (None, None) if pool is None else (counts.shape[1], tuple(grid))
@@ -292,14 +295,14 @@ def heads_bwd(
         axis.contiguous(), dx, partial, eps, counts, windows, grid, factor, mask_of(key_mask),
         L, B * L, chunk,
         UNIT=unit, H=H, K=K, HS=cut(H), KS=cut(K), NORM=norm, SUMS=sums,
-        **loop_options(H * K, BWD_PER_LANE),
+        **tuned("qk_norm_rope3d_bwd", H * K, dx, loop_options(H * K, BWD_PER_LANE)),
     )  # fmt: skip
     return dx, partial
 
 
 def parameter_grads(q_partial, k_partial, parameters, H, G, K, norm) -> tuple[Tensor | None, ...]:
     """Gradients of the weights and biases from the sums of `heads_bwd`, None for None."""
-    grads = tuple(None if p is None else p.new_empty(p.shape) for p in parameters)
+    grads = tuple(None if p is None else empty_as(p) for p in parameters)
     if any(grad is not None for grad in grads):
         width = K if norm == "rms_per_head" else max(H, G) * K
         qk_norm_rope3d_parameters_kernel[(blocks(width, COLUMNS),)](
@@ -317,7 +320,7 @@ def qk_norm_rope3d_bwd(
     (_, _, H, K), G = q.shape, k.shape[2]
     parameters = q_weight, q_bias, k_weight, k_bias
     if q.numel() + k.numel() == 0:
-        return q.new_empty(q.shape), k.new_empty(k.shape), *zeros_of(*parameters)
+        return empty_as(q), empty_as(k), *zeros_of(*parameters)
     table = positions, inv_freq, axis, eps, norm
     dq, q_partial = heads_bwd(dq_out, q, q_weight, q_bias, *table)
     dk, k_partial = heads_bwd(dk_out, k, k_weight, k_bias, *table)

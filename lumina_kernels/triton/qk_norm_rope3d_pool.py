@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lumina_kernels.triton._arguments import (
     contiguous,
+    empty_as,
     frequencies_of,
     heads_of,
     in_units,
@@ -21,6 +22,7 @@ from lumina_kernels.triton._arguments import (
 from lumina_kernels.triton._norm import zeros_of
 from lumina_kernels.triton._rotation import cos_sin_of, loop_options
 from lumina_kernels.triton._tiles import (
+    COUNTS,
     add,
     cut,
     load_token,
@@ -30,6 +32,7 @@ from lumina_kernels.triton._tiles import (
     store_token,
     zeros,
 )
+from lumina_kernels.triton._tune import tuned
 from lumina_kernels.triton.context_drop import context_drop_bwd, program_window, windows_of
 from lumina_kernels.triton.qk_norm_rope3d import heads_bwd, norm_rotate, parameter_grads
 
@@ -37,7 +40,7 @@ from lumina_kernels.triton.qk_norm_rope3d import heads_bwd, norm_rotate, paramet
 PER_LANE = 47
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def qk_norm_rope3d_pool_kernel(
     q, k, v,  # heads: (pointer, stride of b, of l, of h)
     q_parameters, k_parameters,  # (weight, bias), pointers or None
@@ -82,7 +85,7 @@ def qk_norm_rope3d_pool_fwd(
     v averaged, (B, L', G, K); their mask and counts, (B, L')."""
     B, _, H, K = q.shape
     G, windows = k.shape[2], windows_of(grid, factor)
-    q_out = q.new_empty(q.shape)
+    q_out = empty_as(q)
     k_out, v_out = k.new_empty(B, windows, G, K), v.new_empty(B, windows, G, K)
     mask = k.new_empty(B, windows, dtype=torch.bool)
     counts = k.new_empty(B, windows, dtype=torch.float32)
@@ -95,7 +98,7 @@ def qk_norm_rope3d_pool_fwd(
         frequencies_of(inv_freq), axis.contiguous(), mask_of(key_mask),
         q_out, k_out, v_out, mask, counts, eps, tuple(grid), factor,
         UNIT=unit, H=H, G=G, K=K, HS=cut(H), GS=cut(G), KS=cut(K), NORM=norm,
-        **loop_options(max(H, G) * K, PER_LANE),
+        **tuned("qk_norm_rope3d_pool_fwd", H * K, q_out, loop_options(max(H, G) * K, PER_LANE)),
     )  # fmt: skip
     return q_out, k_out, v_out, mask, counts
 
@@ -108,7 +111,7 @@ def qk_norm_rope3d_pool_bwd(
     (_, _, H, K), G = q.shape, k.shape[2]
     parameters = q_weight, q_bias, k_weight, k_bias
     if q.numel() + k.numel() == 0:
-        grads = q.new_empty(q.shape), k.new_empty(k.shape), dv_out.new_empty(k.shape)
+        grads = empty_as(q), empty_as(k), dv_out.new_empty(k.shape)
         return *grads, *zeros_of(*parameters)
     table = positions, inv_freq, axis, eps, norm
     dq, q_partial = heads_bwd(dq_out, q, q_weight, q_bias, *table)

@@ -12,7 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lumina_kernels.triton._arguments import contiguous, heads_of, in_units, table_heads, table_of
+from lumina_kernels.triton._arguments import (
+    contiguous,
+    empty_as,
+    heads_of,
+    in_units,
+    table_heads,
+    table_of,
+)
 from lumina_kernels.triton._norm import zeros_of
 from lumina_kernels.triton._rotation import (
     load_halves,
@@ -23,6 +30,7 @@ from lumina_kernels.triton._rotation import (
     token_options,
 )
 from lumina_kernels.triton._tiles import (
+    COUNTS,
     add,
     blocks,
     cut,
@@ -31,6 +39,7 @@ from lumina_kernels.triton._tiles import (
     store_token,
     zeros,
 )
+from lumina_kernels.triton._tune import tuned
 from lumina_kernels.triton.qk_norm_rope3d import (
     BWD_PER_LANE,
     FWD_PER_LANE,
@@ -88,7 +97,7 @@ def _rotate(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def qk_norm_rope_table_kernel(
     q, k,  # heads: (pointer, stride of b, of l, of h), k or None
     q_parameters, k_parameters,  # (weight, bias), pointers or None
@@ -113,7 +122,7 @@ def qk_norm_rope_table_kernel(
         store_token(k_out_ptr, k, number, G, K, GS, KS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def qk_norm_rope_table_bwd_kernel(
     dout, x, weight_ptr, cos, sin, dx_ptr, partial_ptr, eps, L, tokens, chunk,
     UNIT: tl.constexpr, TABLE_UNIT: tl.constexpr, HALF: tl.constexpr, H: tl.constexpr,
@@ -184,17 +193,19 @@ def qk_norm_rope_table_fwd(
     """q (B, L, H, K) and k (B, L, G, K) or None, normalised and rotated."""
     B, L, H, K = q.shape
     G = 0 if k is None else k.shape[2]
-    q_out, k_out = q.new_empty(q.shape), None if k is None else k.new_empty(k.shape)
+    q_out, k_out = empty_as(q), None if k is None else empty_as(k)
     if B * L * max(H, G) * K == 0:
         return q_out, k_out
     half = pairing == "half"
     cos, sin, constants, held = _table_options(cos, sin, half, channels, K)
     (q, k), unit = in_units(heads_of(q), heads_of(k))
+    per_lane = HALF_PER_LANE if half else FWD_PER_LANE
+    options = token_options(max(H, G) * K + held, per_lane)
     qk_norm_rope_table_kernel[(B * L,)](
         q, k, (contiguous(q_weight), contiguous(q_bias)),
         (contiguous(k_weight), contiguous(k_bias)), cos, sin, q_out, k_out, eps, L,
         UNIT=unit, H=H, G=G, HS=cut(H), GS=cut(G or 1), NORM=norm, **constants,
-        **token_options(max(H, G) * K + held, HALF_PER_LANE if half else FWD_PER_LANE),
+        **tuned("qk_norm_rope_table_fwd", H * K, q_out, options),
     )  # fmt: skip
     return q_out, k_out
 
@@ -206,14 +217,14 @@ def _heads_bwd(
     B, L, H, K = x.shape
     chunk = max(LEAST_TOKENS, blocks(B * L, MOST_PARTIALS))
     sums = 0 if weight is None and bias is None else 1 if bias is None else 2
-    dx = x.new_empty(x.shape)
+    dx = empty_as(x)
     partial = x.new_empty(blocks(B * L, chunk), sums * H * K, dtype=torch.float32)
     cos, sin, constants, held = _table_options(cos, sin, pairing == "half", channels, K)
     (dout, x), unit = in_units(heads_of(dout), heads_of(x))
     qk_norm_rope_table_bwd_kernel[(len(partial),)](
         dout, x, contiguous(weight), cos, sin, dx, partial, eps, L, B * L, chunk,
         UNIT=unit, H=H, HS=cut(H), NORM=norm, SUMS=sums, **constants,
-        **loop_options(H * K + held, BWD_PER_LANE),
+        **tuned("qk_norm_rope_table_bwd", H * K, dx, loop_options(H * K + held, BWD_PER_LANE)),
     )  # fmt: skip
     return dx, partial
 
@@ -225,7 +236,7 @@ def qk_norm_rope_table_bwd(
     (B, L, H, K), G = q.shape, 0 if k is None else k.shape[2]
     parameters = q_weight, q_bias, k_weight, k_bias
     if B * L * max(H, G) * K == 0:
-        empties = (None if x is None else x.new_empty(x.shape) for x in (q, k))
+        empties = (None if x is None else empty_as(x) for x in (q, k))
         return *empties, *zeros_of(*parameters)
     table = cos, sin, pairing, channels, eps, norm
     dq, q_partial = _heads_bwd(dq_out, q, q_weight, q_bias, *table)

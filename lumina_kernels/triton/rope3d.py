@@ -8,12 +8,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lumina_kernels.triton._arguments import frequencies_of, heads_of, in_units, positions_of
+from lumina_kernels.triton._arguments import (
+    empty_as,
+    frequencies_of,
+    heads_of,
+    in_units,
+    positions_of,
+)
 from lumina_kernels.triton._rotation import cos_sin_of, rotate, token_options
-from lumina_kernels.triton._tiles import cut, load_token, split_token, store_token
+from lumina_kernels.triton._tiles import COUNTS, cut, load_token, split_token, store_token
+from lumina_kernels.triton._tune import tuned
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def rope3d_kernel(
     q, k,  # heads: (pointer, stride of b, of l, of h)
     positions, inv_freq, axis_ptr,  # as in `cos_sin_of`
@@ -34,14 +41,14 @@ def rope3d_fwd(q, k, positions, inv_freq, axis, sign: int = 1) -> tuple[Tensor, 
     """q (B, L, H, K) and k (B, L, G, K) rotated by `sign` times the angles."""
     B, L, H, K = q.shape
     G = k.shape[2]
-    q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
+    q_out, k_out = empty_as(q), empty_as(k)
     if B * L * max(H, G) * K == 0:
         return q_out, k_out
     (q, k), unit = in_units(heads_of(q), heads_of(k))
     rope3d_kernel[(B * L,)](
         q, k, positions_of(positions), frequencies_of(inv_freq), axis.contiguous(), q_out, k_out,
         L, UNIT=unit, SIGN=sign, H=H, G=G, K=K, HS=cut(H), GS=cut(G), KS=cut(K),
-        **token_options(max(H, G) * K, 80),
+        **tuned("rope3d", H * K, q_out, token_options(max(H, G) * K, 80)),
     )  # fmt: skip
     return q_out, k_out
 

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lumina_kernels.triton._arguments import heads_of, in_units, table_heads, table_of
+from lumina_kernels.triton._arguments import empty_as, heads_of, in_units, table_heads, table_of
 from lumina_kernels.triton._rotation import (
     load_halves,
     load_table,
@@ -16,7 +16,8 @@ from lumina_kernels.triton._rotation import (
     split_entries,
     token_options,
 )
-from lumina_kernels.triton._tiles import cut, load_heads, split_token, store_heads
+from lumina_kernels.triton._tiles import COUNTS, cut, load_heads, split_token, store_heads
+from lumina_kernels.triton._tune import tuned
 
 
 @triton.jit
@@ -88,7 +89,7 @@ def _rotate_token(
         store_heads(out_ptr + C, rest, K, H, K - C, HS, RS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def rope_table_kernel(
     q, k,  # heads: (pointer, stride of b, of l, of h), k or None
     cos, sin,  # the same, and where entries have gaps the stride of these, not in units
@@ -118,7 +119,7 @@ def rope_table_fwd(
     """q (B, L, H, K) and k (B, L, G, K) or None, rotated; `backward`: the gradients of q and k."""
     B, L, H, K = q.shape
     G = 1 if k is None else k.shape[2]
-    q_out, k_out = q.new_empty(q.shape), None if k is None else k.new_empty(k.shape)
+    q_out, k_out = empty_as(q), None if k is None else empty_as(k)
     if q.numel() == 0:
         return q_out, k_out
     half, W, T = pairing == "half", cos.shape[-1], max(table_heads(cos), table_heads(sin))
@@ -132,7 +133,7 @@ def rope_table_fwd(
     rope_table_kernel[(B * L,)](
         q, k, cos, sin, q_out, k_out, L, UNIT=unit, TABLE_UNIT=table_unit, BACKWARD=backward,
         HALF=half, H=H, G=G, T=T, K=K, C=channels, W=W, HS=cut(H), GS=cut(G), TS=cut(T), CS=cuts,
-        WS=entry_cuts, RS=rest, **token_options(values, 80),
+        WS=entry_cuts, RS=rest, **tuned("rope_table", values, q_out, token_options(values, 80)),
     )  # fmt: skip
     return q_out, k_out
 

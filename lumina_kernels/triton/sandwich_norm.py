@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lumina_kernels.triton._arguments import contiguous, rows_of
+from lumina_kernels.triton._arguments import contiguous, empty_as, rows_of
 from lumina_kernels.triton._norm import (
     BLOCK_D,
     BLOCK_SUMS,
@@ -19,6 +19,7 @@ from lumina_kernels.triton._norm import (
     zeros_of,
 )
 from lumina_kernels.triton._tiles import (
+    COUNTS,
     add,
     blocks,
     load_row_values,
@@ -32,6 +33,7 @@ from lumina_kernels.triton._tiles import (
     store_rows,
     zero_row,
 )
+from lumina_kernels.triton._tune import tuned
 
 
 @triton.jit
@@ -124,7 +126,7 @@ def sandwich_bwd(
     return norm_bwd(d, n, rstd, D, False), gate_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def sandwich_norm_fwd_kernel(
     y, residual, weight_ptr, gate,  # rows: (pointer, stride of b, of l)
     out_ptr, rstd_ptr, L, eps,
@@ -139,7 +141,7 @@ def sandwich_norm_fwd_kernel(
     store_rows(out_ptr, out, b, rows, L, D, DS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def sandwich_norm_bwd_kernel(
     dout, y, weight_ptr, gate, rstd_ptr, dy_ptr, dgate_ptr, partial_ptr,
     L, chunk, TANH: tl.constexpr, D: tl.constexpr, DS: tl.constexpr,
@@ -161,7 +163,7 @@ def sandwich_norm_bwd_kernel(
     store_sums(partial_ptr, 1, (gate_sum,), D, DS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def sandwich_norm_gate_kernel(
     partial_ptr, weight_ptr, gate, dweight_ptr, dgate_ptr, B, chunks, sums,
     TANH: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -201,7 +203,7 @@ def gate_grads(
     from the partial sums S (B, chunks, D), a view of (B, chunks, sums, D)."""
     B, chunks, D = partial.shape
     gate = gate if gate is not None and gate.ndim == 2 else None
-    dweight, dgate = (None if p is None else p.new_empty(p.shape) for p in (weight, gate))
+    dweight, dgate = (None if p is None else empty_as(p) for p in (weight, gate))
     if weight is not None or gate is not None:
         sandwich_norm_gate_kernel[(blocks(D, BLOCK_D),)](
             partial, contiguous(weight), rows_of(gate), dweight, dgate, B, chunks,
@@ -214,11 +216,11 @@ def gate_grads(
 def sandwich_norm_fwd(y, residual, weight, gate, eps, tanh) -> tuple[Tensor, Tensor]:
     """out (B, L, D) and rstd (B, L)."""
     B, L, D = y.shape
-    out = residual.new_empty(B, L, D)
+    out = empty_as(residual)
     rstd = y.new_empty(B, L, dtype=torch.float32)
     if out.numel() == 0:
         return out, rstd
-    options = forward_options(D)
+    options = tuned("sandwich_norm_fwd", D, y, forward_options(D))
     sandwich_norm_fwd_kernel[(B * blocks(L, options["ROWS"]),)](
         rows_of(y), rows_of(residual), contiguous(weight), rows_of(gate), out, rstd, L, eps,
         TANH=tanh, **options,
@@ -229,16 +231,16 @@ def sandwich_norm_fwd(y, residual, weight, gate, eps, tanh) -> tuple[Tensor, Ten
 def sandwich_norm_bwd(dout, y, weight, gate, tanh, rstd) -> tuple[Tensor | None, ...]:
     """dy (B, L, D), dweight (D,) and dgate, shaped as gate; None for None."""
     B, L, D = y.shape
-    dy = y.new_empty(B, L, D)
+    dy = empty_as(y)
     if dy.numel() == 0:
         return dy, *zeros_of(weight, gate)
     chunk = rows_per_program(B * L)
     chunks = blocks(L, chunk)
     partial = dy.new_empty(B, chunks, D, dtype=torch.float32)
-    dgate = gate.new_empty(B, L, D) if gate is not None and gate.ndim == 3 else None
+    dgate = empty_as(gate) if gate is not None and gate.ndim == 3 else None
     sandwich_norm_bwd_kernel[(B * chunks,)](
         rows_of(dout), rows_of(y), contiguous(weight), rows_of(gate), rstd, dy, dgate, partial,
-        L, chunk, TANH=tanh, **backward_options(D),
+        L, chunk, TANH=tanh, **tuned("sandwich_norm_bwd", D, y, backward_options(D)),
     )  # fmt: skip
     dweight, dgate_sum = gate_grads(partial, weight, gate, tanh)
     return dy, dweight, dgate_sum if dgate is None else dgate

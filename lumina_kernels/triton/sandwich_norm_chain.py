@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lumina_kernels.triton._arguments import contiguous, rows_of
+from lumina_kernels.triton._arguments import contiguous, empty_as, rows_of
 from lumina_kernels.triton._norm import (
     backward_options,
     forward_options,
@@ -20,6 +20,7 @@ from lumina_kernels.triton._norm import (
     zeros_of,
 )
 from lumina_kernels.triton._tiles import (
+    COUNTS,
     add,
     blocks,
     load_rows,
@@ -28,10 +29,11 @@ from lumina_kernels.triton._tiles import (
     store_rows,
     zero_row,
 )
+from lumina_kernels.triton._tune import tuned
 from lumina_kernels.triton.sandwich_norm import gate_grads, sandwich, sandwich_bwd
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def sandwich_norm_chain_fwd_kernel(
     y, residual, weight_ptr, gate, next_weight_ptr, next_scale,  # (pointer, stride of b, of l)
     new_residual_ptr, normed_ptr, rstd_ptr, next_rstd_ptr, L, eps,
@@ -49,7 +51,7 @@ def sandwich_norm_chain_fwd_kernel(
     store_rows(normed_ptr, normed, b, rows, L, D, DS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def sandwich_norm_chain_bwd_kernel(
     dnew_residual, dnormed, y, residual, weight_ptr, gate, next_weight_ptr, next_scale,
     rstd_ptr, next_rstd_ptr, dy_ptr, dresidual_ptr, dgate_ptr, dscale_ptr, partial_ptr,
@@ -88,11 +90,11 @@ def sandwich_norm_chain_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """new_residual and normed (B, L, D), rstd and next_rstd (B, L)."""
     B, L, D = y.shape
-    new_residual, normed = residual.new_empty(B, L, D), residual.new_empty(B, L, D)
+    new_residual, normed = empty_as(residual), empty_as(residual)
     rstd, next_rstd = (y.new_empty(B, L, dtype=torch.float32) for _ in range(2))
     if new_residual.numel() == 0:
         return new_residual, normed, rstd, next_rstd
-    options = forward_options(D)
+    options = tuned("sandwich_norm_chain_fwd", D, y, forward_options(D))
     sandwich_norm_chain_fwd_kernel[(B * blocks(L, options["ROWS"]),)](
         rows_of(y), rows_of(residual), contiguous(weight), rows_of(gate), contiguous(next_weight),
         rows_of(next_scale), new_residual, normed, rstd, next_rstd, L, eps,
@@ -107,21 +109,21 @@ def sandwich_norm_chain_bwd(
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The gradients of y, residual, weight, gate, next_weight and next_scale; None for None."""
     B, L, D = y.shape
-    dy, dresidual = y.new_empty(B, L, D), residual.new_empty(B, L, D)
+    dy, dresidual = empty_as(y), empty_as(residual)
     if dy.numel() == 0:
         return dy, dresidual, *zeros_of(weight, gate, next_weight, next_scale)
     chunk = rows_per_program(B * L)
     chunks = blocks(L, chunk)
     partial = y.new_empty(B, chunks, 2, D, dtype=torch.float32)
     scale_per_token = next_scale is not None and next_scale.ndim == 3
-    dscale = next_scale.new_empty(B, L, D) if scale_per_token else None
-    dgate = gate.new_empty(B, L, D) if gate is not None and gate.ndim == 3 else None
+    dscale = empty_as(next_scale) if scale_per_token else None
+    dgate = empty_as(gate) if gate is not None and gate.ndim == 3 else None
     weight, next_weight = contiguous(weight), contiguous(next_weight)
     sandwich_norm_chain_bwd_kernel[(B * chunks,)](
         rows_of(dnew_residual), rows_of(dnormed), rows_of(y), rows_of(residual),
         weight, rows_of(gate),
         next_weight, rows_of(next_scale), rstd, next_rstd, dy, dresidual, dgate, dscale, partial,
-        L, chunk, TANH=tanh, **backward_options(D),
+        L, chunk, TANH=tanh, **tuned("sandwich_norm_chain_bwd", D, y, backward_options(D)),
     )  # fmt: skip
     dweight, dgate_sum = gate_grads(partial.select(2, 1), weight, gate, tanh)
     dnext_weight, _, dscale_sum, _ = modulation_grads(

@@ -4,8 +4,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lumina_kernels.triton._flat import BLOCK, flat_rows, load_flat, store_flat
+from lumina_kernels.triton._arguments import empty_as
+from lumina_kernels.triton._flat import OPTIONS, flat_rows, load_flat, store_flat
 from lumina_kernels.triton._tiles import blocks, program_chunk
+from lumina_kernels.triton._tune import tuned
 
 
 @triton.jit
@@ -35,21 +37,19 @@ def swiglu_bwd_kernel(dout, a, b, da_ptr, db_ptr, F, BLOCK: tl.constexpr):
 
 def swiglu_fwd(a, b) -> Tensor:
     """out, shaped as a."""
-    out = a.new_empty(a.shape)
+    out = empty_as(a)
     if out.numel() > 0:
         (a, b), rows, F = flat_rows(a, b)
-        swiglu_fwd_kernel[(rows * blocks(F, BLOCK),)](
-            a, b, out, F, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True
-        )
+        options = tuned("swiglu_fwd", 1, out, OPTIONS)
+        swiglu_fwd_kernel[(rows * blocks(F, options["BLOCK"]),)](a, b, out, F, **options)
     return out
 
 
 def swiglu_bwd(dout, a, b) -> tuple[Tensor, Tensor]:
     """da and db."""
-    da, db = a.new_empty(a.shape), b.new_empty(a.shape)
+    da, db = empty_as(a), b.new_empty(a.shape)
     if da.numel() > 0:
         (dout, a, b), rows, F = flat_rows(dout, a, b)
-        swiglu_bwd_kernel[(rows * blocks(F, BLOCK),)](
-            dout, a, b, da, db, F, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True
-        )
+        options = tuned("swiglu_bwd", 1, da, OPTIONS)
+        swiglu_bwd_kernel[(rows * blocks(F, options["BLOCK"]),)](dout, a, b, da, db, F, **options)
     return da, db

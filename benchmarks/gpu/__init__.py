@@ -1,0 +1,1 @@
+"""What `benchmarks/gpu_report.sh` runs on a GPU besides the tests and `benchmarks.report`."""
