@@ -44,11 +44,20 @@ class Machine:
     # Share of DRAM's rate that a copy reaches, and seconds from the end of one kernel to the end of
     # an empty next one.
     copy_share = 0.88
-    launch = 2.5e-6
+    launch = 3.8e-6
+    # Share of `flops` that a large matrix product reaches: the clock falls under it.
+    product_share = 0.81
 
     @property
     def copy_rate(self) -> float:
         return self.copy_share * self.dram
+
+    def tensor_cycles(self, x: Instruction) -> float:
+        """That a tensor core is busy with an instruction of one warp. Hopper's reads 16 values of
+        64 rows in 16 cycles, with however few columns these are multiplied."""
+        if x.kind == "HGMMA":
+            return max(16.0, x.flops * PARTS / self.flops) / self.product_share
+        return x.flops * PARTS / (self.flops * self.sync_share * self.product_share)
 
 
 A100 = Machine("A100", 80, 108, 1.41, 2.039e12, 2048, 164, fma_lanes=16)
@@ -69,7 +78,7 @@ class Launch:
     registers: int  # of a thread
     shared: int  # bytes of a block
     bytes: int  # every input read once, every output written once
-    flops: float = 0  # of tensor cores, padding included
+    flops: float = 0  # of matrix products, with the padding of their tiles
 
 
 @dataclass(frozen=True)
@@ -102,7 +111,7 @@ def predict(launch: Launch, machine: Machine) -> Prediction:
     units, and that of one warp alone for every block that does not fit beside the others."""
     code = launch.code
     trips = loop_trips(launch)
-    counts = _counts(code, code.body, trips)
+    counts = _counts(code, code.body, trips, machine)
     clock = machine.ghz * 1e9
     blocks = -(-launch.grid // machine.processors)
     resident = resident_blocks(launch, machine)
@@ -112,8 +121,6 @@ def predict(launch: Launch, machine: Machine) -> Prediction:
     latency = again * machine.l2_latency + (1 - again) * machine.dram_latency
     warp = Warp(machine, latency)
     alone = warp.run(code, code.body, trips)
-    asynchronous = any(x.kind == "HGMMA" for block in code.blocks for x in block.code)
-    share = 1.0 if asynchronous else machine.sync_share
     terms = {
         "copy": launch.bytes / machine.copy_rate,
         "L2": scale * 32 * counts["loaded"] / machine.l2,
@@ -122,17 +129,18 @@ def predict(launch: Launch, machine: Machine) -> Prediction:
         "FMA": scale * (32 // machine.fma_lanes) * counts["fma"] / PARTS,
         "MUFU": scale * 8 * counts["xu"] / PARTS,
         "shared memory": scale * counts["shared"] / 128,
-        "tensor": scale * counts["flops"] / machine.flops / share,
+        "tensor": scale * counts["tensor"] / PARTS,
         "latency": -(-blocks // resident) * alone / clock,
     }
     limit = max(terms, key=terms.get)
+    seconds = _queued(terms, -(-blocks // resident), resident, blocks, launch.warps)
     hot = hot_loop(code, launch.flops > 0)
     inner = code.straight(hot or code.body)
     products = sum(x.kind == "HGMMA" for x in inner)
     waits = sum(x.opcode.startswith("WARPGROUP.DEPBAR") for x in inner)
     slots = launch.bytes / machine.copy_rate * clock * PARTS * machine.processors
     return Prediction(
-        seconds=machine.launch + terms[limit],
+        seconds=machine.launch + seconds,
         limit=limit,
         terms=terms,
         resident=resident,
@@ -144,16 +152,54 @@ def predict(launch: Launch, machine: Machine) -> Prediction:
     )
 
 
+def _queued(
+    terms: dict[str, float], rounds: int, resident: int, blocks: int, warps: int
+) -> float:
+    """Seconds that the fullest processor takes for its blocks, `resident` at a time, when warps
+    queue for what they share: mean value analysis (Reiser and Lavenberg, 1980) of a part's warps as
+    the customers and its units, its share of the memory and its tensor core as the stations."""
+    stations = (
+        max(terms["copy"], terms["L2"]),
+        max(terms[unit] for unit in ("issue", "ALU", "FMA", "MUFU", "shared memory")),
+        terms["tensor"],
+    )
+    served = [z / blocks for z in stations]  # of a block, by all of the processor
+    seconds, left = 0.0, blocks
+    alone = terms["latency"] / rounds
+    together = min(resident, blocks)
+    while left > 0:
+        now = min(left, together)
+        count = max(1, round(now * warps / PARTS))  # of warps in a part
+        own = [z * now / count for z in served]
+        away = max(0.0, alone - sum(own))
+        queues = [0.0] * len(own)
+        for n in range(1, count + 1):
+            stays = [z * (1 + q) for z, q in zip(own, queues, strict=True)]
+            rate = n / (away + sum(stays))
+            queues = [rate * z for z in stays]
+        times = left // now if now == together else 1
+        seconds += times * count / rate
+        left -= times * now
+    return max(seconds, max(stations))
+
+
 def hot_loop(code: Function, tensor: bool) -> Loop | None:
     """The loop whose passes do most of the work: products on tensor cores, or else accesses of
     global memory."""
-    amounts = {id(z): _work(code.straight(z), tensor) for z in code.loops()}
+    amounts = {id(z): _work(code, z, tensor) for z in code.loops()}
     best = max(code.loops(), key=lambda z: amounts[id(z)], default=None)
     return best if best and amounts[id(best)] else None
 
 
-def _work(code: list[Instruction], tensor: bool) -> int:
-    return sum(x.flops if tensor else (x.loaded + x.stored) for x in code)
+def _work(code: Function, loop: Loop, tensor: bool) -> int:
+    """Bytes of a lane in one pass through a loop, or FLOPs of a warp; those of fused multiply-adds
+    where there are no tensor-core instructions."""
+    inner = code.straight(loop)
+    if not tensor:
+        return sum(x.loaded + x.stored for x in inner)
+    if code.has_tensor_cores:
+        return sum(x.flops for x in inner)
+    return sum(64 * (x.kind == "FFMA") for x in inner)
 
 
 def loop_trips(launch: Launch) -> Callable[[Loop], int]:
@@ -164,16 +210,16 @@ def loop_trips(launch: Launch) -> Callable[[Loop], int]:
     if hot is None:
         return lambda loop: 1
     around = _around(code.body, hot)
-    outside = sum(_work(code.straight(z), tensor) for z in around)
+    outside = sum(_work(code, z, tensor) for z in around)
     warps = launch.grid * launch.warps
     work = launch.flops / warps if tensor else launch.bytes / (32 * warps)
-    count = max(1, round((work - outside) / _work(code.straight(hot), tensor)))
+    count = max(1, round((work - outside) / _work(code, hot, tensor)))
     once = {id(z) for z in around}
 
     def trips(loop: Loop) -> int:
         if loop is hot:
             return count
-        return 1 if id(loop) in once or not _work(code.straight(loop), tensor) else 0
+        return 1 if id(loop) in once or not _work(code, loop, tensor) else 0
 
     return trips
 
@@ -188,14 +234,16 @@ def _around(loop: Loop, inner: Loop) -> list[Loop]:
     return [loop]
 
 
-def _counts(code: Function, loop: Loop, trips: Callable[[Loop], int]) -> Counter:
-    """What a lane or its warp does in one pass through a loop: bytes and FLOPs, and instructions
-    by the unit that they keep busy."""
+def _counts(
+    code: Function, loop: Loop, trips: Callable[[Loop], int], machine: Machine
+) -> Counter:
+    """What a warp does in one pass through a loop: bytes of a lane, cycles of a tensor core, and
+    instructions by the unit that they keep busy."""
     found = Counter()
     for x in code.straight(loop):
         found["issue"] += 1
         found["loaded"] += x.loaded
-        found["flops"] += x.flops
+        found["tensor"] += machine.tensor_cycles(x) if x.flops else 0
         if x.kind in _XU:
             found["xu"] += 1
         elif x.kind in _SHARED:
@@ -208,7 +256,7 @@ def _counts(code: Function, loop: Loop, trips: Callable[[Loop], int]) -> Counter
     for z in loop.path:
         if isinstance(z, Loop):
             times = trips(z)
-            for name, count in _counts(code, z, trips).items() if times else ():
+            for name, count in _counts(code, z, trips, machine).items() if times else ():
                 found[name] += times * count
     return found
 
@@ -276,8 +324,7 @@ class Warp:
             if kind == "LDGSTS":
                 self.copies = max(self.copies, done)
         elif x.flops:
-            share = 1 if kind == "HGMMA" else self.machine.sync_share
-            done = self._busy("tensor", x.flops * PARTS / (self.machine.flops * share))
+            done = self._busy("tensor", self.machine.tensor_cycles(x))
             self.products = max(self.products, done + self.other)
             if "gsb0" in x.operands:
                 self.product_groups.append(self.products)

@@ -19,7 +19,7 @@ _LINE = re.compile(
 )
 _CODE = re.compile(r"(?:@(?P<guard>!?U?P\w+)\s+)?(?P<opcode>[A-Z][\w.]*)\s*(?P<operands>.*)", re.S)
 _TARGET = re.compile(r"`\((\.L\w+)\)")
-_WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
+_WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
 # The names of tensor-core instructions tell m, n and k. HMMA is issued by one warp, Hopper's HGMMA
 # by four; Blackwell's UTCHMMA has its shape in a descriptor instead.
 _HMMA = re.compile(r"HMMA\.(16)(8)(8|16)\.")
@@ -151,6 +151,15 @@ class Function:
 
     def __init__(self, blocks: list[Block]):
         self.blocks = blocks
+
+    @property
+    def code(self) -> list[Instruction]:
+        """All instructions, in the order of their addresses."""
+        return [x for block in self.blocks for x in block.code]
+
+    @cached_property
+    def has_tensor_cores(self) -> bool:
+        return any(x.flops for x in self.code)
 
     @cached_property
     def body(self) -> Loop:
