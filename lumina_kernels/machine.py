@@ -52,6 +52,11 @@ class Machine:
     def copy_rate(self) -> float:
         return self.copy_share * self.dram
 
+    @property
+    def tensor_rate(self) -> float:
+        """FLOPs per second of the tensor cores, as the data sheet has it."""
+        return self.flops * self.processors * self.ghz * 1e9
+
     def tensor_cycles(self, x: Instruction) -> float:
         """That a tensor core is busy with an instruction of one warp. Hopper's reads 16 values of
         64 rows in 16 cycles, with however few columns these are multiplied."""
@@ -90,7 +95,7 @@ class Prediction:
     waves: float
     in_flight: int  # most bytes of a processor's loads under way at once
     per_copy: float  # warp instructions issued while a copy would move the same bytes, over slots
-    waits: float | None  # of Hopper's asynchronous products, per product of the hot loop
+    waits: float | None  # of Hopper's asynchronous products, per product, in the worst loop
     barriers: int  # of the hot loop, or of the whole kernel without one
 
 
@@ -136,8 +141,6 @@ def predict(launch: Launch, machine: Machine) -> Prediction:
     seconds = _queued(terms, -(-blocks // resident), resident, blocks, launch.warps)
     hot = hot_loop(code, launch.flops > 0)
     inner = code.straight(hot or code.body)
-    products = sum(x.kind == "HGMMA" for x in inner)
-    waits = sum(x.opcode.startswith("WARPGROUP.DEPBAR") for x in inner)
     slots = launch.bytes / machine.copy_rate * clock * PARTS * machine.processors
     return Prediction(
         seconds=machine.launch + seconds,
@@ -147,14 +150,12 @@ def predict(launch: Launch, machine: Machine) -> Prediction:
         waves=launch.grid / (resident * machine.processors),
         in_flight=32 * launch.warps * resident * warp.most_in_flight,
         per_copy=launch.grid * launch.warps * counts["issue"] / slots if slots else 0.0,
-        waits=waits / products if products else None,
+        waits=waits_per_product(code),
         barriers=sum(x.kind == "BAR" for x in inner),
     )
 
 
-def _queued(
-    terms: dict[str, float], rounds: int, resident: int, blocks: int, warps: int
-) -> float:
+def _queued(terms: dict[str, float], rounds: int, resident: int, blocks: int, warps: int) -> float:
     """Seconds that the fullest processor takes for its blocks, `resident` at a time, when warps
     queue for what they share: mean value analysis (Reiser and Lavenberg, 1980) of a part's warps as
     the customers and its units, its share of the memory and its tensor core as the stations."""
@@ -181,6 +182,18 @@ def _queued(
         seconds += times * count / rate
         left -= times * now
     return max(seconds, max(stations))
+
+
+def waits_per_product(code: Function) -> float | None:
+    """Waits for Hopper's asynchronous products, per product of the loop where they are most; None
+    without any. About 1 where ptxas made each product wait for the one before."""
+    worst = None
+    for loop in code.loops():
+        inner = code.straight(loop)
+        if products := sum(x.kind == "HGMMA" for x in inner):
+            waits = sum(x.opcode.startswith("WARPGROUP.DEPBAR") for x in inner)
+            worst = max(worst or 0.0, waits / products)
+    return worst
 
 
 def hot_loop(code: Function, tensor: bool) -> Loop | None:
@@ -234,9 +247,7 @@ def _around(loop: Loop, inner: Loop) -> list[Loop]:
     return [loop]
 
 
-def _counts(
-    code: Function, loop: Loop, trips: Callable[[Loop], int], machine: Machine
-) -> Counter:
+def _counts(code: Function, loop: Loop, trips: Callable[[Loop], int], machine: Machine) -> Counter:
     """What a warp does in one pass through a loop: bytes of a lane, cycles of a tensor core, and
     instructions by the unit that they keep busy."""
     found = Counter()

@@ -7,6 +7,7 @@ the NVIDIA Volta GPU Architecture via Microbenchmarking, 2018, section 2.1). So 
 can be read off, once it is known how long a load takes.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,8 +23,7 @@ _TARGET = re.compile(r"`\((\.L\w+)\)")
 _WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
 # The names of tensor-core instructions tell m, n and k. HMMA is issued by one warp, Hopper's HGMMA
 # by four; Blackwell's UTCHMMA has its shape in a descriptor instead.
-_HMMA = re.compile(r"HMMA\.(16)(8)(8|16)\.")
-_HGMMA = re.compile(r"HGMMA\.(64)x(\d+)x(\d+)\.")
+_MMA = re.compile(r"HMMA\.(16)(8)(8|16)\.|HGMMA\.(64)x(\d+)x(\d+)\.")
 
 
 @dataclass(slots=True)
@@ -64,13 +64,17 @@ class Instruction:
         return bool(self.guard) and self.guard != "PT" or "P" in self.operands.partition("`")[0]
 
     @property
+    def tile(self) -> tuple[int, ...] | None:
+        """m, n and k of a tensor-core instruction."""
+        found = _MMA.match(self.opcode)
+        return found and tuple(int(z) for z in found.groups() if z)
+
+    @property
     def flops(self) -> int:
         """Of a tensor-core instruction, per warp that issues it."""
-        if m := _HMMA.match(self.opcode):
-            return 2 * int(m[1]) * int(m[2]) * int(m[3])
-        if m := _HGMMA.match(self.opcode):
-            return 2 * int(m[1]) * int(m[2]) * int(m[3]) // 4
-        return 0
+        if self.tile is None:
+            return 0
+        return 2 * math.prod(self.tile) // (4 if self.kind == "HGMMA" else 1)
 
 
 @dataclass(slots=True)
@@ -104,13 +108,14 @@ def functions(text: str) -> dict[str, "Function"]:
         elif match["label"]:
             lines.append(match["label"])
         elif match["code"]:
-            lines.append(_instruction(match["code"]))
+            lines.append(instruction(match["code"]))
         elif lines and isinstance(lines[-1], Instruction):
             _control(lines[-1], int(match["control"], 16))
     return {name: Function(_blocks(lines)) for name, lines in found.items()}
 
 
-def _instruction(text: str) -> Instruction:
+def instruction(text: str) -> Instruction:
+    """One line of code, without its control bits."""
     match = _CODE.match(text.strip("{} "))
     return Instruction(match["opcode"], match["guard"] or "", match["operands"])
 

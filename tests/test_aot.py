@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from lumina_kernels import aot
+from lumina_kernels import aot, sass
 
 # Kernels that only add up partial sums or fill small outputs do not move 16 bytes per lane.
 SECOND_STAGES = {
@@ -155,14 +155,20 @@ def test_the_limits_of_shared_memory_are_those_of_the_gpus():
 
 
 def test_widths_of_accesses_are_read_from_the_code():
-    code = "LDG.E.128 R1;\nLDG.E.64 R2;\nLDG.E.U16 R3;\nLDG.E R4;\nSTG.E.128 [R1];\n"
-    code += "LDGSTS.E.BYPASS.128 [R1];"
-    assert aot._wide_share(code, ("LDG",)) == 16 / 30
-    assert aot._wide_share(code, ("LDG", "LDGSTS")) == 32 / 46
-    assert aot._wide_share(code, ("STG",)) == 1
-    assert aot._wide_share("EXIT;", ("STG",)) is None
-    assert aot._tensor_cores("HGMMA.64x80x16.F32.BF16 R1;\nHGMMA.64x16x16.F32 R2;", 8) == (
+    def code(*lines):
+        return [sass.instruction(line) for line in lines]
+
+    accesses = code(
+        "LDG.E.128 R1", "LDG.E.64 R2", "LDG.E.U16 R3", "LDG.E R4", "STG.E.128 [R1]",
+        "LDGSTS.E.BYPASS.128 [R1]",
+    )  # fmt: skip
+    assert aot._wide_share(accesses, ("LDG",)) == 16 / 30
+    assert aot._wide_share(accesses, ("LDG", "LDGSTS")) == 32 / 46
+    assert aot._wide_share(accesses, ("STG",)) == 1
+    assert aot._wide_share(code("EXIT"), ("STG",)) is None
+    hopper = code("HGMMA.64x80x16.F32.BF16 R1", "HGMMA.64x16x16.F32 R2")
+    assert aot._tensor_cores(hopper, 8) == (
         {"HGMMA 64x80x16": 1, "HGMMA 64x16x16": 1},
         2 * 64 * 96 * 16 * 2,
     )
-    assert aot._tensor_cores("HMMA.16816.F32.BF16 R1;", 4) == ({"HMMA 16x8x16": 1}, 4 * 4096)
+    assert aot._tensor_cores(code("HMMA.16816.F32.BF16 R1"), 4) == ({"HMMA 16x8x16": 1}, 4 * 4096)
