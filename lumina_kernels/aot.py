@@ -134,12 +134,20 @@ def inspect(op: str, arch: int, head_dim: int, dtype: str, side: int = 16) -> li
                     launch()
                 except NotImplementedError as error:  # refused by the launcher
                     rows.append(_row(op, arch, head_dim, dtype, call, error=str(error)))
-            for files in compiled:
-                paths = {Path(file).suffix: Path(path) for file, path in files.items()}
-                cubin = paths[".cubin"].read_bytes()
-                launched = next(z[1:] for z in launches if z[0] == cubin)
-                figures = _read(paths, useful, arch, *launched)
-                rows.append(_row(op, arch, head_dim, dtype, call, **figures))
+            for found in figures(compiled, launches, arch, useful):
+                rows.append(_row(op, arch, head_dim, dtype, call, **found))
+    return rows
+
+
+def figures(compiled: list, launches: list, arch: int, useful: float = 1.0) -> list[dict]:
+    """The figures of the kernels that `offline` has compiled, as launched first. `useful`: share of
+    their products that padding of the head dimension leaves."""
+    rows = []
+    for files in compiled:
+        paths = {Path(file).suffix: Path(path) for file, path in files.items()}
+        code = paths[".cubin"].read_bytes()
+        grid, arguments = next(launch[1:] for launch in launches if launch[0] == code)
+        rows.append(_read(paths, useful, arch, grid, arguments))
     return rows
 
 
