@@ -5,8 +5,8 @@ needed. Shared memory is the static part. A stack of 32 bytes belongs to the slo
 for huge angles; for spilled registers nvcc warns when the library is built (-warn-spills).
 
 The forward kernels of Lumina-Next at 1024 pixels (2 x 4096 tokens, bfloat16) come with the time
-that `lumina_kernels.machine` predicts, the share of the rate of a copy or of the tensor cores, and
-what limits them.
+that `lumina_kernels.prediction` has for them, the share of the rate of a copy or of the tensor
+cores, and what limits them.
 """
 
 import argparse
@@ -16,8 +16,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks.harness.shapes import LUMINA_NEXT, Shape
-from lumina_kernels import aot, machine, sass
+from lumina_kernels import sass
 from lumina_kernels.aot import tool
+from lumina_kernels.prediction import Launch, predicted
 
 _FUNCTION = re.compile(r"_ZN14lumina_kernels4cuda\d+(\w+?_kernel)(I\w+?EE)?")
 
@@ -55,7 +56,7 @@ def launches(shape: Shape) -> dict[tuple[str, str], tuple[int, int, int, int, in
 
 
 def predictions(path: str, arch: str = "90") -> list[dict]:
-    """What `aot.predicted` says of these kernels, by `kernel` and `arguments`."""
+    """What `prediction.predicted` says of these kernels, by `kernel` and `arguments`."""
     wanted, rows = launches(LUMINA_NEXT), []
     usage = {(r["kernel"], r["arguments"]): r for r in kernels(path) if r["arch"] == arch}
     for name, function in _functions(path, arch).items():
@@ -64,10 +65,8 @@ def predictions(path: str, arch: str = "90") -> list[dict]:
         grid, threads, dynamic, size, flops = wanted[name]
         registers, shared = usage[name]["registers"], usage[name]["shared"] + dynamic
         useful = useful_fraction(LUMINA_NEXT.K) if flops else 1.0
-        launch = machine.Launch(
-            function, grid, threads // 32, registers, shared, size, flops / useful
-        )
-        figures = aot.predicted(launch, int(arch), useful)
+        launch = Launch(function, grid, threads // 32, registers, shared, size, flops / useful)
+        figures = predicted(launch, int(arch), useful)
         rows.append({"arch": arch, "kernel": name[0], "arguments": name[1]} | figures)
     return rows
 

@@ -5,7 +5,7 @@
 Every launcher runs at the shapes of a model, with the specialisations and configurations it would
 have on that GPU, but on a driver that compiles kernels and launches none. The figures are counted
 in what the disassembler that comes with Triton prints (`sass`); nothing is timed. What time a
-kernel should take is computed from them (`machine`).
+kernel should take is computed from them (`prediction`).
 """
 
 import argparse
@@ -26,10 +26,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lumina_kernels import backend, machine, sass
+from lumina_kernels import backend, sass
 from lumina_kernels.examples import Sizes, examples
 from lumina_kernels.ops import OPS
 from lumina_kernels.output import check_output, replace
+from lumina_kernels.prediction import Launch, predicted
 
 # Shared memory that a block may use, in KiB, by compute capability (CUDA C++ Programming Guide).
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -115,8 +116,8 @@ def inspect(op: str, arch: int, head_dim: int, dtype: str, side: int = 16) -> li
     registers, stack (bytes per thread; spilled values and arrays), shared (bytes per block), warps;
     loads and stores: share of the bytes of global memory in accesses of 16 bytes or more;
     mma: tensor-core instructions by kind; useful: share of their FLOPs that is not padding;
-    what `machine.Prediction` has, but the times, which are in predicted: GPU -> microseconds, share
-    of the rate of a copy or of the tensor cores, and what limits it.
+    what `prediction.Prediction` has, but the times; these are in predicted: GPU -> microseconds,
+    share of the rate of a copy or of the tensor cores, and what limits it.
     """
     kernels = import_module(f"lumina_kernels.triton.{op}")
     useful = 1.0
@@ -188,7 +189,7 @@ def _read(files: dict[str, Path], useful: float, arch: int, grid: int, arguments
     dots = _DOT.findall(files[".ttir"].read_text())
     wanted = sum(2 * int(m) * int(k) * int(n) for m, k, n in dots)
     size, flops = _needed(metadata["name"], arguments)
-    launch = machine.Launch(
+    launch = Launch(
         function, grid, metadata["num_warps"], registers, metadata["shared"], size, flops / useful
     )
     return {
@@ -205,25 +206,6 @@ def _read(files: dict[str, Path], useful: float, arch: int, grid: int, arguments
         "useful": useful * min(1, wanted / issued) if mma and issued else useful if mma else None,
         **predicted(launch, arch, useful),
     }
-
-
-def predicted(launch: machine.Launch, arch: int, useful: float = 1.0) -> dict:
-    """What the model says of a launch on the GPUs of an architecture; nothing where tensor cores
-    are told sizes that the machine code does not show (Blackwell's tcgen05)."""
-    if any(x.kind.startswith("UTC") for x in launch.code.code):
-        return {"predicted": {}}
-    figures, times = {}, {}
-    for gpu in machine.MACHINES.values():
-        if gpu.arch != arch:
-            continue
-        found = machine.predict(launch, gpu)
-        rate = launch.bytes / found.seconds / gpu.copy_rate
-        if launch.flops:
-            rate = launch.flops * useful / found.seconds / gpu.tensor_rate
-        times[gpu.name] = {"us": found.seconds * 1e6, "share": rate, "limit": found.limit}
-        names = ("resident", "waves", "in_flight", "per_copy", "waits", "barriers")
-        figures = {name: getattr(found, name) for name in names}
-    return {**figures, "predicted": times}
 
 
 def _needed(name: str, arguments: tuple) -> tuple[int, int]:

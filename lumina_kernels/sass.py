@@ -196,8 +196,8 @@ class Function:
 
         Of two ways it is the one with more accesses of 16 bytes and tensor-core instructions; then
         the one that moves fewer bytes, since where a dtype is known at run time there is a way for
-        float32 too; then the one that writes to shared memory, for which others wait; then the
-        shorter one, without options and rare cases."""
+        float32 too; then the shorter one, without options, rare cases, and what a part of the
+        threads does for the others."""
         inner = {number: z for z in loop.loops for number in z.blocks}
         values = {id(z): self._find_path(z) for z in loop.loops}
         best: dict[int, tuple] = {}  # block -> (value of the path from it on, path)
@@ -230,8 +230,7 @@ class Function:
         code = self.blocks[number].code
         moved = [x.loaded + x.stored for x in code]
         wide = any(size >= 16 for size in moved) or any(x.flops or "UTC" in x.opcode for x in code)
-        shared = any(x.kind == "STS" for x in code)
-        return int(wide), -sum(moved), int(shared), -len(code)
+        return int(wide), -sum(moved), -len(code)
 
     def trace(self, trips: Callable[[Loop], int], loop: Loop | None = None) -> Iterator:
         """The instructions of a warp, every loop as often as `trips` says."""
