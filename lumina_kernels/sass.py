@@ -56,7 +56,8 @@ class Instruction:
 
     @property
     def target(self) -> str | None:
-        found = _TARGET.search(self.operands) if self.kind == "BRA" else None
+        """The label that it jumps to. Ampere leaves loops by calls of what comes after them."""
+        found = _TARGET.search(self.operands) if self.kind in ("BRA", "CALL") else None
         return found and found[1]
 
     @property
@@ -139,7 +140,7 @@ def _blocks(lines: list) -> list[Block]:
         if starts:
             blocks.append(Block([]))
         blocks[-1].code.append(line)
-        starts = line.kind in ("BRA", "EXIT", "RET", "BRX", "JMP")
+        starts = line.kind in ("BRA", "CALL", "EXIT", "RET", "BRX", "JMP")
     for number, block in enumerate(blocks):
         last = block.code[-1]
         ends = last.kind in ("EXIT", "RET", "BRX", "JMP") and not last.guard

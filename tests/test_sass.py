@@ -96,3 +96,14 @@ def test_the_path_is_the_wide_one_in_16_bits():
 def test_a_slow_way_of_a_divergent_warp_is_never_taken():
     kernel = function("BRA.DIV UR4, `(.L1)", "STG.E.128 [R4], R8", "EXIT", "L1:", "NOP", "EXIT")
     assert opcodes(kernel.trace(lambda loop: 1)) == ["BRA.DIV", "STG.E.128", "EXIT"]
+
+
+def test_ampere_leaves_a_loop_by_a_call():
+    kernel = function(
+        "MOV R1, R2", "L1:", "HMMA.16816.F32 R4, R8, R2, R4", "@P0 CALL.REL.NOINC `(.L2)",
+        "BRA L1", "L2:", "CALL.REL.NOINC `($division)", "STG.E.128 [R4], R8", "EXIT",
+    )  # fmt: skip
+    (loop,) = kernel.loops()
+    assert opcodes(kernel.straight(loop)) == ["HMMA.16816.F32", "CALL.REL.NOINC", "BRA"]
+    whole = opcodes(kernel.trace(lambda loop: 5))
+    assert whole.count("HMMA.16816.F32") == 5 and whole[-2:] == ["STG.E.128", "EXIT"]
