@@ -302,7 +302,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _inspect(task):
-    op, arch, head_dim, dtype, _ = task
+    op, arch, head_dim, dtype, *_ = task
     try:
         return inspect(*task)
     except Exception as error:  # a compiler's crash is a row of the report

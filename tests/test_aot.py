@@ -27,6 +27,7 @@ ATTENTION = (
 SERIALISED = {
     (72, "bias", "fwd"), (72, "bias", "dq"), (72, "bias of pairs", "fwd"),
     (72, "bias of pairs", "dq"), (96, "bias of pairs", "dkv"),
+    (72, "regions", "dkv"), (96, "regions", "dkv"),  # of the text, which is short
 }  # fmt: skip
 INSPECT = """
 import json, sys

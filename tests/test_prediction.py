@@ -114,7 +114,7 @@ def hopper(serialised):
     lines = []
     for number in range(4):
         ends = serialised or number == 3
-        lines += [start] * (serialised or number == 0)
+        lines += [start] * (number == 0)
         lines += [(product + ", gsb0" * ends, {})] + [wait] * ends
     return function(".L1:", *lines, ("@P0 BRA `(.L1)", {}), ("EXIT", {}))
 
