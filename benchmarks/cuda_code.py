@@ -3,29 +3,112 @@
 Read from the machine code in lumina_kernels._C_cuda with cuobjdump, which triton ships; no GPU is
 needed. Shared memory is the static part. A stack of 32 bytes belongs to the slow path of sincosf
 for huge angles; for spilled registers nvcc warns when the library is built (-warn-spills).
+
+The forward kernels of Lumina-Next at 1024 pixels (2 x 4096 tokens, bfloat16) come with the time
+that `lumina_kernels.prediction` has for them, the share of the rate of a copy or of the tensor
+cores, and what limits them.
 """
 
 import argparse
 import re
+import tempfile
 from importlib.util import find_spec
+from pathlib import Path
 
+from benchmarks.harness.shapes import LUMINA_NEXT, Shape
+from lumina_kernels import sass
 from lumina_kernels.aot import tool
+from lumina_kernels.prediction import Launch, predicted
+
+_FUNCTION = re.compile(r"_ZN14lumina_kernels4cuda\d+(\w+?_kernel)(I\w+?EE)?")
 
 
-def kernels() -> list[dict]:
+def launches(shape: Shape) -> dict[tuple[str, str], tuple[int, int, int, int, int]]:
+    """Forward kernel and template arguments -> blocks, threads, bytes of dynamic shared memory,
+    bytes that it must move and FLOPs of its products, as the launchers have it for a width of 513
+    to 4096 columns, heads of 72 channels and context drop by 2 x 2."""
+    B, L, D, H, G, K = shape.B, shape.L, shape.D, shape.H, shape.G, shape.K
+    rows, row = B * L, 32 * -(-D // 256)
+    numbers, windows = rows * (H + G) * K, rows // 4
+    pieces = -(-K // 8) * -(-(H + G) // 2)  # of two heads a thread
+    token = 32 * -(-pieces // 32)
+    norms, flat = rows * D * 2, rows * shape.F * 2
+    attention = 4 * rows * L * H * K
+    return {
+        ("swiglu_fwd_kernel", ""): (flat // 4096, 256, 0, 3 * flat, 0),
+        ("gelu_fwd_kernel", "1"): (flat // 4096, 256, 0, 2 * flat, 0),
+        ("norm_modulate_fwd_kernel", "1, 0"): (rows, row, 0, 2 * norms, 0),
+        ("sandwich_norm_fwd_kernel", "1, 0, 1"): (rows, row, 0, 3 * norms, 0),
+        ("sandwich_norm_chain_fwd_kernel", "1, 0, 1"): (rows, row, 0, 4 * norms, 0),
+        ("gate_residual_norm_fwd_kernel", "1, 0"): (rows, row, 0, 4 * norms, 0),
+        ("rope3d_kernel", ""): (rows, token, 32 * 9, 4 * numbers, 0),
+        ("rope_table_kernel", "1, 0"): (rows, token, 0, 4 * numbers + 8 * L * K, 0),
+        ("qk_norm_rope3d_kernel", "2"): (rows, token, 576, 4 * numbers, 0),
+        ("qk_norm_rope_table_kernel", "2"): (rows, token, 8192, 4 * numbers + 8 * L * K, 0),
+        ("qk_norm_rope3d_pool_kernel", "2"): (
+            windows, token, 576, 2 * rows * K * (2 * H + 2 * G) + 4 * windows * G * K, 0,
+        ),
+        ("context_drop_kernel", ""): (windows, 160, 0, 4 * (rows + windows) * G * K, 0),
+        ("gqa_attention_fwd_kernel", "72, 2, 0"): (
+            B * G * -(-L * (H // G) // 128), 128, 36864, 4 * numbers, attention,
+        ),
+    }  # fmt: skip
+
+
+def predictions(path: str, arch: str = "90") -> list[dict]:
+    """What `prediction.predicted` says of these kernels, by `kernel` and `arguments`."""
+    wanted, rows = launches(LUMINA_NEXT), []
+    usage = {(r["kernel"], r["arguments"]): r for r in kernels(path) if r["arch"] == arch}
+    for name, function in _functions(path, arch).items():
+        if name not in wanted:
+            continue
+        grid, threads, dynamic, size, flops = wanted[name]
+        registers, shared = usage[name]["registers"], usage[name]["shared"] + dynamic
+        useful = useful_fraction(LUMINA_NEXT.K) if flops else 1.0
+        launch = Launch(function, grid, threads // 32, registers, shared, size, flops / useful)
+        figures = predicted(launch, int(arch), useful)
+        rows.append({"arch": arch, "kernel": name[0], "arguments": name[1]} | figures)
+    return rows
+
+
+def _functions(path: str, arch: str) -> dict[tuple[str, str], sass.Function]:
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        tool("cuobjdump", "-xelf", f"sm_{arch}.cubin", Path(path).absolute(), cwd=folder)
+        for cubin in Path(folder).iterdir():
+            for name, function in sass.functions(tool("nvdisasm", "-c", "-hex", cubin)).items():
+                if match := _FUNCTION.match(name):
+                    found[_name(match)] = function
+    return found
+
+
+def _name(function: re.Match) -> tuple[str, str]:
+    """A kernel's name and its template arguments."""
+    return function[1], ", ".join(re.findall(r"[a-zE](\d+)E", function[2] or ""))
+
+
+def library() -> str:
+    """The path of the CUDA library.
+
+    Raises:
+        FileNotFoundError: it was not built.
+    """
+    found = find_spec("lumina_kernels._C_cuda")
+    if found is None:
+        raise FileNotFoundError("lumina_kernels._C_cuda is not built, it needs nvcc")
+    return found.origin
+
+
+def kernels(path: str | None = None) -> list[dict]:
     """One row for each kernel and architecture: arch, kernel, template arguments, registers of a
     thread, bytes of stack, bytes of shared memory."""
-    library = find_spec("lumina_kernels._C_cuda")
-    if library is None:
-        raise FileNotFoundError("lumina_kernels._C_cuda is not built, it needs nvcc")
-    usage = tool("cuobjdump", "--dump-resource-usage", library.origin)
-    function = re.compile(r" Function _ZN14lumina_kernels4cuda\d+(\w+?_kernel)(I\w+?EE)?")
+    usage = tool("cuobjdump", "--dump-resource-usage", path or library())
     rows, arch = [], None
     for line in usage.splitlines():
         if found := re.match(r"arch = sm_(\w+)", line):
             arch = found[1]
-        elif found := function.match(line):
-            name = found[1], ", ".join(re.findall(r"[a-zE](\d+)E", found[2] or ""))
+        elif found := _FUNCTION.match(line.removeprefix(" Function ")):
+            name = _name(found)
         elif found := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", line):
             registers, stack, shared = map(int, found.groups())
             figures = {"registers": registers, "stack": stack, "shared": shared}
@@ -47,6 +130,13 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     for row in sorted(kernels(), key=lambda row: (row["kernel"], row["arguments"], row["arch"])):
         print("{kernel:38}{arguments:10} sm_{arch:5}{registers:4}{stack:5}{shared:6}".format(**row))
+    for row in predictions(library()):
+        for gpu, found in row["predicted"].items():
+            print(
+                "{kernel:38}{arguments:10} ".format(**row)
+                + f"{gpu:8}"
+                + "{us:8.1f} us{share:6.2f} {limit}".format(**found)
+            )
     print("attention, useful:", {K: round(useful_fraction(K), 3) for K in (64, 72, 96, 128)})
 
 
