@@ -253,7 +253,7 @@ def _options_on(
     kernel = f"gqa_attention_{kind}" + " with bias" * (bias or more)
     options |= configuration(arch, kernel, head_class(K), dtype.itemsize)
     if kind == "fwd" and text and not (bias or more) and arch // 10 == 9 and 80 < K <= 96:
-        # Measured was without text; with it and 4 warps ptxas makes every product wait for the last.
+        # It was measured without text; with it, at 4 warps, products wait for each other.
         options["num_warps"] = 8
     # Without maxnreg ptxas spills a few registers to fit a second block on the processor.
     return options | {"maxnreg": 255}
