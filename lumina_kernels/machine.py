@@ -7,7 +7,7 @@ Dissecting the NVIDIA Volta GPU Architecture via Microbenchmarking, 2018; Luo et
 and Dissecting the NVIDIA Hopper GPU Architecture, 2024, which also has the 62 % of its FLOPs that
 mma.sync reaches on Hopper; that of the B200 is a guess. What no sheet says was measured on an H200,
 with the report in benchmarks/results/h200: the shares that a copy and a large matrix product reach,
-and the time of a launch. Nothing was fitted to a kernel.
+and the time of a launch, which is that of a kernel with next to nothing to do.
 """
 
 from dataclasses import dataclass

@@ -83,7 +83,7 @@ def resident_blocks(launch: Launch, machine: Machine) -> int:
 
 
 def predict(launch: Launch, machine: Machine) -> Prediction:
-    """The time of a launch, every term on its own, and the largest of them.
+    """The time of a launch by `_queued`, its terms, each on its own, and the largest of them.
 
     A block's instructions are those of its hot path, its loops run as often as `loop_trips` says.
     The fullest processor runs ceil(grid / processors) blocks; it needs the time of each of its
