@@ -27,11 +27,11 @@ template <bool kTanh>
 __device__ __forceinline__ GeluGate gelu_gate(float x) {
   const float square = x * x;
   if (!kTanh) {
-    return {0.5f * (1.0f + erff(x * 0.707106781f)), 0.398942280f * expf(-0.5f * square)};
+    return {0.5f * (1.0f + erff(x * 0.707106781f)), 0.398942280f * exp_approx(-0.5f * square)};
   }
   // (1 + tanh(z)) / 2 = 1 / (1 + exp(-2z)), and that of -z is exp(-2z) times as much.
-  const float e = expf(-fabsf(x) * (1.59576912f + 0.0713548163f * square));
-  const float most = 1.0f / (1.0f + e);
+  const float e = exp_approx(-fabsf(x) * (1.59576912f + 0.0713548163f * square));
+  const float most = sigmoid_of(e);
   // Beyond 100 the slope is 0, of which an infinite square would make NaN.
   const float steep = 1.59576912f + 0.214064449f * fminf(square, 1e4f);
   return {x < 0.0f ? e * most : most, e * most * most * steep};
@@ -39,30 +39,36 @@ __device__ __forceinline__ GeluGate gelu_gate(float x) {
 
 // out = x * gate(x)
 template <bool kTanh>
-__global__ void __launch_bounds__(kFlatThreads) gelu_fwd_kernel(const GeluFwdParams p) {
-  int64_t row, column;
-  flat_place(p.rows, p.F, row, column);
-  if (row >= p.rows) return;
-  const int count = static_cast<int>(min(p.F - column, int64_t{8}));
-  const Float8 x = load8(p.x, row * p.x_step + column, count);
-  store8(p.out, row * p.F + column, count,
-         by_column([&](int k) { return x[k] * gelu_gate<kTanh>(x[k]).value; }));
+__global__ void __launch_bounds__(kFlatThreads, 5) gelu_fwd_kernel(const GeluFwdParams p) {
+  for_flat_rows(p.rows, p.F, [&](int64_t row, const auto& column, const auto& count) {
+    Bits8 bits[kFlatPieces];
+    load_flat(p.x, row * p.x_step, column, count, bits);
+#pragma unroll
+    for (int j = 0; j < kFlatPieces; ++j) {
+      const Float8 x = to_float8(bits[j], p.x.dtype);
+      store8(p.out, row * p.F + column[j], count[j],
+             by_column([&](int k) { return x[k] * gelu_gate<kTanh>(x[k]).value; }));
+    }
+  });
 }
 
 // dx = dout * (gate(x) + x * gate'(x))
 template <bool kTanh>
 __global__ void __launch_bounds__(kFlatThreads) gelu_bwd_kernel(const GeluBwdParams p) {
-  int64_t row, column;
-  flat_place(p.rows, p.F, row, column);
-  if (row >= p.rows) return;
-  const int count = static_cast<int>(min(p.F - column, int64_t{8}));
-  const Bits8 dout_bits = load_bits8(p.dout, row * p.dout_step + column, count);
-  const Bits8 x_bits = load_bits8(p.x, row * p.x_step + column, count);
-  const Float8 dout = to_float8(dout_bits, p.dout.dtype), x = to_float8(x_bits, p.x.dtype);
-  store8(p.dx, row * p.F + column, count, by_column([&](int k) {
-           const GeluGate gate = gelu_gate<kTanh>(x[k]);
-           return dout[k] * (gate.value + x[k] * gate.slope);
-         }));
+  for_flat_rows(p.rows, p.F, [&](int64_t row, const auto& column, const auto& count) {
+    Bits8 dout_bits[kFlatPieces], x_bits[kFlatPieces];
+    load_flat(p.dout, row * p.dout_step, column, count, dout_bits);
+    load_flat(p.x, row * p.x_step, column, count, x_bits);
+#pragma unroll
+    for (int j = 0; j < kFlatPieces; ++j) {
+      const Float8 dout = to_float8(dout_bits[j], p.dout.dtype);
+      const Float8 x = to_float8(x_bits[j], p.x.dtype);
+      store8(p.dx, row * p.F + column[j], count[j], by_column([&](int k) {
+               const GeluGate gate = gelu_gate<kTanh>(x[k]);
+               return dout[k] * (gate.value + x[k] * gate.slope);
+             }));
+    }
+  });
 }
 
 }  // namespace lumina_kernels::cuda

@@ -29,8 +29,9 @@ std::tuple<Tensor, Tensor> qk_norm_rope3d_fwd(
                                 .shape = shape,
                                 .tokens = tokens,
                                 .L = q.size(1)};
-  const LaunchConfig config = row_config(shape.layout, ceil_div(tokens, shape.layout.slots),
-                                         norm_floats(shape.layout, shape.norm, N));
+  const int T = fwd_tokens(N);
+  const LaunchConfig config = row_config(shape.layout, ceil_div(tokens, T * shape.layout.slots),
+                                         norm_floats(shape.layout, shape.norm, N, T));
   with_heads<kFwdLimits.heads>(
       N, [&](auto n) { LUMINA_LAUNCH(q, config, qk_norm_rope3d_kernel<n()>, p); });
   return {q_out, k_out};

@@ -20,19 +20,24 @@ template <int N>
 __global__ void __launch_bounds__(kFwdLimits.bound(N))
     qk_norm_rope3d_kernel(const QkNormRope3dFwdParams p) {
   LUMINA_DYNAMIC_SHARED(float, memory);
-  const NormShared shared = norm_shared<N>(p.shape, memory);
-  const RowLayout& layout = p.shape.layout;
-  const RowPlace at = row_place(layout);
-  const int64_t number = static_cast<int64_t>(blockIdx.x) * layout.slots + at.slot;
-  const bool there = number < p.tokens;
-  const Token token = token_of(there ? number : p.tokens - 1, p.L);
-  Bits8 bits[N];
-  load_heads(bits, p.q, p.k, token, there, there, p.shape, at);
-  fill_rotations(p.angles, token, 1.0f, 0, p.shape.K, layout, at, shared.rotations);
-  Float8 x[N];
-  convert_heads(bits, x, p.q, p.k, p.shape, at);
+  constexpr int T = fwd_tokens(N);
+  const NormShared shared = norm_shared<T, N>(p.shape, memory);
+  const RowPlace at = row_place(p.shape.layout);
+  const FwdTokens<T> of = fwd_tokens_at<T>(p.shape.layout, at, p.tokens, p.L);
+  Bits8 bits[T][N];
+#pragma unroll
+  for (int t = 0; t < T; ++t) {
+    load_heads(bits[t], p.q, p.k, of.tokens[t], of.there[t], of.there[t], p.shape, at);
+  }
+  fill_rotations(p.angles, of.tokens, 1.0f, 0, p.shape.K, p.shape.layout, at, shared.rotations);
+  Float8 x[T][N];
+#pragma unroll
+  for (int t = 0; t < T; ++t) convert_heads(bits[t], x[t], p.q, p.k, p.shape, at);
   norm_rotate(x, p.parameters, p.shape, at, shared);
-  if (there) store_heads(x, p.q_out, p.k_out, token, p.shape, at);
+#pragma unroll
+  for (int t = 0; t < T; ++t) {
+    if (of.there[t]) store_heads(x[t], p.q_out, p.k_out, of.tokens[t], p.shape, at);
+  }
 }
 
 // dx of `chunk` tokens, and the sums of dweight and dbias over them (`norm_bwd`). With
@@ -41,7 +46,7 @@ template <int N>
 __global__ void __launch_bounds__(kBwdLimits.bound(N), N == 1 ? 2 : 1)
     qk_norm_rope3d_bwd_kernel(const QkNormBwdParams p) {
   LUMINA_DYNAMIC_SHARED(float, memory);
-  const NormShared shared = norm_shared<N>(p.shape, memory);
+  const NormShared shared = norm_shared<1, N>(p.shape, memory);
   const RowLayout& layout = p.shape.layout;
   const RowPlace at = row_place(layout);
   const int64_t first = static_cast<int64_t>(blockIdx.x) * p.chunk;
@@ -49,23 +54,25 @@ __global__ void __launch_bounds__(kBwdLimits.bound(N), N == 1 ? 2 : 1)
   Float8 dweight[N] = {}, dbias[N] = {};
   for (int64_t start = first; start < end; start += layout.slots) {
     const bool there = start + at.slot < end;
-    const Token token = token_of(there ? start + at.slot : end - 1, p.L);
+    const Token tokens[] = {token_of(there ? start + at.slot : end - 1, p.L)};
+    const Token& token = tokens[0];
     const bool keep = there && p.windows.keeps(token.b, token.l);
-    Float8 x[N], d[N];
+    Float8 rows[1][N], d[N];
+    Float8(&x)[N] = rows[0];
     load_heads(x, p.x, p.x, token, keep, false, p.shape, at);
     Token of_dout = token;
-    if (p.counts != nullptr) of_dout.l = window_of(p.windows, token.l);
+    if (p.counts != nullptr) of_dout.l = static_cast<uint32_t>(window_of(p.windows, token.l));
     load_heads(d, p.dout, p.dout, of_dout, keep, false, p.shape, at);
     if (p.counts != nullptr) {
       const float share = share_of(load_global<float>(p.counts + token.b * p.counts_b + of_dout.l));
 #pragma unroll
       for (int n = 0; n < N; ++n) d[n] *= share;
     }
-    fill_rotations(p.angles, token, -1.0f, 0, p.shape.K, layout, at, shared.rotations);
-    float rstd[N];
-    normalise(x, rstd, p.shape, at, shared);
-    const PieceRotation rotation = load_rotation(shared.rotations, layout, at);
-    norm_bwd(x, rstd, d, dweight, dbias, keep, p, at, shared,
+    fill_rotations(p.angles, tokens, -1.0f, 0, p.shape.K, layout, at, shared.rotations);
+    float rstd[1][N];
+    normalise<false>(rows, rstd, p.shape, at, shared);
+    const PieceRotation rotation = load_rotation(shared.rotations, layout, at.slot, at.piece);
+    norm_bwd(x, rstd[0], d, dweight, dbias, keep, p, at, shared,
              [&](int n) { rotate_piece(d[n], rotation); });
 #pragma unroll
     for (int n = 0; n < N; ++n) {

@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> qk_norm_rope3d_pool_fwd(
                                  .counts = pointer_to<float>(counts),
                                  .windows = windows};
   const LaunchConfig config =
-      row_config(shape.layout, B * L_out, norm_floats(shape.layout, shape.norm, N));
+      row_config(shape.layout, B * L_out, norm_floats(shape.layout, shape.norm, N, pool_tokens(N)));
   with_heads<kPoolLimits.heads>(
       N, [&](auto n) { LUMINA_LAUNCH(q, config, qk_norm_rope3d_pool_kernel<n()>, p); });
   return {q_out, k_out, v_out, mask, counts};

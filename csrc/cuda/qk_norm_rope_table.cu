@@ -31,9 +31,10 @@ std::tuple<Tensor, Tensor> qk_norm_rope_table_fwd(
                                    .shape = shape,
                                    .tokens = tokens,
                                    .L = q.size(1)};
+  const int T = fwd_tokens(N);
   const LaunchConfig config =
-      row_config(shape.layout, ceil_div(tokens, shape.layout.slots),
-                 table_floats(shape.layout, shape.norm, N, tables.per_head));
+      row_config(shape.layout, ceil_div(tokens, T * shape.layout.slots),
+                 table_floats(shape.layout, shape.norm, N, tables.per_head, T));
   with_heads<kFwdLimits.heads>(
       N, [&](auto n) { LUMINA_LAUNCH(q, config, qk_norm_rope_table_kernel<n()>, p); });
   return {q_out, k_out};
@@ -48,7 +49,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> qk_norm_rope_table_bw
   const auto launch = [&](auto n, LaunchConfig config, const QkNormBwdParams& rows) {
     const QkNormRopeTableBwdParams p{rows, tables};
     const NormShape& shape = rows.shape;
-    config.shared_bytes = 4 * table_floats(shape.layout, shape.norm, n(), tables.per_head);
+    config.shared_bytes = 4 * table_floats(shape.layout, shape.norm, n(), tables.per_head, 1);
     LUMINA_LAUNCH(q, config, qk_norm_rope_table_bwd_kernel<n()>, p);
   };
   const auto [dq, q_partial] = row_bwd(dq_out, q, q_weight, q_bias, eps, norm, nullptr, launch);

@@ -27,7 +27,8 @@ __global__ void __launch_bounds__(kRope3dThreads, 3) rope3d_kernel(const Rope3dP
   LUMINA_DYNAMIC_SHARED(float, rotations);
   const RowPlace at = row_place(p.layout);
   const int64_t number = static_cast<int64_t>(blockIdx.x) * p.layout.slots + at.slot;
-  const Token token = token_of(number < p.tokens ? number : p.tokens - 1, p.L);
+  const Token tokens[] = {token_of(number < p.tokens ? number : p.tokens - 1, p.L)};
+  const Token& token = tokens[0];
   const int heads = number < p.tokens ? p.H + p.G : 0;
   const int first_piece = static_cast<int>(blockIdx.y) * p.layout.pieces;
   const int column = 8 * (first_piece + at.piece), count = p.K - column;
@@ -43,9 +44,9 @@ __global__ void __launch_bounds__(kRope3dThreads, 3) rope3d_kernel(const Rope3dP
     }
   };
   load(at.head);
-  fill_rotations(p.angles, token, p.sign, 4 * first_piece, p.K, p.layout, at, rotations);
+  fill_rotations(p.angles, tokens, p.sign, 4 * first_piece, p.K, p.layout, at, rotations);
   __syncthreads();
-  const PieceRotation rotation = load_rotation(rotations, p.layout, at);
+  const PieceRotation rotation = load_rotation(rotations, p.layout, at.slot, at.piece);
   for (int first = at.head; first < heads;) {
 #pragma unroll
     for (int n = 0; n < kRope3dHeads; ++n) {

@@ -20,37 +20,41 @@ struct SwigluBwdParams {
 
 // out = a / (1 + exp(-a)) * b
 __global__ void __launch_bounds__(kFlatThreads) swiglu_fwd_kernel(const SwigluFwdParams p) {
-  int64_t row, column;
-  flat_place(p.rows, p.F, row, column);
-  if (row >= p.rows) return;
-  const int count = static_cast<int>(min(p.F - column, int64_t{8}));
-  const Bits8 a_bits = load_bits8(p.a, row * p.a_step + column, count);
-  const Bits8 b_bits = load_bits8(p.b, row * p.b_step + column, count);
-  const Float8 a = to_float8(a_bits, p.a.dtype), b = to_float8(b_bits, p.b.dtype);
-  store8(p.out, row * p.F + column, count,
-         by_column([&](int k) { return a[k] / (1.0f + expf(-a[k])) * b[k]; }));
+  for_flat_rows(p.rows, p.F, [&](int64_t row, const auto& column, const auto& count) {
+    Bits8 a_bits[kFlatPieces], b_bits[kFlatPieces];
+    load_flat(p.a, row * p.a_step, column, count, a_bits);
+    load_flat(p.b, row * p.b_step, column, count, b_bits);
+#pragma unroll
+    for (int j = 0; j < kFlatPieces; ++j) {
+      const Float8 a = to_float8(a_bits[j], p.a.dtype), b = to_float8(b_bits[j], p.b.dtype);
+      store8(p.out, row * p.F + column[j], count[j],
+             by_column([&](int k) { return a[k] * sigmoid_of(exp_approx(-a[k])) * b[k]; }));
+    }
+  });
 }
 
 // With s = 1 / (1 + exp(-a)): da = dout * b * s * (1 + a * (1 - s)),  db = dout * a * s
 __global__ void __launch_bounds__(kFlatThreads) swiglu_bwd_kernel(const SwigluBwdParams p) {
-  int64_t row, column;
-  flat_place(p.rows, p.F, row, column);
-  if (row >= p.rows) return;
-  const int count = static_cast<int>(min(p.F - column, int64_t{8}));
-  const Bits8 dout_bits = load_bits8(p.dout, row * p.dout_step + column, count);
-  const Bits8 a_bits = load_bits8(p.a, row * p.a_step + column, count);
-  const Bits8 b_bits = load_bits8(p.b, row * p.b_step + column, count);
-  const Float8 dout = to_float8(dout_bits, p.dout.dtype);
-  const Float8 a = to_float8(a_bits, p.a.dtype), b = to_float8(b_bits, p.b.dtype);
-  Float8 da, db;
+  for_flat_rows(p.rows, p.F, [&](int64_t row, const auto& column, const auto& count) {
+    Bits8 dout_bits[kFlatPieces], a_bits[kFlatPieces], b_bits[kFlatPieces];
+    load_flat(p.dout, row * p.dout_step, column, count, dout_bits);
+    load_flat(p.a, row * p.a_step, column, count, a_bits);
+    load_flat(p.b, row * p.b_step, column, count, b_bits);
 #pragma unroll
-  for (int k = 0; k < 8; ++k) {  // in one loop: Float8's operators take 7 more registers
-    const float s = 1.0f / (1.0f + expf(-a[k]));
-    da[k] = dout[k] * b[k] * (s * (1.0f + a[k] * (1.0f - s)));
-    db[k] = dout[k] * (a[k] * s);
-  }
-  store8(p.da, row * p.F + column, count, da);
-  store8(p.db, row * p.F + column, count, db);
+    for (int j = 0; j < kFlatPieces; ++j) {
+      const Float8 dout = to_float8(dout_bits[j], p.dout.dtype);
+      const Float8 a = to_float8(a_bits[j], p.a.dtype), b = to_float8(b_bits[j], p.b.dtype);
+      Float8 da, db;
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {  // in one loop: Float8's operators take 7 more registers
+        const float s = sigmoid_of(exp_approx(-a[k]));
+        da[k] = dout[k] * b[k] * (s * (1.0f + a[k] * (1.0f - s)));
+        db[k] = dout[k] * (a[k] * s);
+      }
+      store8(p.da, row * p.F + column[j], count[j], da);
+      store8(p.db, row * p.F + column[j], count[j], db);
+    }
+  });
 }
 
 }  // namespace lumina_kernels::cuda

@@ -284,4 +284,15 @@ __device__ __forceinline__ float exp2_approx(float x) {
 #endif
 }
 
+// 1 / x, to an ulp; 0 for an x of more than 2^126.
+__device__ __forceinline__ float reciprocal_approx(float x) {
+#ifdef LUMINA_CUDA_HOST
+  return 1.0f / x;
+#else
+  float out;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+  return out;
+#endif
+}
+
 }  // namespace lumina_kernels::cuda

@@ -49,9 +49,14 @@ __device__ __forceinline__ void norm_bwd(Float8 (&x)[N], const float (&rstd)[N],
     add_columns(sums[1][n], d[n]);
   }
   if (p.shape.norm == NormKind::kRmsPerHead) {
-    means_per_head(sums[0], p.shape, at, shared.scratch[2]);
+    float of_products[1][N];
+#pragma unroll
+    for (int n = 0; n < N; ++n) of_products[0][n] = sums[0][n];
+    means_per_head(of_products, p.shape, at, shared.scratch[2]);
+#pragma unroll
+    for (int n = 0; n < N; ++n) sums[0][n] = of_products[0][n];
   } else {
-    means_across_heads(sums, p.shape, at, shared.scratch[2]);
+    means_across_heads<false>(sums, p.shape, at, shared.scratch[2]);
   }
 #pragma unroll
   for (int n = 0; n < N; ++n) {

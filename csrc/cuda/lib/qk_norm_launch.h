@@ -120,7 +120,7 @@ std::tuple<Tensor, Tensor> row_bwd(const Tensor& dout, const Tensor& x,
       .counts = pool ? pointer_to<const float>(pool->counts) : Global<const float>(nullptr),
       .counts_b = pool ? pool->counts.stride(0) : 0};
   const int64_t threads = shape.layout.slots * shape.layout.threads;
-  const int64_t floats = std::max(norm_floats(shape.layout, shape.norm, N), 8 * threads);
+  const int64_t floats = std::max(norm_floats(shape.layout, shape.norm, N, 1), 8 * threads);
   const LaunchConfig config = row_config(shape.layout, blocks, floats);
   with_heads<kBwdLimits.heads>(N, [&](auto n) { launch(n, config, p); });
   return {dx, partial};

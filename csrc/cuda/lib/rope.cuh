@@ -34,6 +34,7 @@ __device__ __forceinline__ HeadsView select(bool first, const HeadsView& a, cons
 // ...; the last threads may be idle.
 struct RowLayout {
   int pieces, step, threads, slots;
+  unsigned inverse;  // 2^20 / pieces, rounded up: i / pieces is i * inverse >> 20 for i < 1024
 };
 
 // `per_thread`: heads per thread; `least`: threads of a block, which several tokens share if one
@@ -42,7 +43,7 @@ inline RowLayout row_layout(int64_t heads, int64_t pieces, int64_t per_thread, i
   const int64_t step = ceil_div(heads, per_thread), threads = 32 * ceil_div(pieces * step, 32);
   const int64_t slots = threads < least ? least / threads : 1;
   return {static_cast<int>(pieces), static_cast<int>(step), static_cast<int>(threads),
-          static_cast<int>(slots)};
+          static_cast<int>(slots), static_cast<unsigned>(ceil_div(1 << 20, pieces))};
 }
 
 // As few heads per thread as `threads` threads allow for a token. A head with more pieces takes
@@ -73,22 +74,23 @@ struct RowPlace {
 constexpr int kNoHead = 1 << 30;
 
 __device__ __forceinline__ RowPlace row_place(const RowLayout& layout) {
-  const unsigned slot = threadIdx.x / static_cast<unsigned>(layout.threads);
+  const unsigned slot = layout.slots == 1 ? 0 : threadIdx.x / static_cast<unsigned>(layout.threads);
   const unsigned thread = threadIdx.x - slot * layout.threads;
-  const unsigned head = thread / static_cast<unsigned>(layout.pieces);
+  const unsigned head = thread * layout.inverse >> 20;
   const unsigned piece = thread - head * layout.pieces;
   return {static_cast<int>(slot), static_cast<int>(thread), static_cast<int>(piece),
           static_cast<int>(head) < layout.step ? static_cast<int>(head) : kNoHead};
 }
 
-// Token `number` of all is token l of sample b. Launchers check that there are less than 2^31.
+// Token l of sample b. Launchers check that there are less than 2^31 of all samples.
 struct Token {
-  int64_t number, b, l;
+  uint32_t b, l;
 };
 
+// Token `number` of all.
 __device__ __forceinline__ Token token_of(int64_t number, int64_t L) {
-  const uint32_t b = static_cast<uint32_t>(number) / static_cast<uint32_t>(L);
-  return {number, b, number - static_cast<int64_t>(b) * L};
+  const uint32_t n = static_cast<uint32_t>(number), b = n / static_cast<uint32_t>(L);
+  return {b, n - b * static_cast<uint32_t>(L)};
 }
 
 // --- numbers that are read once per token, of any dtype ---
@@ -151,15 +153,23 @@ struct AnglesView {
 // The number of a token's cosines and sines.
 inline int64_t rotation_floats(int64_t pieces) { return 8 * pieces; }
 
-// The threads of a slot write (cos, sin) of sign * position[axis] * inv_freq for the pairs of its
-// token, from pair `first` on. NaN for an axis other than 0, 1 or 2; padding is not rotated.
-__device__ __forceinline__ void fill_rotations(const AnglesView& angles, const Token& token,
+// The threads of a slot write (cos, sin) of sign * position[axis] * inv_freq for the pairs of its T
+// tokens, from pair `first` on. NaN for an axis other than 0, 1 or 2; padding is not rotated.
+template <int T>
+__device__ __forceinline__ void fill_rotations(const AnglesView& angles, const Token (&tokens)[T],
                                                float sign, int first, int K,
                                                const RowLayout& layout, const RowPlace& at,
                                                Shared<float> rotations) {
-  rotations += at.slot * 8 * layout.pieces;
-  for (int i = at.thread; i < 4 * layout.pieces; i += layout.threads) {
-    const int pair = first + i;
+  const int pairs = 4 * layout.pieces;  // of a token
+  rotations += at.slot * 2 * T * pairs;
+  for (int i = at.thread; i < T * pairs; i += layout.threads) {
+    Token token = tokens[0];
+    int own = i;
+#pragma unroll
+    for (int t = 1; t < T; ++t) {
+      if (i >= t * pairs) token = tokens[t], own = i - t * pairs;
+    }
+    const int pair = first + own;
     float angle = 0.0f;
     if (2 * pair < K) {
       // Before the position, which has to wait for its axis.
@@ -184,10 +194,11 @@ struct PieceRotation {
   float4 pairs[2];  // two pairs each: cos, sin, cos, sin
 };
 
+// Of a thread's piece in token number `token` of the block.
 __device__ __forceinline__ PieceRotation load_rotation(Shared<float> rotations,
-                                                       const RowLayout& layout,
-                                                       const RowPlace& at) {
-  const Shared<float> mine = rotations + 8 * (at.slot * layout.pieces + at.piece);
+                                                       const RowLayout& layout, int token,
+                                                       int piece) {
+  const Shared<float> mine = rotations + 8 * (token * layout.pieces + piece);
   return {{load_shared<float4>(mine), load_shared<float4>(mine + 4)}};
 }
 

@@ -54,23 +54,6 @@ __device__ __forceinline__ Spans column_spans(int D) {
   return kWide ? Spans{D, 8 * kPieces * static_cast<int>(blockDim.x)} : Spans{1, 1};
 }
 
-// The same number, but the compiler no longer knows its origin. Otherwise it would move everything
-// that follows from it, such as the addresses of six tensors, out of a loop over rows, and run out
-// of registers.
-__device__ __forceinline__ int opaque(int number) {
-#ifndef LUMINA_CUDA_HOST
-  asm volatile("" : "+r"(number));
-#endif
-  return number;
-}
-
-__device__ __forceinline__ int64_t opaque(int64_t number) {
-#ifndef LUMINA_CUDA_HOST
-  asm volatile("" : "+l"(number));
-#endif
-  return number;
-}
-
 // First column of a piece in the span at `base`.
 __device__ __forceinline__ int column_of(int base, int piece) {
   const int thread = opaque(static_cast<int>(threadIdx.x));

@@ -31,7 +31,7 @@ __device__ __forceinline__ void sandwich(const Sandwich& s, const SandwichAhead&
                            [&](const Float8& weight) { n[j] *= weight; });
     with_parameter<kAhead>(s.gate, ahead.gate, b, l, column, D, [&](const Float8& gate) {
 #pragma unroll  // a column at a time: with 8 results of tanh at once ptxas spills on sm_100
-      for (int k = 0; k < 8; ++k) n[j][k] *= kTanh ? tanhf(gate[k]) : gate[k];
+      for (int k = 0; k < 8; ++k) n[j][k] *= kTanh ? tanh_of(gate[k]) : gate[k];
     });
     with_parameter<kAhead>(s.residual, ahead.residual, b, l, column, D,
                            [&](const Float8& residual) { n[j] += residual; });

@@ -51,6 +51,23 @@ __device__ __forceinline__ int64_t divide(int64_t n, int64_t d) {
   return (n | d) >> 32 == 0 ? static_cast<uint32_t>(n) / static_cast<uint32_t>(d) : n / d;
 }
 
+// The same number, but the compiler no longer knows its origin. Otherwise it would move everything
+// that follows from it, such as the addresses of six tensors, out of a loop over rows, and run out
+// of registers.
+__device__ __forceinline__ int opaque(int number) {
+#ifndef LUMINA_CUDA_HOST
+  asm volatile("" : "+r"(number));
+#endif
+  return number;
+}
+
+__device__ __forceinline__ int64_t opaque(int64_t number) {
+#ifndef LUMINA_CUDA_HOST
+  asm volatile("" : "+l"(number));
+#endif
+  return number;
+}
+
 // --- accesses of sizeof(V) bytes, aligned to that ---
 
 // Not __ldg: the compiler may move its loads out of a loop over rows, and then spills registers.
@@ -216,6 +233,25 @@ __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
   for (int bits = 16; bits > 0; bits /= 2) x += __shfl_xor_sync(kAllLanes, x, bits);
   return x;
+}
+
+// The sums over the lanes of a warp of C values, a power of two, in half the instructions of as
+// many warp_sums: a lane gets the sum of value lane / (32 / C).
+template <int C>
+__device__ __forceinline__ float warp_sums(float (&x)[C], int lane) {
+  int bits = 16;
+#pragma unroll
+  for (int half = C / 2; half > 0; half /= 2, bits /= 2) {
+    const bool upper = (lane & bits) != 0;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const float sent = upper ? x[i] : x[i + half];
+      x[i] = (upper ? x[i + half] : x[i]) + __shfl_xor_sync(kAllLanes, sent, bits);
+    }
+  }
+#pragma unroll
+  for (; bits > 0; bits /= 2) x[0] += __shfl_xor_sync(kAllLanes, x[0], bits);
+  return x[0];
 }
 
 }  // namespace lumina_kernels::cuda

@@ -59,16 +59,30 @@ __device__ __forceinline__ void store_count(Global<unsigned char> mask, Global<f
   counts[blockIdx.x] = static_cast<float>(count);
 }
 
-// The mean over a window's valid tokens of the 8 channels from `column` on of a head of x.
+constexpr int kWindowTokens = 4;  // whose loads do not wait for each other
+
+// The mean over a window's valid tokens of the 8 channels from `column` on of a head of x. The
+// loads of several tokens are under way at a time.
 __device__ __forceinline__ Float8 window_mean(const HeadsView& x, int head, int column, int count,
                                               const MaskedWindows& windows, const Window& window) {
-  int tokens = 0;
+  const int all = window.height * window.width;
+  int tokens = 0, row = 0, place = 0;
   Float8 sum{};
-  for (int i = 0; i < window.height; ++i) {
-    for (int j = 0; j < window.width; ++j) {
-      const int64_t l = window.first + static_cast<int64_t>(i) * windows.grid_w + j;
-      if (!windows.keeps(window.b, l)) continue;
-      sum += load8(x.values, x.at(window.b, l, head) + column, count);
+  for (int first = 0; first < all; first += kWindowTokens) {
+    Bits8 bits[kWindowTokens];
+    bool keep[kWindowTokens];
+#pragma unroll
+    for (int i = 0; i < kWindowTokens; ++i) {
+      const int64_t l = window.first + static_cast<int64_t>(row) * windows.grid_w + place;
+      keep[i] = first + i < all && windows.keeps(window.b, l);
+      bits[i] = load_bits8(x.values, x.at(window.b, keep[i] ? l : window.first, head) + column,
+                           keep[i] ? count : 0);
+      if (++place == window.width) place = 0, ++row;
+    }
+#pragma unroll
+    for (int i = 0; i < kWindowTokens; ++i) {
+      if (!keep[i]) continue;
+      sum += to_float8(bits[i], x.values.dtype);
       ++tokens;
     }
   }
