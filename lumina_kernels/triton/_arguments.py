@@ -32,7 +32,9 @@ def rows_of(x: Tensor | None) -> tuple | None:
         return None
     if x.stride(-1) != 1:
         x = x.contiguous()
-    return (x, x.stride(0)) if x.ndim == 2 else (x, x.stride(0), x.stride(1))
+    strides = x.stride()
+    stride_b = strides[0] if len(x) > 1 else 0  # that of a single sample may be any number
+    return (x, stride_b) if len(strides) == 2 else (x, stride_b, strides[1])
 
 
 def heads_of(x: Tensor | None) -> tuple | None:
