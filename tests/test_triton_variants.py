@@ -32,14 +32,14 @@ with aot.offline(90):
             sizes = Sizes(B=B, grid=(1, *sides), T=T, H=32, G=8, K=72, F=96, dtype=torch.bfloat16)
             arguments = examples(op, sizes)
             try:
-                getattr(lumina_kernels, op)(**arguments.get("plain", next(iter(arguments.values()))),
-                                            backend="triton")
+                inputs = arguments.get("plain", next(iter(arguments.values())))
+                getattr(lumina_kernels, op)(**inputs, backend="triton")
             except Enough:
                 pass
         print(op, len(keys))
 """
-# Of windows the grid comes as a tuple, whose numbers Triton looks at one by one; a LayerNorm's means
-# lie behind the other statistics, where 16 divides the address or not.
+# Of windows the grid comes as a tuple, whose numbers Triton looks at one by one; the means of a
+# LayerNorm lie behind the other statistics, where 16 divides the address or not.
 MOST = dict.fromkeys(OPS, 1) | {
     "context_drop": 3, "qk_norm_rope3d_pool": 3, "gate_residual_norm": 2
 }  # fmt: skip
