@@ -83,7 +83,7 @@ class KernelOp:
         when_imported("torch.distributed.tensor", partial(sharding.declare, self))
 
     def __call__(self, *args):
-        if not _is_plain_call() or backend.wants_grad(*args):
+        if torch.is_grad_enabled() or not _is_plain_call():
             return self.overload(*args)
         with torch._C._AutoDispatchBelowAutograd():  # what autograd itself would do, sooner
             return self.overload(*args)

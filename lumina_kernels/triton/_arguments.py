@@ -9,6 +9,10 @@ import math
 import torch
 from torch import Tensor
 
+# Parameters of kernels that are numbers of things. Whether 16 divides them tells nothing about the
+# alignment of what they count, rows of constant width, so kernels are not compiled anew for that.
+COUNTS = ("L", "B", "chunk", "chunks", "tokens", "programs", "windows", "grid")
+
 # Of the largest tile that autotuning tries.
 MOST_TOKENS = 256
 
@@ -32,7 +36,9 @@ def rows_of(x: Tensor | None) -> tuple | None:
         return None
     if x.stride(-1) != 1:
         x = x.contiguous()
-    return (x, x.stride(0)) if x.ndim == 2 else (x, x.stride(0), x.stride(1))
+    strides = x.stride()
+    stride_b = strides[0] if len(x) > 1 else 0  # that of a single sample may be any number
+    return (x, stride_b) if len(strides) == 2 else (x, stride_b, strides[1])
 
 
 def heads_of(x: Tensor | None) -> tuple | None:

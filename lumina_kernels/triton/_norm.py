@@ -12,9 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lumina_kernels.triton._arguments import contiguous, empty_as, rows_of
+from lumina_kernels.triton._arguments import COUNTS, contiguous, empty_as, rows_of
 from lumina_kernels.triton._tiles import (
-    COUNTS,
     add,
     blocks,
     clear_padding,

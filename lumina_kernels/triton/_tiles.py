@@ -14,10 +14,6 @@ from functools import cache
 import triton
 import triton.language as tl
 
-# Parameters of kernels that are numbers of things. Whether 16 divides them tells nothing about the
-# alignment of what they count, rows of constant width, so kernels are not compiled anew for that.
-COUNTS = ("L", "B", "n_keys", "n_text", "chunk", "chunks", "tokens", "programs", "windows", "grid")
-
 
 @cache
 def cut(n: int) -> tuple[tuple[int, int], ...]:

@@ -5,10 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lumina_kernels.triton._arguments import heads_of, in_units, mask_of
+from lumina_kernels.triton._arguments import COUNTS, heads_of, in_units, mask_of
 from lumina_kernels.triton._rotation import loop_options
 from lumina_kernels.triton._tiles import (
-    COUNTS,
     add,
     blocks,
     ceil_div,

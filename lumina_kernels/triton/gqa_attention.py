@@ -37,7 +37,7 @@ def gqa_attention_fwd(
 
     Empty: the error unless it is wanted and out has 16 bits; the second branch without text."""
     B, L, H, K = q.shape
-    G, L_kv, T = k.shape[2], k.shape[1], 0 if text_k is None else text_k.shape[1]
+    G, L_kv = k.shape[2], k.shape[1]
     out = empty_as(q)
     stats = q.new_empty((B, G, L, H // G, 2), dtype=torch.float32)
     text_stats = stats.new_empty(0 if text_k is None else stats.shape)
@@ -59,7 +59,7 @@ def gqa_attention_fwd(
         grid = (blocks(L * H // G, options["BLOCK_M"]) * G * B,)
         gqa_attention_fwd_kernel[grid](
             q, tokens, text, text_gate, added, out, error if with_error else None,
-            stats, text_stats, L, G, L_kv, T,
+            stats, text_stats, L, G,
             R=H // G, UNIT=unit, NEGATIVE=scale < 0, **options,
         )  # fmt: skip
 
@@ -77,7 +77,7 @@ def gqa_attention_bwd(
     over broadcast axes, (B, H, L, L_kv).
     """
     B, L, H, K = q.shape
-    G, L_kv, T = k.shape[2], k.shape[1], 0 if text_k is None else text_k.shape[1]
+    G, L_kv = k.shape[2], k.shape[1]
     dq, dk, dv, dtext_k, dtext_v = (
         None if x is None else empty_as(x) for x in (q, k, v, text_k, text_v)
     )
@@ -109,24 +109,23 @@ def gqa_attention_bwd(
             gqa_attention_dq_kernel[grid](
                 dout, q, tokens, text, text_gate, added,
                 out, error if error.numel() else None, stats, text_stats,
-                dq, delta, text_delta, text_weight, dbias, L, G, L_kv, T,
-                **constants, **options,
+                dq, delta, text_delta, text_weight, dbias, L, G, **constants, **options,
             )  # fmt: skip
 
         _launch("dq", options, launch_dq, dq, L_kv)
-        branches = [(L_kv, tokens, added, stats, delta, None, dk, dv)]
+        branches = [(tokens, added, stats, delta, None, dk, dv)]
         if text is not None:
             rest = text_stats, text_delta, text_weight, dtext_k, dtext_v
-            branches.append((T, text, None, *rest))
-        for n_keys, *rest in branches:
-            options = _options("dkv", K, dq.dtype, rest[1] is not None)
+            branches.append((text, None, *rest))
+        for branch, *rest in branches:
+            options = _options("dkv", K, dq.dtype, rest[0] is not None)
 
-            def launch_dkv(options, n_keys=n_keys, rest=rest):
-                grid = (blocks(n_keys, options["BLOCK_N"]) * G * B,)
-                gqa_attention_dkv_kernel[grid](dout, q, *rest, L, G, n_keys, **constants, **options)
+            def launch_dkv(options, branch=branch, rest=rest):
+                grid = (blocks(branch[3], options["BLOCK_N"]) * G * B,)
+                gqa_attention_dkv_kernel[grid](dout, q, branch, *rest, L, G, **constants, **options)
 
-            if n_keys > 0:
-                _launch("dkv", options, launch_dkv, dq, n_keys)
+            if branch[3] > 0:
+                _launch("dkv", options, launch_dkv, dq, branch[3])
     dgate = None if text_gate is None else _dgate(text_gate, text_delta)
     if dbias is not None:
         dbias = dbias.sum_to_size(bias.shape).to(bias.dtype)
@@ -152,7 +151,7 @@ def _branch(
     before = 1.0 if k[0].dtype == torch.float16 else inner  # its range is small, no sum overflows
     if bias is not None:
         inner, outer = 1.0, LOG2E
-    return k, v, _mask(mask), (scale, inner, outer, before)
+    return k, v, _mask(mask), k[0].shape[1], (scale, inner, outer, before)
 
 
 def split_scale(scale: float) -> tuple[float, float]:

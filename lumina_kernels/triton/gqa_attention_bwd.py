@@ -19,7 +19,6 @@ import triton
 import triton.language as tl
 
 from lumina_kernels.triton._tiles import (
-    COUNTS,
     add_dot,
     dot_rows,
     load_tile,
@@ -47,15 +46,14 @@ from lumina_kernels.triton.gqa_attention_walk import (
 )
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit
 def gqa_attention_dq_kernel(
     dout, q, tokens, text, text_gate_ptr, bias,  # as in the forward, but with the sign of the scale
     out_ptr, error_ptr, stats_ptr, text_stats_ptr,
     dq_ptr, delta_ptr, text_delta_ptr,  # (B, L, H, K); e of both branches, (B, G, L, R)
     text_weight_ptr,  # tanh(gate) over the total of the text's weights, (B, G, L, R)
     dbias_ptr,  # (B, H, L, L_kv) zeros, or None
-    L, G, n_keys, n_text,
-    K: tl.constexpr, KS: tl.constexpr, R: tl.constexpr, UNIT: tl.constexpr,
+    L, G, K: tl.constexpr, KS: tl.constexpr, R: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
     """dq = scale dS k + scale_text dS_text k_text, dbias = dS, and for dkv e of both branches."""
@@ -77,10 +75,10 @@ def gqa_attention_dq_kernel(
     if text_gate_ptr is not None:
         keys = keys_of(text, b, g, UNIT)
         text_stats = load_stats(text_stats_ptr, stats, exist)
-        text_context = (q_tile, dout_tile, keys, text_stats, text[3], None, where)
+        text_context = (q_tile, dout_tile, keys, text_stats, text[4], None, where)
         e = walk_tiles(
             _add_delta, tl.zeros((BLOCK_M,), tl.float32), text_context,
-            text[2], b, n_text, K, KS, R, EDGE, EDGE, SCAN,
+            text[2], b, text[3], K, KS, R, EDGE, EDGE, SCAN,
         )  # fmt: skip
         tl.store(text_delta_ptr + stats, e, mask=exist)
         gate = tanh_gate(text_gate_ptr, g * R + rows % R)
@@ -90,22 +88,22 @@ def gqa_attention_dq_kernel(
     tl.store(delta_ptr + stats, delta, mask=exist)
     keys = keys_of(tokens, b, g, UNIT)
     context = (
-        q_tile, dout_tile, keys, load_stats(stats_ptr, stats, exist), tokens[3], bias, where,
+        q_tile, dout_tile, keys, load_stats(stats_ptr, stats, exist), tokens[4], bias, where,
     )  # fmt: skip
-    scale, _, _, before = tokens[3]
+    scale, _, _, before = tokens[4]
     if dbias_ptr is None:
         context = (context, delta * before, before, None, None, G)
     else:
         context = (context, delta, None, before, dbias_ptr, G)
     acc = walk_tiles(
         _add_dq, zeros(((0, BLOCK_M),), KS), context,
-        tokens[2], b, n_keys, K, KS, R, BLOCK_N, EDGE, SCAN,
+        tokens[2], b, tokens[3], K, KS, R, BLOCK_N, EDGE, SCAN,
     )  # fmt: skip
     acc = scale_by(acc, scale / before)
     if text_gate_ptr is not None:
         acc = walk_tiles(
-            _add_dq, acc, (text_context, e, None, (gate * text[3][0])[:, None], None, G),
-            text[2], b, n_text, K, KS, R, EDGE, EDGE, SCAN,
+            _add_dq, acc, (text_context, e, None, (gate * text[4][0])[:, None], None, G),
+            text[2], b, text[3], K, KS, R, EDGE, EDGE, SCAN,
         )  # fmt: skip
     rows, exist = row_numbers(block, n_rows, 1, BLOCK_M)
     out_rows = ((b * L + rows // R) * G * R + g * R + rows % R)[:, None] * K
@@ -189,13 +187,12 @@ def _add_dq(
     return add_dot(acc, ds, k)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit
 def gqa_attention_dkv_kernel(
     dout, q, branch, bias,  # as for dq; of one branch
     stats_ptr, delta_ptr, weight_ptr,  # that branch's; the weight of the text or None
     dk_ptr, dv_ptr,  # (B, keys, G, K)
-    L, G, n_keys,
-    K: tl.constexpr, KS: tl.constexpr, R: tl.constexpr, UNIT: tl.constexpr,
+    L, G, K: tl.constexpr, KS: tl.constexpr, R: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one tile of keys of the tokens or of the text, in a loop over all rows that read
@@ -204,7 +201,7 @@ def gqa_attention_dkv_kernel(
     Scores are transposed here, (keys, rows). What a masked key gets stays within its own row of dk
     and dv, so the loop does no masking: the result is replaced by 0 at the end. A tile without a
     valid key skips the loop. The masks that tokens have of their own are read in the loop."""
-    _, _, mask, scales = branch
+    _, _, mask, n_keys, scales = branch
     n_rows = L * R
     block, g, b = program_block(tl.cdiv(n_keys, BLOCK_N), G)
     before = scales[3]

@@ -4,7 +4,6 @@ import triton
 import triton.language as tl
 
 from lumina_kernels.triton._tiles import (
-    COUNTS,
     add,
     add_dot,
     dot_rows,
@@ -26,7 +25,7 @@ from lumina_kernels.triton.gqa_attention_walk import (
 )
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit
 def gqa_attention_fwd_kernel(
     q,  # heads: (pointer, stride of b, of l, of h)
     tokens, text,  # branches, see gqa_attention_walk, with |scale|; text or None
@@ -34,7 +33,7 @@ def gqa_attention_fwd_kernel(
     bias,  # see bias_tile, or None
     out_ptr, error_ptr,  # (B, L, H, K), the second may be None
     stats_ptr, text_stats_ptr,  # (B, G, L, R, 2)
-    L, G, n_keys, n_text,  # keys of the branches
+    L, G,
     K: tl.constexpr, KS: tl.constexpr, R: tl.constexpr,
     UNIT: tl.constexpr, NEGATIVE: tl.constexpr,  # the sign of the scale
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr, SCAN: tl.constexpr,
@@ -51,8 +50,8 @@ def gqa_attention_fwd_kernel(
     if NEGATIVE:
         image_q = negate(q_tile)
     acc, m, total = walk_tiles(
-        _step, _no_keys(BLOCK_M, KS), (image_q, keys, tokens[3], bias, where),
-        tokens[2], b, n_keys, K, KS, R, BLOCK_N, EDGE, SCAN,
+        _step, _no_keys(BLOCK_M, KS), (image_q, keys, tokens[4], bias, where),
+        tokens[2], b, tokens[3], K, KS, R, BLOCK_N, EDGE, SCAN,
     )  # fmt: skip
     acc = scale_by(acc, tl.where(total > 0, 1 / total, 0.0)[:, None])
     rows, exist = row_numbers(block, n_rows, 1, BLOCK_M)
@@ -62,8 +61,8 @@ def gqa_attention_fwd_kernel(
     if text_gate_ptr is not None:
         keys = keys_of(text, b, g, UNIT)
         text_acc, m, total = walk_tiles(
-            _step, _no_keys(BLOCK_M, KS), (q_tile, keys, text[3], None, where),
-            text[2], b, n_text, K, KS, R, EDGE, EDGE, SCAN,
+            _step, _no_keys(BLOCK_M, KS), (q_tile, keys, text[4], None, where),
+            text[2], b, text[3], K, KS, R, EDGE, EDGE, SCAN,
         )  # fmt: skip
         gate = tanh_gate(text_gate_ptr, g * R + rows % R)
         text_acc = scale_by(text_acc, tl.where(total > 0, gate / total, 0.0)[:, None])

@@ -4,13 +4,13 @@ over the tiles of keys that have a valid one.
 Rows. The R = H / G query heads of one key/value head are packed with the tokens: row m is token
 m // R, head g*R + m % R. One tile of keys and values serves them all.
 
-Branches. The keys of the tokens and those of the text come as tuples (k, v, mask, scales), their
-numbers beside them: k and v are heads (pointer, stride of b, of l, of h). The mask is int8: None,
-or (pointer, stride of b), with the keys of a sample next to each other, or, where every token has a
-mask of its own, (pointer, stride of b, of l, of the key). The scales are (scale, inner, outer,
-before): the next two are for weights, the last is a power of 2 that score gradients are multiplied
-by before the sums over queries or keys, which might else be infinite where these are large and the
-scale is small.
+Branches. The keys of the tokens and those of the text come as tuples (k, v, mask, number of keys,
+scales): k and v are heads (pointer, stride of b, of l, of h). The mask is int8: None, or (pointer,
+stride of b), with the keys of a sample next to each other, or, where every token has a mask of its
+own, (pointer, stride of b, of l, of the key). The scales are (scale, inner, outer, before): the
+next two are for weights, the last is a power of 2 that score gradients are multiplied by before the
+sums over queries or keys, which might else be infinite where these are large and the scale is
+small.
 
 Weights. That of a product s = q kᵀ is 2^((inner * s - top) * outer), top being the row's largest
 inner * s; with a bias s is the biased score. The difference comes before the product with the

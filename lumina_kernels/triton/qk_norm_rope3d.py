@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lumina_kernels.triton._arguments import (
+    COUNTS,
     contiguous,
     empty_as,
     frequencies_of,
@@ -21,7 +22,6 @@ from lumina_kernels.triton._arguments import (
 from lumina_kernels.triton._norm import sum_partials, zeros_of
 from lumina_kernels.triton._rotation import cos_sin_of, loop_options, rotate, token_options
 from lumina_kernels.triton._tiles import (
-    COUNTS,
     add,
     band,
     blocks,

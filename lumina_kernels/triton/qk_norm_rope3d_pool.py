@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lumina_kernels.triton._arguments import (
+    COUNTS,
     contiguous,
     empty_as,
     frequencies_of,
@@ -22,7 +23,6 @@ from lumina_kernels.triton._arguments import (
 from lumina_kernels.triton._norm import zeros_of
 from lumina_kernels.triton._rotation import cos_sin_of, loop_options
 from lumina_kernels.triton._tiles import (
-    COUNTS,
     add,
     cut,
     load_token,

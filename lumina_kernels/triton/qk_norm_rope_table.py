@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lumina_kernels.triton._arguments import (
+    COUNTS,
     contiguous,
     empty_as,
     heads_of,
@@ -30,7 +31,6 @@ from lumina_kernels.triton._rotation import (
     token_options,
 )
 from lumina_kernels.triton._tiles import (
-    COUNTS,
     add,
     blocks,
     cut,

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lumina_kernels.triton._arguments import (
+    COUNTS,
     empty_as,
     frequencies_of,
     heads_of,
@@ -16,7 +17,7 @@ from lumina_kernels.triton._arguments import (
     positions_of,
 )
 from lumina_kernels.triton._rotation import cos_sin_of, rotate, token_options
-from lumina_kernels.triton._tiles import COUNTS, cut, load_token, split_token, store_token
+from lumina_kernels.triton._tiles import cut, load_token, split_token, store_token
 from lumina_kernels.triton._tune import tuned
 
 

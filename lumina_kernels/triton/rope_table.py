@@ -8,7 +8,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lumina_kernels.triton._arguments import empty_as, heads_of, in_units, table_heads, table_of
+from lumina_kernels.triton._arguments import (
+    COUNTS,
+    empty_as,
+    heads_of,
+    in_units,
+    table_heads,
+    table_of,
+)
 from lumina_kernels.triton._rotation import (
     load_halves,
     load_table,
@@ -16,7 +23,7 @@ from lumina_kernels.triton._rotation import (
     split_entries,
     token_options,
 )
-from lumina_kernels.triton._tiles import COUNTS, cut, load_heads, split_token, store_heads
+from lumina_kernels.triton._tiles import cut, load_heads, split_token, store_heads
 from lumina_kernels.triton._tune import tuned
 
 

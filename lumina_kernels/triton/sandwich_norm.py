@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lumina_kernels.triton._arguments import contiguous, empty_as, rows_of
+from lumina_kernels.triton._arguments import COUNTS, contiguous, empty_as, rows_of
 from lumina_kernels.triton._norm import (
     BLOCK_D,
     BLOCK_SUMS,
@@ -19,7 +19,6 @@ from lumina_kernels.triton._norm import (
     zeros_of,
 )
 from lumina_kernels.triton._tiles import (
-    COUNTS,
     add,
     blocks,
     load_row_values,

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lumina_kernels.triton._arguments import contiguous, empty_as, rows_of
+from lumina_kernels.triton._arguments import COUNTS, contiguous, empty_as, rows_of
 from lumina_kernels.triton._norm import (
     backward_options,
     forward_options,
@@ -20,7 +20,6 @@ from lumina_kernels.triton._norm import (
     zeros_of,
 )
 from lumina_kernels.triton._tiles import (
-    COUNTS,
     add,
     blocks,
     load_rows,
