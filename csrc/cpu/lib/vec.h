@@ -156,6 +156,14 @@ LUMINA_INLINE void store(Row row, int64_t i, Vec value, int64_t count = kWidth) 
              count);
 }
 
+// Calls f(dtype) so that the compiler knows which one it is: loops in f are compiled for each.
+template <class F>
+LUMINA_INLINE void with_dtype(Dtype dtype, const F& f) {
+  if (dtype == Dtype::kFloat) return f(Dtype::kFloat);
+  if (dtype == Dtype::kHalf) return f(Dtype::kHalf);
+  f(Dtype::kBFloat16);
+}
+
 LUMINA_INLINE Vec load(const float* data, int64_t count = kWidth) {
   return load_bits<Vec>(reinterpret_cast<const char*>(data), count);
 }
