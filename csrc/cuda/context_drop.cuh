@@ -65,11 +65,8 @@ __global__ void __launch_bounds__(kContextDropThreads)
       for (int x = 0; x < window.width; ++x) {
         const int64_t l = window.first + static_cast<int64_t>(y) * p.windows.grid_w + x;
         const int64_t start = to.at(window.b, l, head) + column;
-        if (p.windows.keeps(window.b, l)) {
-          store8(to.values, start, count, grad);
-        } else {
-          store8(to.values, start, count, Float8{});
-        }
+        const bool keep = p.windows.keeps(window.b, l);
+        store8(to.values, start, count, by_column([&](int k) { return keep ? grad[k] : 0.0f; }));
       }
     }
   }

@@ -28,8 +28,8 @@ struct SandwichNormChainBwdParams {
 };
 
 // When the statistics of a row are stored: with four pieces and no tanh a register spills
-// otherwise, on sm_90 if it is early, from sm_100 on if it is late.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+// otherwise, on sm_90 and sm_120 if it is early, on sm_100 if it is late.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1200
 constexpr bool kStoresEarly = true;
 #else
 constexpr bool kStoresEarly = false;

@@ -79,37 +79,22 @@ namespace lumina_kernels::cpu::LUMINA_LEVEL {
 // that takes sums in memory: processors fetch ahead along one row better than along several.
 LUMINA_INLINE void window_mean(const Rows& x, int64_t b, const std::vector<int64_t>& tokens,
                                int64_t G, int64_t K, Row out) {
-  if (tokens.empty()) return fill_zeros(out, G * K);
   float* sums = scratch(padded(G * K));
+  for_vectors(G * K, [&](int64_t i, int64_t count) { store(sums + i, Vec{}, count); });
   with_dtype(out.dtype, [&](Dtype dtype) {
-    const auto each = [&](int64_t l, const auto& use) {
+    for (int64_t l : tokens) {
       const TokenHeads heads = heads_at(x, b, l, G, K);
       for (int64_t n = 0; n < heads.count; ++n) {
         const Row from{(heads.row + n * heads.step).data, dtype};
-        const Row to{(out + n * heads.length).data, dtype};
         float* sum = sums + n * heads.length;
         for_vectors(heads.length, [&](int64_t i, int64_t count) {
-          use(load(from, i, count), sum + i, to, i, count);
+          store(sum + i, load(sum + i, count) + load(from, i, count), count);
         });
       }
-    };
-    const int64_t last = tokens.size() - 1;
-    const Vec size = broadcast(static_cast<float>(tokens.size()));
-    if (last == 0) {
-      return each(tokens[0], [&](Vec value, float*, Row to, int64_t i, int64_t count) {
-        store(to, i, value, count);
-      });
     }
-    each(tokens[0], [&](Vec value, float* sum, Row, int64_t, int64_t count) {
-      store(sum, value, count);
-    });
-    for (int64_t n = 1; n < last; ++n) {
-      each(tokens[n], [&](Vec value, float* sum, Row, int64_t, int64_t count) {
-        store(sum, load(sum, count) + value, count);
-      });
-    }
-    each(tokens[last], [&](Vec value, float* sum, Row to, int64_t i, int64_t count) {
-      store(to, i, (load(sum, count) + value) / size, count);
+    const Vec size = broadcast(static_cast<float>(std::max<size_t>(tokens.size(), 1)));
+    for_vectors(G * K, [&](int64_t i, int64_t count) {
+      store(Row{out.data, dtype}, i, load(sums + i, count) / size, count);
     });
   });
 }
