@@ -154,7 +154,7 @@ class Build(build_ext):
             good, bad = architectures(nvcc)
             if bad:
                 say(f"architectures that are skipped: {', '.join(bad)}")
-            say(f"the CUDA kernels are built for {', '.join(good)}, a minute for each")
+            say(f"the CUDA kernels are built for {', '.join(good)}, two minutes for each")
             sources.append(_source_of_names(good, folder))
         (folder / "build.ninja").write_text(_ninja_file(sources, target, nvcc, good))
         say(f"building {target.name} of {len(sources)} files")

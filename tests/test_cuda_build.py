@@ -87,7 +87,7 @@ def test_a_torch_with_cuda_has_the_kernels_for_every_architecture(build, source)
     assert status == 0
     assert said == [
         "building _C.abi3.so of 1 files",
-        f"the CUDA kernels are built for {DEFAULT}, a minute for each",
+        f"the CUDA kernels are built for {DEFAULT}, two minutes for each",
         "building _C_cuda.abi3.so of 2 files",
     ]
     assert built(source) == ["_C.abi3.so", "_C_cuda.abi3.so"]
@@ -132,7 +132,7 @@ def test_an_older_toolkit_builds_what_it_knows_and_ptx_of_the_last(build):
         [
             "architectures that are skipped: 10.0+PTX (this nvcc does not know it), 12.0+PTX (this "
             "nvcc does not know it)",
-            "the CUDA kernels are built for 8.0, 9.0+PTX, a minute for each",
+            "the CUDA kernels are built for 8.0, 9.0+PTX, two minutes for each",
         ],
     )
     assert flags == ["compute_80,code=sm_80", "compute_90,code=sm_90", "compute_90,code=compute_90"]
@@ -146,7 +146,7 @@ def test_entries_that_can_not_be_built_are_skipped_in_one_line(build, source):
         [
             "architectures that are skipped: 5.2 (the kernels need 8.0), 7.5+PTX (the kernels need "
             "8.0), Hopper (no architecture like 9.0 or 9.0+PTX), 99.0 (this nvcc does not know it)",
-            "the CUDA kernels are built for 9.0a, 8.6+PTX, a minute for each",
+            "the CUDA kernels are built for 9.0a, 8.6+PTX, two minutes for each",
         ],
     )
     assert flags == [
