@@ -31,7 +31,7 @@ from lumina_kernels.triton._tiles import (
 )
 
 # Columns that a program of the second stage adds up, and partial sums it reads at once.
-BLOCK_D, BLOCK_SUMS = 64, 32
+BLOCK_D, BLOCK_SUMS = 16, 128
 
 
 @cache

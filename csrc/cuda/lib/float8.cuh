@@ -194,12 +194,7 @@ __device__ __forceinline__ void store8(const Values& x, int64_t i, int count, co
     }
     return;
   }
-  // A branch for each dtype: otherwise the conversions of both are issued, under predicates.
-  if (x.dtype == Dtype::kBFloat16) {
-    store_shorts8(x.data + 2 * i, vector, count, pack8(in, Dtype::kBFloat16));
-  } else {
-    store_shorts8(x.data + 2 * i, vector, count, pack8(in, Dtype::kHalf));
-  }
+  store_shorts8(x.data + 2 * i, vector, count, pack8(in, x.dtype));
 }
 
 }  // namespace lumina_kernels::cuda
