@@ -46,8 +46,8 @@ __global__ void __launch_bounds__(kFlatThreads, 5) gelu_fwd_kernel(const GeluFwd
 #pragma unroll
     for (int j = 0; j < kFlatPieces; ++j) {
       const Float8 x = to_float8(bits[j], p.x.dtype);
-      store8(p.out, row * p.F + column[j], count[j],
-             by_column([&](int k) { return x[k] * gelu_gate<kTanh>(x[k]).value; }));
+      store8_branching(p.out, row * p.F + column[j], count[j],
+                       by_column([&](int k) { return x[k] * gelu_gate<kTanh>(x[k]).value; }));
     }
   });
 }
@@ -63,10 +63,10 @@ __global__ void __launch_bounds__(kFlatThreads) gelu_bwd_kernel(const GeluBwdPar
     for (int j = 0; j < kFlatPieces; ++j) {
       const Float8 dout = to_float8(dout_bits[j], p.dout.dtype);
       const Float8 x = to_float8(x_bits[j], p.x.dtype);
-      store8(p.dx, row * p.F + column[j], count[j], by_column([&](int k) {
-               const GeluGate gate = gelu_gate<kTanh>(x[k]);
-               return dout[k] * (gate.value + x[k] * gate.slope);
-             }));
+      store8_branching(p.dx, row * p.F + column[j], count[j], by_column([&](int k) {
+                         const GeluGate gate = gelu_gate<kTanh>(x[k]);
+                         return dout[k] * (gate.value + x[k] * gate.slope);
+                       }));
     }
   });
 }

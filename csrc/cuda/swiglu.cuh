@@ -27,8 +27,9 @@ __global__ void __launch_bounds__(kFlatThreads) swiglu_fwd_kernel(const SwigluFw
 #pragma unroll
     for (int j = 0; j < kFlatPieces; ++j) {
       const Float8 a = to_float8(a_bits[j], p.a.dtype), b = to_float8(b_bits[j], p.b.dtype);
-      store8(p.out, row * p.F + column[j], count[j],
-             by_column([&](int k) { return a[k] * sigmoid_of(exp_approx(-a[k])) * b[k]; }));
+      store8_branching(p.out, row * p.F + column[j], count[j], by_column([&](int k) {
+                         return a[k] * sigmoid_of(exp_approx(-a[k])) * b[k];
+                       }));
     }
   });
 }
@@ -51,8 +52,8 @@ __global__ void __launch_bounds__(kFlatThreads) swiglu_bwd_kernel(const SwigluBw
         da[k] = dout[k] * b[k] * (s * (1.0f + a[k] * (1.0f - s)));
         db[k] = dout[k] * (a[k] * s);
       }
-      store8(p.da, row * p.F + column[j], count[j], da);
-      store8(p.db, row * p.F + column[j], count[j], db);
+      store8_branching(p.da, row * p.F + column[j], count[j], da);
+      store8_branching(p.db, row * p.F + column[j], count[j], db);
     }
   });
 }

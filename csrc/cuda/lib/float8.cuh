@@ -197,4 +197,17 @@ __device__ __forceinline__ void store8(const Values& x, int64_t i, int count, co
   store_shorts8(x.data + 2 * i, vector, count, pack8(in, x.dtype));
 }
 
+// The same with a branch for each dtype, so that the conversion of one is issued and not of both,
+// under predicates. Kernels of whole rows run out of registers with it.
+__device__ __forceinline__ void store8_branching(const Values& x, int64_t i, int count,
+                                                 const Float8& in) {
+  if (x.dtype == Dtype::kBFloat16) {
+    store8({x.data, Dtype::kBFloat16, x.vectors}, i, count, in);
+  } else if (x.dtype == Dtype::kHalf) {
+    store8({x.data, Dtype::kHalf, x.vectors}, i, count, in);
+  } else {
+    store8({x.data, Dtype::kFloat, x.vectors}, i, count, in);
+  }
+}
+
 }  // namespace lumina_kernels::cuda

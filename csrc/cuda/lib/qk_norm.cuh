@@ -281,8 +281,8 @@ __device__ __forceinline__ void store_heads(const Float8 (&x)[N], const HeadsVie
 #pragma unroll
   for (int n = 0; n < N; ++n) {
     const bool of_q = at.head + n * shape.layout.step < shape.H;
-    store8(select(of_q, q.values, k.values), piece_at(q, k, token, shape, at, n),
-           channels(shape, at, n), x[n]);
+    store8_branching(select(of_q, q.values, k.values), piece_at(q, k, token, shape, at, n),
+                     channels(shape, at, n), x[n]);
   }
 }
 
