@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 from common import assert_as_accurate, cast
-from ops.attention import eager, logsumexp_of
+from ops.attention import eager, logsumexp_of, make_inputs
 
 from lumina_kernels import gqa_attention
 from lumina_kernels.ops.gqa_attention import gqa_attention_fwd
@@ -55,3 +55,17 @@ def assert_forward(inputs, dtype):
         return
     given = (logsumexp(*(x.get(n) for n in ("q", "text_k", "text_mask"))) for x in (float32, wide))
     assert_lse(text_lse, *given)
+
+
+def assert_masked_tiles_are_not_read(cuda_host, run, L, L_kv, valid):
+    """A prefix of valid keys costs what those keys alone cost, but for the masks."""
+    inputs = make_inputs(B=1, L=L, L_kv=L_kv, H=4, G=1, K=72, text=False)
+    inputs = cast(inputs, torch.float16) | {"key_mask": torch.arange(L_kv)[None] < valid}
+    alone = {n: inputs[n][:, :valid] for n in ("k", "v")} | {"key_mask": None}
+
+    def bytes_read(inputs):
+        before = cuda_host.count("bytes_read")
+        run(inputs)
+        return cuda_host.count("bytes_read") - before
+
+    assert bytes_read(inputs) < 1.05 * bytes_read(inputs | alone)

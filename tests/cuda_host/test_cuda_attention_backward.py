@@ -7,13 +7,11 @@ from functools import partial
 import pytest
 import torch
 from common import DTYPES, assert_accurate, cast, randn, run
+from cuda_host.attention import assert_masked_tiles_are_not_read, op
 from cuda_host.build import CSRC, build
 from ops.attention import eager, make_inputs, mask_of_ranges
 
-from lumina_kernels import gqa_attention
-
 HEAD_DIMS = (24, 32, 48, 64, 72, 80, 96, 112, 128, 256)
-op = partial(gqa_attention, backend="cuda")
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 
@@ -108,17 +106,7 @@ def test_ldmatrix_has_no_bank_conflicts(cuda_host):
 
 
 def test_masked_tiles_are_not_read(cuda_host):
-    """A prefix of valid keys costs what those keys alone cost, but for the masks and for zeros."""
-    inputs = cast(make_inputs(B=1, L=16, L_kv=512, H=4, G=1, K=72, text=False), torch.float16)
-    inputs["key_mask"] = torch.arange(512)[None] < 128
-    alone = {n: inputs[n][:, :128] for n in ("k", "v")} | {"key_mask": None}
-
-    def bytes_read(inputs):
-        before = cuda_host.count("bytes_read")
-        run(op, inputs)
-        return cuda_host.count("bytes_read") - before
-
-    assert bytes_read(inputs) < 1.05 * bytes_read(inputs | alone)
+    assert_masked_tiles_are_not_read(cuda_host, partial(run, op), L=16, L_kv=512, valid=128)
 
 
 def test_useful_fraction(tmp_path):

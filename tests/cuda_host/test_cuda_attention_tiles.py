@@ -6,7 +6,12 @@ import ctypes
 import pytest
 import torch
 from common import DTYPES, assert_as_accurate, cast, randn
-from cuda_host.attention import assert_forward, op, saved
+from cuda_host.attention import (
+    assert_forward,
+    assert_masked_tiles_are_not_read,
+    op,
+    saved,
+)
 from cuda_host.build import CSRC, build
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -214,17 +219,7 @@ def test_ldmatrix_has_no_bank_conflicts(cuda_host):
 
 
 def test_masked_tiles_are_not_read(cuda_host):
-    """A prefix of valid keys costs what those keys alone cost, but for the mask."""
-    inputs = cast(make_inputs(B=1, L=32, L_kv=1024, H=4, G=1, K=72, text=False), torch.float16)
-    inputs["key_mask"] = torch.arange(1024)[None] < 512
-    alone = {n: inputs[n][:, :512] for n in ("k", "v")} | {"key_mask": None}
-
-    def bytes_read(inputs):
-        before = cuda_host.count("bytes_read")
-        op(**inputs)
-        return cuda_host.count("bytes_read") - before
-
-    assert bytes_read(inputs) < 1.05 * bytes_read(inputs | alone)
+    assert_masked_tiles_are_not_read(cuda_host, lambda x: op(**x), L=32, L_kv=1024, valid=512)
 
 
 @pytest.fixture(scope="module")

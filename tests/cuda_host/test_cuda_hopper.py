@@ -1,11 +1,7 @@
 """What the host makes of small kernels for Hopper that keep or break a rule."""
 
-import ctypes
-from functools import cache
-from pathlib import Path
-
 import pytest
-from cuda_host.build import CSRC, build
+from cuda_host import rules
 
 KEPT = (
     "ring", "ring, 64 bytes", "ring, 32 bytes", "ring, no swizzle", "values of 128",
@@ -45,25 +41,12 @@ BROKEN = {
 }  # fmt: skip
 
 
-@cache
-def library():
-    found = ctypes.CDLL(str(build([Path(__file__).with_name("rules_hopper.cu")], CSRC)))
-    found.cuda_host_try.restype = ctypes.c_char_p
-    return found
-
-
-def outcome(rule):
-    return library().cuda_host_try(rule.encode()).decode()
-
-
 @pytest.mark.parametrize("rule", KEPT)
 def test_what_keeps_the_rules_runs(rule):
-    assert outcome(rule) == ""
+    rules.run("rules_hopper.cu", rule)
 
 
 @pytest.mark.parametrize("rule", BROKEN)
 def test_what_breaks_a_rule_is_reported(rule):
     with pytest.raises(RuntimeError, match=BROKEN[rule]):
-        if error := outcome(rule):
-            assert error.startswith("rule, block (")
-            raise RuntimeError(error)
+        rules.run("rules_hopper.cu", rule)
