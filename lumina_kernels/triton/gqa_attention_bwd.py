@@ -50,6 +50,7 @@ from lumina_kernels.triton.gqa_attention_walk import (
 def gqa_attention_dq_kernel(
     dout, q, tokens, text, text_gate_ptr, bias,  # as in the forward, but with the sign of the scale
     out_ptr, error_ptr, stats_ptr, text_stats_ptr,
+    dlse_ptr,  # (B, L, H) or None
     dq_ptr, delta_ptr, text_delta_ptr,  # (B, L, H, K); e of both branches, (B, G, L, R)
     text_weight_ptr,  # tanh(gate) over the total of the text's weights, (B, G, L, R)
     dbias_ptr,  # (B, H, L, L_kv) zeros, or None
@@ -69,6 +70,9 @@ def gqa_attention_dq_kernel(
         error = load_tile(error_ptr, out_rows, exist[:, None], K, KS)
         out = _add_error(out, error)
     delta = sum_columns(multiply(to_float32(dout_tile), to_float32(out)))
+    if dlse_ptr is not None:  # of a score it is P dlse
+        lse_rows = (b * L + rows // R) * G * R + g * R + rows % R
+        delta -= tl.load(dlse_ptr + lse_rows, mask=exist, other=0.0)
     q_tile = load_queries(q, block * BLOCK_M, exist, b, g, R, UNIT, BLOCK_M, K, KS)
     where = (b, g, rows, n_rows)
 
