@@ -2,6 +2,7 @@
 #include "cuda/gqa_attention.cuh"
 #include "cuda/gqa_attention_hopper.h"
 #include "cuda/gqa_attention_launch.h"
+#include "cuda/gqa_attention_split.h"
 
 namespace lumina_kernels::cuda {
 namespace {
@@ -74,8 +75,10 @@ AttentionSaved gqa_attention_fwd(const Tensor& q, const Tensor& k, const Tensor&
               [&](auto columns) { launch_float<columns()>(x, outs); });
     return outs;
   }
-  if (!x.bias && !x.own_masks && gqa_attention_hopper_fwd(q, arguments<uint16_t>(x, outs), dtype)) {
-    return outs;
+  if (!x.bias && !x.own_masks) {
+    const AttentionFwdParams<uint16_t> p = arguments<uint16_t>(x, outs);
+    if (gqa_attention_hopper_fwd(q, p, dtype)) return outs;
+    if (gqa_attention_split_fwd(q, std::get<0>(outs), p)) return outs;
   }
   with_size(K, AttentionHeadDims(), [&](auto size) {
     if (dtype == Dtype::kHalf) {
