@@ -8,6 +8,7 @@ from attention import eager, make_inputs
 from common import (
     BACKENDS,
     IMPLEMENTATIONS,
+    NATIVE,
     assert_accurate,
     assert_compiles,
     assert_same_in_float64,
@@ -24,15 +25,15 @@ from lumina_kernels.ops.gqa_attention import LSE_FLOOR
 IN_PARTS = {
     # Holes, a part in the middle without a valid key, a sample without any.
     "masked": ({"H": 8, "G": 2}, None, (30, 45, 60)),
-    "many heads": ({"H": 28, "G": 7}, None, (41,)),
+    "many heads": ({"B": 2, "L": 3, "H": 28, "G": 7}, None, (41,)),
     "bias of keys": ({"H": 4, "G": 2}, (3, 1, 1, 75), (15, 50)),
     "bias of pairs": ({"H": 4, "G": 2}, (4, 5, 75), (40,)),
 }
 
 
 def inputs_of(name):
-    heads, bias, cuts = IN_PARTS[name]
-    inputs = make_inputs(L=5, L_kv=75, K=24, text=False, **heads)
+    sizes, bias, cuts = IN_PARTS[name]
+    inputs = make_inputs(L_kv=75, K=24, text=False, **sizes)
     if bias is not None:
         inputs["bias"] = randn(*bias)
     elif len(cuts) == 3:
@@ -52,24 +53,7 @@ def in_parts(q, k, v, key_mask, scale, bias=None, *, cuts, backend):
     return out.to(q.dtype), lse
 
 
-def logsumexp(q, k, key_mask, scale, bias):
-    k = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
-    scores = torch.einsum("blhk,bmhk->bhlm", q, k) * scale
-    scores = scores if bias is None else scores + bias
-    scores = scores.masked_fill(~key_mask[:, None, None], -torch.inf)
-    empty = (scores == -torch.inf).all(-1)
-    lse = scores.masked_fill(empty[..., None], 0).logsumexp(-1)
-    return lse.masked_fill(empty, LSE_FLOOR).transpose(1, 2)
-
-
-def eager_with_lse(q, k, v, key_mask, scale, bias=None):
-    """Operations one by one, those of the log-sum-exp in float32: it is as large as scores are."""
-    acc = torch.promote_types(q.dtype, torch.float32)
-    wide = [None if x is None else x.to(acc) for x in (q, k, bias)]
-    return (
-        eager(q, k, v, key_mask, scale, bias=bias),
-        logsumexp(*wide[:2], key_mask, scale, wide[2]),
-    )
+eager_with_lse = partial(eager, return_lse=True)
 
 
 @pytest.mark.parametrize("name", IN_PARTS)
@@ -153,9 +137,20 @@ def test_a_merge_compiles():
         return cast({n: x for n, x in found.items() if n != "scale"})
 
     def fn(**inputs):
-        return in_parts(**inputs, scale=0.3, cuts=(8,), backend=BACKENDS[-1])
+        return in_parts(**inputs, scale=0.3, cuts=(8,), backend=NATIVE[0])
 
     assert_compiles(fn, example(3, 5), example(4, 6))
+
+
+def test_text_is_added_after_the_merge():
+    """Its term is that of a call without keys."""
+    inputs = make_inputs(L_kv=20)
+
+    def fn(q, k, v, key_mask, scale, **text):
+        out, _ = in_parts(q, k, v, key_mask, scale, cuts=(8,), backend="torch")
+        return out + gqa_attention(q, k[:, :0], v[:, :0], **text)
+
+    assert_same_in_float64(fn, gqa_attention, inputs)
 
 
 def test_errors():
