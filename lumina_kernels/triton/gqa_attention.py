@@ -110,7 +110,7 @@ def gqa_attention_bwd(
             gqa_attention_dq_kernel[grid](
                 dout, q, tokens, text, text_gate, added,
                 out, error if error.numel() else None, stats, text_stats, dlse,
-                dq, delta, text_delta, text_weight, dbias, L, G, **constants, **options,
+                dq, delta, (text_delta, text_weight), dbias, L, G, **constants, **options,
             )  # fmt: skip
 
         _launch("dq", options, launch_dq, dq, L_kv)
