@@ -1,4 +1,4 @@
-// Shared by the CPU and the CUDA code of gqa_attention: scores as exponents of 2.
+// Shared by the CPU and the CUDA code of gqa_attention: scores as exponents of 2, and log-sum-exps.
 #pragma once
 
 #include <algorithm>
@@ -7,7 +7,10 @@
 
 namespace lumina_kernels {
 
-constexpr float kLog2E = 1.44269504f;
+constexpr float kLog2E = 1.44269504f, kLn2 = 0.69314718f;
+
+// The natural log-sum-exp of a row without a valid key (LSE_FLOOR in Python).
+constexpr float kLseFloor = -2000.f;
 
 // The weight of a product s = q kᵀ is 2^((inner * s - top) * outer), top being the row's largest
 // inner * s. The difference comes before the product with the scale: it is exact next to the

@@ -9,6 +9,7 @@ Every op ends with `backend=None`: a name takes that implementation or raises, N
 (`lumina_kernels/backend.py`). An op's definition is `<op>_ref` in `lumina_kernels/ops/<op>.py`.
 """
 
+from lumina_kernels.merge_attention import merge_attention as merge_attention
 from lumina_kernels.ops.context_drop import context_drop as context_drop
 from lumina_kernels.ops.gate_residual_norm import gate_residual_norm as gate_residual_norm
 from lumina_kernels.ops.gelu import gelu as gelu

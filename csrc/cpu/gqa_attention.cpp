@@ -65,6 +65,11 @@ void keep_stats(float* stats, const Sums& sums, int64_t row) {
   stats[1] = any ? std::log2(sums.total[row]) : INFINITY;
 }
 
+// The natural log-sum-exp of what keep_stats kept.
+float logsumexp(const float* stats, float outer) {
+  return stats[1] == INFINITY ? kLseFloor : (stats[0] * outer + stats[1]) * kLn2;
+}
+
 // Writes out = image / total + gate * text / total, transposed, and the statistics of both.
 void finish(const Attention& a, const Outputs& outs, int64_t b, int64_t g, int64_t first,
             int64_t rows, const Sums& image, const Sums* text) {
@@ -73,6 +78,9 @@ void finish(const Attention& a, const Outputs& outs, int64_t b, int64_t g, int64
     const int64_t row = first + r, at = (b * a.G + g) * a.rows() + row;
     image_factor[r] = image.total[r] > 0.f ? 1.f / image.total[r] : 0.f;
     keep_stats(outs.stats + 2 * at, image, r);
+    if (outs.lse != nullptr)
+      outs.lse[a.offset(b, g, row) / a.K] =
+          logsumexp(outs.stats + 2 * at, a.bias.base ? kUnscaled.outer : a.image.split.outer);
     if (text == nullptr) continue;
     text_factor[r] = text->total[r] > 0.f ? a.gate[g * a.R + row % a.R] / text->total[r] : 0.f;
     keep_stats(outs.text_stats + 2 * at, *text, r);
@@ -132,15 +140,12 @@ void forward(const Attention& a, const Outputs& outs, int64_t b, int64_t g, int6
 }  // namespace lumina_kernels::cpu::LUMINA_LEVEL
 #else
 namespace lumina_kernels::cpu {
-namespace {
 
-using Saved = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-
-Saved gqa_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
-                        const OptionalTensor& key_mask, double scale, const OptionalTensor& text_k,
-                        const OptionalTensor& text_v, const OptionalTensor& text_mask,
-                        const OptionalTensor& text_gate, const OptionalTensor& bias,
-                        bool with_error) {
+AttentionSaved attention_forward(const Tensor& q, const Tensor& k, const Tensor& v,
+                                 const OptionalTensor& key_mask, double scale,
+                                 const OptionalTensor& text_k, const OptionalTensor& text_v,
+                                 const OptionalTensor& text_mask, const OptionalTensor& text_gate,
+                                 const OptionalTensor& bias, bool with_error, float* lse) {
   const Attention a =
       attention_of(q, k, v, key_mask, scale, text_k, text_v, text_mask, text_gate, bias);
   with_error = with_error && q.element_size() == 2;
@@ -152,14 +157,22 @@ Saved gqa_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
   if (out.numel() == 0) return {out, error, stats, text_stats};
   const Outputs outs{row_of(out), with_error ? static_cast<int8_t*>(error.data_ptr()) : nullptr,
                      static_cast<float*>(stats.data_ptr()),
-                     static_cast<float*>(text_stats.data_ptr())};
+                     static_cast<float*>(text_stats.data_ptr()), lse};
   parallel_blocks(a, a.rows(), 1024, [&](int64_t b, int64_t g, int64_t first, int64_t rows) {
     LUMINA_CALL(forward, a, outs, b, g, first, rows);
   });
   return {out, error, stats, text_stats};
 }
 
-}  // namespace
+static AttentionSaved gqa_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
+                                        const OptionalTensor& key_mask, double scale,
+                                        const OptionalTensor& text_k, const OptionalTensor& text_v,
+                                        const OptionalTensor& text_mask,
+                                        const OptionalTensor& text_gate, const OptionalTensor& bias,
+                                        bool with_error) {
+  return attention_forward(q, k, v, key_mask, scale, text_k, text_v, text_mask, text_gate, bias,
+                           with_error, nullptr);
+}
 
 STABLE_TORCH_LIBRARY_IMPL(lumina_kernels_cpp, CPU, m) {
   m.impl("gqa_attention_fwd", TORCH_BOX(&gqa_attention_fwd));

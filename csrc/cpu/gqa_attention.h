@@ -183,6 +183,7 @@ struct Outputs {
   Row out;                    // (B, L, H, K)
   int8_t* error;              // the rounding error of out, or null
   float *stats, *text_stats;  // (B, G, L, R, 2)
+  float* lse;                 // (B, L, H), or null
 };
 
 // What the backward is given besides, and its results; stats and e are per row and branch.
@@ -190,6 +191,7 @@ struct Gradients : Attention {
   Rows dout, out;
   const int8_t* error;  // the rounding error of out, or null
   const float *stats, *text_stats;
+  const float* dlse;                 // (B, L, H), or null
   float *e, *text_e;                 // (B, G, L, R)
   Row dq, dk, dv, dtext_k, dtext_v;  // contiguous
   float* dbias;                      // (B, H, L, keys), or null
@@ -231,5 +233,25 @@ void parallel_blocks(const Attention& a, int64_t count, int64_t size, const F& f
     }
   });
 }
+
+using AttentionSaved = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using AttentionGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// out, its error, and the statistics of both softmaxes; the log-sum-exp, (B, L, H), goes to `lse`
+// if that is not null.
+AttentionSaved attention_forward(const Tensor& q, const Tensor& k, const Tensor& v,
+                                 const OptionalTensor& key_mask, double scale,
+                                 const OptionalTensor& text_k, const OptionalTensor& text_v,
+                                 const OptionalTensor& text_mask, const OptionalTensor& text_gate,
+                                 const OptionalTensor& bias, bool with_error, float* lse);
+
+// dlse, the gradient of the log-sum-exp, may be null.
+AttentionGrads attention_backward(const Tensor& dout, const float* dlse, const Tensor& out,
+                                  const Tensor& error, const Tensor& stats,
+                                  const Tensor& text_stats, const Tensor& q, const Tensor& k,
+                                  const Tensor& v, const OptionalTensor& key_mask, double scale,
+                                  const OptionalTensor& text_k, const OptionalTensor& text_v,
+                                  const OptionalTensor& text_mask, const OptionalTensor& text_gate,
+                                  const OptionalTensor& bias, bool with_dbias);
 
 }  // namespace lumina_kernels::cpu

@@ -87,6 +87,7 @@ void begin_rows(const Gradients& a, RowBlock& block, int64_t b, int64_t g, int64
     block.image.top[r] = a.stats[2 * at], block.image.total[r] = a.stats[2 * at + 1];
     block.image.e[r] =
         exact_product(a.head(a.dout, b, g, row), a.head(a.out, b, g, row), error, a.K);
+    if (a.dlse) block.image.e[r] -= a.dlse[a.offset(b, g, row) / a.K];  // of a score it is P dlse
     if (a.gate.empty()) continue;
     block.text.top[r] = a.text_stats[2 * at], block.text.total[r] = a.text_stats[2 * at + 1];
     block.text.weight[r] = a.gate[g * a.R + row % a.R] * a.text.scale;
@@ -290,14 +291,15 @@ Tensor gate_gradient(const Gradients& a, const Tensor& gate) {
   return torch::stable::to(grad, gate.scalar_type());
 }
 
-using Grads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+}  // namespace
 
-Grads gqa_attention_bwd(const Tensor& dout, const Tensor& out, const Tensor& error,
-                        const Tensor& stats, const Tensor& text_stats, const Tensor& q,
-                        const Tensor& k, const Tensor& v, const OptionalTensor& key_mask,
-                        double scale, const OptionalTensor& text_k, const OptionalTensor& text_v,
-                        const OptionalTensor& text_mask, const OptionalTensor& text_gate,
-                        const OptionalTensor& bias, bool with_dbias) {
+AttentionGrads attention_backward(const Tensor& dout, const float* dlse, const Tensor& out,
+                                  const Tensor& error, const Tensor& stats,
+                                  const Tensor& text_stats, const Tensor& q, const Tensor& k,
+                                  const Tensor& v, const OptionalTensor& key_mask, double scale,
+                                  const OptionalTensor& text_k, const OptionalTensor& text_v,
+                                  const OptionalTensor& text_mask, const OptionalTensor& text_gate,
+                                  const OptionalTensor& bias, bool with_dbias) {
   Gradients a{attention_of(q, k, v, key_mask, scale, text_k, text_v, text_mask, text_gate, bias)};
   const auto zeros = [&](const OptionalTensor& x) { return x ? zeros_as(*x) : nothing(q); };
   Tensor dq = empty_as(q), dk = zeros(k), dv = zeros(v);
@@ -310,6 +312,7 @@ Grads gqa_attention_bwd(const Tensor& dout, const Tensor& out, const Tensor& err
     const Tensor text_e = text_k ? empty_as(e) : nothing(q);
     a.dout = rows_of(dout), a.out = rows_of(out);
     a.error = error.numel() > 0 ? static_cast<const int8_t*>(error.data_ptr()) : nullptr;
+    a.dlse = dlse;
     a.stats = data_of(stats), a.text_stats = data_of(text_stats);
     a.e = data_of(e), a.text_e = data_of(text_e);
     a.dq = row_of(dq), a.dk = row_of(dk), a.dv = row_of(dv);
@@ -326,7 +329,17 @@ Grads gqa_attention_bwd(const Tensor& dout, const Tensor& out, const Tensor& err
   return {dq, dk, dv, dtext_k, dtext_v, dgate, dbias};
 }
 
-}  // namespace
+static AttentionGrads gqa_attention_bwd(const Tensor& dout, const Tensor& out, const Tensor& error,
+                                        const Tensor& stats, const Tensor& text_stats,
+                                        const Tensor& q, const Tensor& k, const Tensor& v,
+                                        const OptionalTensor& key_mask, double scale,
+                                        const OptionalTensor& text_k, const OptionalTensor& text_v,
+                                        const OptionalTensor& text_mask,
+                                        const OptionalTensor& text_gate, const OptionalTensor& bias,
+                                        bool with_dbias) {
+  return attention_backward(dout, nullptr, out, error, stats, text_stats, q, k, v, key_mask, scale,
+                            text_k, text_v, text_mask, text_gate, bias, with_dbias);
+}
 
 STABLE_TORCH_LIBRARY_IMPL(lumina_kernels_cpp, CPU, m) {
   m.impl("gqa_attention_bwd", TORCH_BOX(&gqa_attention_bwd));

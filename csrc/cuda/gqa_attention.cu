@@ -2,14 +2,13 @@
 #include "cuda/gqa_attention.cuh"
 #include "cuda/gqa_attention_hopper.h"
 #include "cuda/gqa_attention_launch.h"
+#include "cuda/gqa_attention_split.h"
 
 namespace lumina_kernels::cuda {
 namespace {
 
-using Saved = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-
 template <class T>
-AttentionFwdParams<T> arguments(const AttentionInputs& x, const Saved& outs) {
+AttentionFwdParams<T> arguments(const AttentionInputs& x, const AttentionSaved& outs) {
   const auto& [out, error, stats, text_stats] = outs;
   AttentionFwdParams<T> p = attention_params<T>(x);
   p.out = pointer_to<T>(out);
@@ -20,7 +19,7 @@ AttentionFwdParams<T> arguments(const AttentionInputs& x, const Saved& outs) {
 }
 
 template <int kLaneColumns>
-void launch_float(const AttentionInputs& x, const Saved& outs) {
+void launch_float(const AttentionInputs& x, const AttentionSaved& outs) {
   AttentionFwdParams<float> p = arguments<float>(x, outs);
   p.row_blocks = static_cast<int>(ceil_div(p.rows, AttentionFloatTile<kLaneColumns>::kRows));
   const LaunchConfig config = gqa_attention_float_config<kLaneColumns>(x.q.size(0) * p.G, p.rows);
@@ -28,7 +27,7 @@ void launch_float(const AttentionInputs& x, const Saved& outs) {
 }
 
 template <int kHeadDim, Dtype kDtype, bool kBias, bool kOwnMasks>
-void launch_mma(const AttentionInputs& x, const Saved& outs) {
+void launch_mma(const AttentionInputs& x, const AttentionSaved& outs) {
   AttentionFwdParams<uint16_t> p = arguments<uint16_t>(x, outs);
   p.row_blocks = static_cast<int>(ceil_div(p.rows, AttentionTile<kHeadDim, kBias>::kRows));
   const LaunchConfig config =
@@ -37,7 +36,7 @@ void launch_mma(const AttentionInputs& x, const Saved& outs) {
 }
 
 template <int kHeadDim, Dtype kDtype>
-void launch_mma(const AttentionInputs& x, const Saved& outs) {
+void launch_mma(const AttentionInputs& x, const AttentionSaved& outs) {
   if (x.bias) {  // rarely with text: one kernel takes both kinds of masks
     launch_mma<kHeadDim, kDtype, true, true>(x, outs);
   } else if (x.own_masks) {
@@ -48,7 +47,7 @@ void launch_mma(const AttentionInputs& x, const Saved& outs) {
 }
 
 // out, its error, and the statistics of both softmaxes; empty if not wanted.
-Saved outputs_of(const Tensor& q, int64_t G, bool text, bool with_error) {
+AttentionSaved outputs_of(const Tensor& q, int64_t G, bool text, bool with_error) {
   const int64_t B = q.size(0), L = q.size(1), H = q.size(2), K = q.size(3);
   const Tensor stats = empty(q, {B, G, L, H / G, 2}, ScalarType::Float);
   return {empty(q, {B, L, H, K}, q.scalar_type()),
@@ -56,13 +55,15 @@ Saved outputs_of(const Tensor& q, int64_t G, bool text, bool with_error) {
           stats, text ? empty_as(stats) : empty(q, {0}, ScalarType::Float)};
 }
 
-Saved gqa_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
-                        const OptionalTensor& key_mask, double scale, const OptionalTensor& text_k,
-                        const OptionalTensor& text_v, const OptionalTensor& text_mask,
-                        const OptionalTensor& text_gate, const OptionalTensor& bias,
-                        bool with_error) {
+}  // namespace
+
+AttentionSaved gqa_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
+                                 const OptionalTensor& key_mask, double scale,
+                                 const OptionalTensor& text_k, const OptionalTensor& text_v,
+                                 const OptionalTensor& text_mask, const OptionalTensor& text_gate,
+                                 const OptionalTensor& bias, bool with_error) {
   const Dtype dtype = dtype_of(q);
-  const Saved outs =
+  const AttentionSaved outs =
       outputs_of(q, k.size(2), text_k.has_value(), with_error && dtype != Dtype::kFloat);
   if (std::get<0>(outs).numel() == 0) return outs;
   const AttentionInputs x =
@@ -74,8 +75,10 @@ Saved gqa_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
               [&](auto columns) { launch_float<columns()>(x, outs); });
     return outs;
   }
-  if (!x.bias && !x.own_masks && gqa_attention_hopper_fwd(q, arguments<uint16_t>(x, outs), dtype)) {
-    return outs;
+  if (!x.bias && !x.own_masks) {
+    const AttentionFwdParams<uint16_t> p = arguments<uint16_t>(x, outs);
+    if (gqa_attention_hopper_fwd(q, p, dtype)) return outs;
+    if (gqa_attention_split_fwd(q, std::get<0>(outs), p)) return outs;
   }
   with_size(K, AttentionHeadDims(), [&](auto size) {
     if (dtype == Dtype::kHalf) {
@@ -86,8 +89,6 @@ Saved gqa_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
   });
   return outs;
 }
-
-}  // namespace
 
 LUMINA_CUDA_LIBRARY(m) { m.impl("gqa_attention_fwd", TORCH_BOX(&gqa_attention_fwd)); }
 

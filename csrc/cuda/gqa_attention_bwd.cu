@@ -6,27 +6,27 @@
 namespace lumina_kernels::cuda {
 namespace {
 
-using Grads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-// What the forward kept, and the gradient of its output.
-struct AttentionSaved {
+// What the forward kept, and the gradients of its outputs.
+struct AttentionKept {
   Tensor dout, out, error, stats, text_stats;
+  OptionalTensor dlse;
 };
 
 // Results, of which those without elements are none, and what the kernels tell each other.
-struct AttentionGrads {
+struct AttentionWork {
   Tensor dq, dk, dv, dtext_k, dtext_v, dbias;
   Tensor terms, text_terms, gate_terms;
 };
 
-void launch_terms(const AttentionInputs& x, const AttentionSaved& saved,
-                  const AttentionGrads& grads, float before) {
+void launch_terms(const AttentionInputs& x, const AttentionKept& saved, const AttentionWork& grads,
+                  float before) {
   AttentionTermsParams p{};
   p.dout = values_of(saved.dout);
   p.dout.vectors &= x.q.size(3) % 8 == 0;
   p.step_b = step(saved.dout, 0), p.step_l = step(saved.dout, 1), p.step_h = step(saved.dout, 2);
   p.out = values_of(saved.out), p.gate = values_of(x.text_gate);
   if (saved.error.numel() > 0) p.error = pointer_to<const uint8_t>(saved.error);
+  p.dlse = pointer_to<const float>(saved.dlse);
   p.stats[0] = pointer_to<const float>(saved.stats);
   p.terms[0] = pointer_to<float>(grads.terms);
   if (x.text_k) {
@@ -41,8 +41,8 @@ void launch_terms(const AttentionInputs& x, const AttentionSaved& saved,
 }
 
 template <class T>
-AttentionBwdParams<T> arguments(const AttentionInputs& x, const AttentionSaved& saved,
-                                const AttentionGrads& grads) {
+AttentionBwdParams<T> arguments(const AttentionInputs& x, const AttentionKept& saved,
+                                const AttentionWork& grads) {
   AttentionBwdParams<T> p{};
   p.fwd = attention_params<T>(x);
   p.dout = heads_of<T>(saved.dout);
@@ -77,7 +77,7 @@ void launch_float(const Tensor& like, AttentionBwdParams<float> p, int64_t B) {
                 gqa_attention_float_dkv_kernel<kLaneColumns>, p);
 }
 
-void launch(const AttentionInputs& x, const AttentionSaved& saved, const AttentionGrads& grads) {
+void launch(const AttentionInputs& x, const AttentionKept& saved, const AttentionWork& grads) {
   const int64_t B = x.q.size(0);
   if (dtype_of(x.q) == Dtype::kFloat) {
     const AttentionBwdParams<float> p = arguments<float>(x, saved, grads);
@@ -100,12 +100,15 @@ Tensor gate_gradient(const Tensor& terms, const Tensor& gate) {
   return torch::stable::to(torch::stable::reshape(sum, gate.sizes()), gate.scalar_type());
 }
 
-Grads gqa_attention_bwd(const Tensor& dout, const Tensor& out, const Tensor& error,
-                        const Tensor& stats, const Tensor& text_stats, const Tensor& q,
-                        const Tensor& k, const Tensor& v, const OptionalTensor& key_mask,
-                        double scale, const OptionalTensor& text_k, const OptionalTensor& text_v,
-                        const OptionalTensor& text_mask, const OptionalTensor& text_gate,
-                        const OptionalTensor& bias, bool with_dbias) {
+}  // namespace
+
+AttentionGrads attention_backward(const Tensor& dout, const OptionalTensor& dlse, const Tensor& out,
+                                  const Tensor& error, const Tensor& stats,
+                                  const Tensor& text_stats, const Tensor& q, const Tensor& k,
+                                  const Tensor& v, const OptionalTensor& key_mask, double scale,
+                                  const OptionalTensor& text_k, const OptionalTensor& text_v,
+                                  const OptionalTensor& text_mask, const OptionalTensor& text_gate,
+                                  const OptionalTensor& bias, bool with_dbias) {
   const AttentionInputs x =
       attention_inputs(q, k, v, key_mask, scale, text_k, text_v, text_mask, text_gate, bias);
   check_sizes(x);
@@ -118,7 +121,7 @@ Grads gqa_attention_bwd(const Tensor& dout, const Tensor& out, const Tensor& err
                   : nothing(q);
   };
   const int64_t pairs[] = {q.size(0), q.size(2), q.size(1), k.size(1)};
-  AttentionGrads grads{
+  AttentionWork grads{
       .dq = result(q),
       .dk = result(k),
       .dv = result(v),
@@ -131,14 +134,26 @@ Grads gqa_attention_bwd(const Tensor& dout, const Tensor& out, const Tensor& err
       .gate_terms = work(text_k.has_value(), 1)};
   Tensor dgate = text_gate ? zeros_as(*text_gate) : nothing(q);
   if (some) {
-    launch(x, {packed(dout), torch::stable::contiguous(out), error, stats, text_stats}, grads);
+    launch(x, {packed(dout), torch::stable::contiguous(out), error, stats, text_stats, dlse},
+           grads);
     if (text_gate) dgate = gate_gradient(grads.gate_terms, *text_gate);
   }
   if (with_dbias) grads.dbias = sum_to(grads.dbias, *bias);
   return {grads.dq, grads.dk, grads.dv, grads.dtext_k, grads.dtext_v, dgate, grads.dbias};
 }
 
-}  // namespace
+static AttentionGrads gqa_attention_bwd(const Tensor& dout, const Tensor& out, const Tensor& error,
+                                        const Tensor& stats, const Tensor& text_stats,
+                                        const Tensor& q, const Tensor& k, const Tensor& v,
+                                        const OptionalTensor& key_mask, double scale,
+                                        const OptionalTensor& text_k, const OptionalTensor& text_v,
+                                        const OptionalTensor& text_mask,
+                                        const OptionalTensor& text_gate, const OptionalTensor& bias,
+                                        bool with_dbias) {
+  return attention_backward(dout, OptionalTensor(), out, error, stats, text_stats, q, k, v,
+                            key_mask, scale, text_k, text_v, text_mask, text_gate, bias,
+                            with_dbias);
+}
 
 LUMINA_CUDA_LIBRARY(m) { m.impl("gqa_attention_bwd", TORCH_BOX(&gqa_attention_bwd)); }
 

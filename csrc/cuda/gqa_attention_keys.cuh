@@ -145,15 +145,19 @@ struct KeyWalk {
       first += kKeys;
       if (first >= keys.count) return false;
       if (first % kWindow == 0) read_window(keys, b);
-      const int word = first / 32;
-      bits = __shfl_sync(kAllLanes, mine, word);
-      if (kKeys > 32) {
-        bits |= static_cast<uint64_t>(__shfl_sync(kAllLanes, mine, word | 1)) << 32;
-      } else {
-        bits = bits >> first % 32 & kFull;
-      }
+      read_bits();
     } while (bits == 0);
     return true;
+  }
+
+  __device__ __forceinline__ void read_bits() {
+    const int word = first / 32;
+    bits = __shfl_sync(kAllLanes, mine, word);
+    if (kKeys > 32) {
+      bits |= static_cast<uint64_t>(__shfl_sync(kAllLanes, mine, word | 1)) << 32;
+    } else {
+      bits = bits >> first % 32 & kFull;
+    }
   }
 
   template <class T>
@@ -174,6 +178,31 @@ struct KeyWalk {
         if (i < left) mine |= static_cast<uint32_t>(load_global<uint8_t>(mask + i)) << i;
       }
     }
+  }
+};
+
+// The same for the keys [start, end) alone, both multiples of kKeys, or end the number of keys.
+template <int kKeys>
+struct KeyRangeWalk : KeyWalk<kKeys> {
+  using Walk = KeyWalk<kKeys>;
+  int end;
+
+  template <class T>
+  __device__ __forceinline__ KeyRangeWalk(const AttentionKeys<T>& keys, int b, int start, int end)
+      : end(end) {
+    this->first = start / Walk::kWindow * Walk::kWindow;
+    this->read_window(keys, b);
+    this->first = start - kKeys;
+  }
+  template <class T>
+  __device__ __forceinline__ bool next(const AttentionKeys<T>& keys, int b) {
+    do {
+      this->first += kKeys;
+      if (this->first >= end) return false;
+      if (this->first % Walk::kWindow == 0) this->read_window(keys, b);
+      this->read_bits();
+    } while (this->bits == 0);
+    return true;
   }
 };
 

@@ -125,4 +125,23 @@ inline AttentionInputs attention_inputs(const Tensor& q, const Tensor& k, const 
           .scale = scale};
 }
 
+using AttentionSaved = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using AttentionGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// out, its error, and the statistics of both softmaxes; empty if not wanted.
+AttentionSaved gqa_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
+                                 const OptionalTensor& key_mask, double scale,
+                                 const OptionalTensor& text_k, const OptionalTensor& text_v,
+                                 const OptionalTensor& text_mask, const OptionalTensor& text_gate,
+                                 const OptionalTensor& bias, bool with_error);
+
+// dlse is the gradient of the log-sum-exp, contiguous, if there is one.
+AttentionGrads attention_backward(const Tensor& dout, const OptionalTensor& dlse, const Tensor& out,
+                                  const Tensor& error, const Tensor& stats,
+                                  const Tensor& text_stats, const Tensor& q, const Tensor& k,
+                                  const Tensor& v, const OptionalTensor& key_mask, double scale,
+                                  const OptionalTensor& text_k, const OptionalTensor& text_v,
+                                  const OptionalTensor& text_mask, const OptionalTensor& text_gate,
+                                  const OptionalTensor& bias, bool with_dbias);
+
 }  // namespace lumina_kernels::cuda

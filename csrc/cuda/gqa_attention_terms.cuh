@@ -14,6 +14,7 @@ struct AttentionTermsParams {
   Values out, gate;              // (B, L, H, K), (H,)
   Global<const uint8_t> error;   // the rounding error of out, or null
   Global<const float> stats[2];  // (B, G, L, R, 2); the text's may be null
+  Global<const float> dlse;      // gradient of the log-sum-exp, (B, L, H), or null
   Global<float> terms[2];
   float before;
   int64_t rows;  // B * G * L * R
@@ -51,7 +52,7 @@ __global__ void __launch_bounds__(kTermThreads)
     const int64_t l = token - heads * p.L;
     h = static_cast<int>((heads - b * p.G) * p.R + (row - token * p.R));
     const int64_t from = b * p.step_b + l * p.step_l + h * p.step_h;
-    const int64_t at = ((b * p.L + l) * p.G * p.R + h) * p.K;
+    const int64_t out_row = (b * p.L + l) * p.G * p.R + h, at = out_row * p.K;
     for (int column = 8 * lane; column < p.K; column += 8 * kTermLanes) {
       const int count = p.K - column;
       Float8 out = load8(p.out, at + column, count);
@@ -61,6 +62,8 @@ __global__ void __launch_bounds__(kTermThreads)
       }
       add_products(total, load8(p.dout, from + column, count), out);
     }
+    // The gradient of a score from it is P dlse.
+    if (p.dlse != nullptr && lane == 0) total -= load_global<float>(p.dlse + out_row);
   }
   total += __shfl_xor_sync(kAllLanes, total, 1);
   total += __shfl_xor_sync(kAllLanes, total, 2);

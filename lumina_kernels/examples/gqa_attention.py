@@ -15,5 +15,6 @@ def examples(n: Sizes) -> dict[str, dict]:
         "regions": {**inputs, "key_mask": n.mask(n.L), **text, "text_mask": regions},
         "plain": inputs,
         "bias": {**inputs, "bias": n.normal(n.B, 1, 1, n.L)},
+        "lse": {**inputs, "return_lse": True},
         "bias of pairs": {**inputs, "bias": n.normal(1, n.H, n.L, n.L)},
     }

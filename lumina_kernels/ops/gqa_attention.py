@@ -17,17 +17,22 @@ from lumina_kernels.checks import (
 from lumina_kernels.kernel_op import kernel_op, like
 
 MAX_HEAD_DIM = 256  # what the tiles of the kernels hold
+# The log-sum-exp of a row without a valid key (csrc/split_scale.h has it too). It is far below that
+# of others, so that a merge gives such a part no weight. It is no -inf, from which merges make NaN,
+# and not huge: `lse - logsigmoid(lse - other)`, the usual merge, would lose `other` in rounding.
+LSE_FLOOR = -2000.0
 Keys, KeyMask = Annotated[Tensor, "B M H K"], Annotated[Tensor, "B M"]
 Text, TextMask = Annotated[Tensor, "B T H K"], Annotated[Tensor, "B [L] T"]
 Gate, Bias = Annotated[Tensor, "H"], Annotated[Tensor, "[B] [H] [L] [M]"]
-SoftmaxStats = Annotated[Tensor, "B H L R S"]
+SoftmaxStats, Lse = Annotated[Tensor, "B H L R S"], Annotated[Tensor, "B L H"]
 
 
 def gqa_attention(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, scale: float | None = None,
     text_k: Tensor | None = None, text_v: Tensor | None = None, text_mask: Tensor | None = None,
-    text_gate: Tensor | None = None, bias: Tensor | None = None, *, backend: str | None = None,
-) -> Tensor:  # fmt: skip
+    text_gate: Tensor | None = None, bias: Tensor | None = None, *, return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Return softmax(scale q kᵀ + bias) v + tanh(text_gate) * softmax(q text_kᵀ / sqrt(K)) text_v.
 
     Query head h reads key/value head h // (H / G) (grouped queries, arXiv 2305.13245). The second
@@ -46,15 +51,21 @@ def gqa_attention(
             text of its own (regional prompts). Any strides, an expanded one is not copied.
         text_gate: gate before the tanh, (H,).
         bias: added to the scaled scores, broadcastable to (B, H, L, L_kv). A float mask is a bias.
+        return_lse: return the log-sum-exp of the scores, too, by which `merge_attention` joins
+            attentions to parts of the keys. Not with text, see Raises.
         backend: None takes the best one available; see `lumina_kernels.backend`.
 
     Returns:
         (B, L, H, K) in q.dtype. The arithmetic is float32 (float64 for float64), also under
-        autocast, rounded once.
+        autocast, rounded once. With return_lse also log(sum of exp(scale q kᵀ + bias)) over the
+        valid keys, (B, L, H) float32 (float64 for float64), differentiable; -2000 in a row without
+        one.
 
     Raises:
         ValueError, TypeError: a shape, device or dtype is not as above, or text_k, text_v and
-            text_gate do not come together.
+            text_gate do not come together; or return_lse comes with text, which a merge would
+            weigh as if it were part of the keys. Call with return_lse and without text, merge, and
+            add the text's term, which is that of a call with `k[:, :0], v[:, :0]` and text.
         NotImplementedError: the backend that was asked for takes no head_dim above 256, or is
             "triton" on a GPU that its tiles do not fit.
     """
@@ -65,23 +76,28 @@ def gqa_attention(
     refused = _refusals(q.shape[-1])
     backend = resolve(backend, BEST_FIRST, *floats, refused=refused, op="gqa_attention")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if return_lse and text_k is not None:
+        raise ValueError("return_lse takes no text, which a merge would weigh: add it afterwards")
     inputs = q, k, v, key_mask, scale, text_k, text_v, text_mask, text_gate, bias
     if backend == "torch":
-        return gqa_attention_ref(*inputs)
+        return gqa_attention_ref(*inputs, return_lse=return_lse)
+    if return_lse:
+        return gqa_attention_lse_fwd(q, k, v, key_mask, scale, bias, with_grad, backend)[:2]
     return gqa_attention_fwd(*inputs, with_grad, backend)[0]
 
 
 def gqa_attention_ref(
     q, k, v, key_mask=None, scale=None, text_k=None, text_v=None, text_mask=None, text_gate=None,
-    bias=None,
+    bias=None, *, return_lse=False,
 ):  # fmt: skip
     """The definition. It holds the scores, O(H L L_kv) numbers per sample."""
     default = q.shape[-1] ** -0.5
-    out = _attend(q, k, v, default if scale is None else scale, key_mask, bias)
+    out, lse = _attend(q, k, v, default if scale is None else scale, key_mask, bias, return_lse)
     if text_k is not None:
-        text = _attend(q, text_k, text_v, default, text_mask, None)
+        text, _ = _attend(q, text_k, text_v, default, text_mask, None)
         out = out + torch.tanh(text_gate.to(out.dtype)).unsqueeze(-1) * text
-    return out.to(q.dtype)
+    out = out.to(q.dtype)
+    return (out, lse) if return_lse else out
 
 
 def _refusals(K) -> dict[str, str]:
@@ -90,8 +106,8 @@ def _refusals(K) -> dict[str, str]:
     return dict.fromkeys(BEST_FIRST, f"takes a head_dim of at most {MAX_HEAD_DIM}, got {K}")
 
 
-def _attend(q, k, v, scale, key_mask, bias):
-    """softmax(scale q kᵀ + bias) v over the valid keys, not yet rounded."""
+def _attend(q, k, v, scale, key_mask, bias, with_lse=False):
+    """softmax(scale q kᵀ + bias) v over the valid keys, not yet rounded, and the log-sum-exp."""
     acc = torch.promote_types(q.dtype, torch.float32)
     group = q.shape[2] // k.shape[2]
     k, v = (x.to(acc).repeat_interleave(group, 2) for x in (k, v))  # (B, L_kv, H, K)
@@ -105,8 +121,11 @@ def _attend(q, k, v, scale, key_mask, bias):
             scores = scores.masked_fill(~rows.unsqueeze(1), -torch.inf)
         # A softmax over -inf alone is NaN, in the backward too: such rows take part as zeros.
         empty = (scores == -torch.inf).all(-1, keepdim=True)  # (B, H, L, 1)
-        weights = scores.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)
-        return torch.einsum("bhlm,bmhk->blhk", weights, v)
+        scores = scores.masked_fill(empty, 0)
+        weights, lse = scores.softmax(-1).masked_fill(empty, 0), None
+        if with_lse:
+            lse = scores.logsumexp(-1).masked_fill(empty.squeeze(-1), LSE_FLOOR).transpose(1, 2)
+        return torch.einsum("bhlm,bmhk->blhk", weights, v), lse
 
 
 def _check(q, k, v, key_mask, bias) -> None:
@@ -165,6 +184,25 @@ def gqa_attention_bwd(
     return like(q, k, v, text_k, text_v, text_gate, bias if needs_bias else None)
 
 
+@kernel_op("out lse error stats", over="B L H")
+def gqa_attention_lse_fwd(
+    q: Heads, k: Keys, v: Keys, key_mask: KeyMask | None, scale: float, bias: Bias | None,
+    with_error: bool,
+) -> tuple[Heads, Lse, Heads, SoftmaxStats]:  # fmt: skip
+    """As gqa_attention_fwd, without text, and the natural log-sum-exp, LSE_FLOOR without a key."""
+    inputs = q, k, v, key_mask, scale, None, None, None, None, bias, with_error
+    out, error, stats, _ = gqa_attention_fwd.fake(*inputs)
+    return out, stats.new_empty(q.shape[:3]), error, stats
+
+
+@gqa_attention_lse_fwd.backward("dq dk dv dbias")
+def gqa_attention_lse_bwd(
+    dout, dlse, out, error, stats, q, k, v, key_mask, scale, bias, needs_bias,
+):  # fmt: skip
+    """The gradient of a score from that of the log-sum-exp is P dlse: it is subtracted from e."""
+    return like(q, k, v, bias if needs_bias else None)
+
+
 @gqa_attention_fwd.flops
 def gqa_attention_flops(q, k, v, key_mask, scale, text_k, *rest, **kwargs) -> int:
     """Of the two products with every key, masked or not: 4 B H L L_kv K, and the same for text."""
@@ -176,3 +214,13 @@ def gqa_attention_flops(q, k, v, key_mask, scale, text_k, *rest, **kwargs) -> in
 def gqa_attention_bwd_flops(dout, out, error, stats, text_stats, *inputs, **kwargs) -> int:
     """Twice the forward's. The recomputation of the scores is not counted."""
     return 2 * gqa_attention_flops(*inputs)
+
+
+@gqa_attention_lse_fwd.flops
+def gqa_attention_lse_flops(q, k, v, key_mask, scale, *rest, **kwargs) -> int:
+    return gqa_attention_flops(q, k, v, key_mask, scale, None)
+
+
+@gqa_attention_lse_bwd.flops
+def gqa_attention_lse_bwd_flops(dout, dlse, out, error, stats, *inputs, **kwargs) -> int:
+    return 2 * gqa_attention_lse_flops(*inputs)

@@ -30,12 +30,13 @@ LOG2E = 1.4426950408889634
 
 
 def gqa_attention_fwd(
-    q, k, v, key_mask, scale, text_k, text_v, text_mask, text_gate, bias, with_error
+    q, k, v, key_mask, scale, text_k, text_v, text_mask, text_gate, bias, with_error, lse=None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out (B, L, H, K); its rounding error, int8; and for each branch and row the largest score, as
     in gqa_attention_walk, and log2 of the total of the weights, (B, G, L, R, 2) float32.
 
-    Empty: the error unless it is wanted and out has 16 bits; the second branch without text."""
+    Empty: the error unless it is wanted and out has 16 bits; the second branch without text. The
+    log-sum-exp goes to `lse`, (B, L, H), where one is given."""
     B, L, H, K = q.shape
     G, L_kv = k.shape[2], k.shape[1]
     out = empty_as(q)
@@ -59,7 +60,7 @@ def gqa_attention_fwd(
         grid = (blocks(L * H // G, options["BLOCK_M"]) * G * B,)
         gqa_attention_fwd_kernel[grid](
             q, tokens, text, text_gate, added, out, error if with_error else None,
-            stats, text_stats, L, G,
+            stats, text_stats, lse, L, G,
             R=H // G, UNIT=unit, NEGATIVE=scale < 0, **options,
         )  # fmt: skip
 
@@ -69,7 +70,7 @@ def gqa_attention_fwd(
 
 def gqa_attention_bwd(
     dout, out, error, stats, text_stats, q, k, v, key_mask, scale, text_k, text_v, text_mask,
-    text_gate, bias, with_dbias,
+    text_gate, bias, with_dbias, dlse=None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """dq, dk, dv, dtext_k, dtext_v, dtext_gate, dbias; None for None and for dbias unless wanted.
 
@@ -108,8 +109,8 @@ def gqa_attention_bwd(
             grid = (blocks(L * H // G, options["BLOCK_M"]) * G * B,)
             gqa_attention_dq_kernel[grid](
                 dout, q, tokens, text, text_gate, added,
-                out, error if error.numel() else None, stats, text_stats,
-                dq, delta, text_delta, text_weight, dbias, L, G, **constants, **options,
+                out, error if error.numel() else None, stats, text_stats, dlse,
+                dq, delta, (text_delta, text_weight), dbias, L, G, **constants, **options,
             )  # fmt: skip
 
         _launch("dq", options, launch_dq, dq, L_kv)
@@ -130,6 +131,20 @@ def gqa_attention_bwd(
     if dbias is not None:
         dbias = dbias.sum_to_size(bias.shape).to(bias.dtype)
     return dq, dk, dv, dtext_k, dtext_v, dgate, dbias
+
+
+def gqa_attention_lse_fwd(q, k, v, key_mask, scale, bias, with_error) -> tuple[Tensor, ...]:
+    inputs = q, k, v, key_mask, scale, None, None, None, None, bias, with_error
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    out, *kept, _ = gqa_attention_fwd(*inputs, lse)
+    return out, lse, *kept
+
+
+def gqa_attention_lse_bwd(dout, dlse, out, error, stats, *inputs) -> tuple[Tensor | None, ...]:
+    *inputs, bias, with_dbias = inputs
+    inputs = *inputs, None, None, None, None, bias, with_dbias
+    grads = gqa_attention_bwd(dout, out, error, stats, None, *inputs, dlse.contiguous())
+    return *grads[:3], grads[-1]
 
 
 def _dgate(gate: Tensor, text_delta: Tensor) -> Tensor:

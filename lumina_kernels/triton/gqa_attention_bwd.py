@@ -50,8 +50,9 @@ from lumina_kernels.triton.gqa_attention_walk import (
 def gqa_attention_dq_kernel(
     dout, q, tokens, text, text_gate_ptr, bias,  # as in the forward, but with the sign of the scale
     out_ptr, error_ptr, stats_ptr, text_stats_ptr,
-    dq_ptr, delta_ptr, text_delta_ptr,  # (B, L, H, K); e of both branches, (B, G, L, R)
-    text_weight_ptr,  # tanh(gate) over the total of the text's weights, (B, G, L, R)
+    dlse_ptr,  # (B, L, H) or None
+    dq_ptr, delta_ptr,  # (B, L, H, K); e, (B, G, L, R)
+    text_terms,  # e of the text, and tanh(gate) over the total of its weights, (B, G, L, R)
     dbias_ptr,  # (B, H, L, L_kv) zeros, or None
     L, G, K: tl.constexpr, KS: tl.constexpr, R: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr, SCAN: tl.constexpr,
@@ -69,6 +70,9 @@ def gqa_attention_dq_kernel(
         error = load_tile(error_ptr, out_rows, exist[:, None], K, KS)
         out = _add_error(out, error)
     delta = sum_columns(multiply(to_float32(dout_tile), to_float32(out)))
+    if dlse_ptr is not None:  # of a score it is P dlse
+        lse_rows = (b * L + rows // R) * G * R + g * R + rows % R
+        delta -= tl.load(dlse_ptr + lse_rows, mask=exist, other=0.0)
     q_tile = load_queries(q, block * BLOCK_M, exist, b, g, R, UNIT, BLOCK_M, K, KS)
     where = (b, g, rows, n_rows)
 
@@ -80,9 +84,9 @@ def gqa_attention_dq_kernel(
             _add_delta, tl.zeros((BLOCK_M,), tl.float32), text_context,
             text[2], b, text[3], K, KS, R, EDGE, EDGE, SCAN,
         )  # fmt: skip
-        tl.store(text_delta_ptr + stats, e, mask=exist)
+        tl.store(text_terms[0] + stats, e, mask=exist)
         gate = tanh_gate(text_gate_ptr, g * R + rows % R)
-        tl.store(text_weight_ptr + stats, gate * tl.exp2(-text_stats[1]), mask=exist)
+        tl.store(text_terms[1] + stats, gate * tl.exp2(-text_stats[1]), mask=exist)
         delta -= gate * e
 
     tl.store(delta_ptr + stats, delta, mask=exist)

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from lumina_kernels.ops.gqa_attention import LSE_FLOOR
 from lumina_kernels.triton._tiles import (
     add,
     add_dot,
@@ -24,6 +25,8 @@ from lumina_kernels.triton.gqa_attention_walk import (
     walk_tiles,
 )
 
+LN2, FLOOR = tl.constexpr(0.6931471805599453), tl.constexpr(LSE_FLOOR)
+
 
 @triton.jit
 def gqa_attention_fwd_kernel(
@@ -33,6 +36,7 @@ def gqa_attention_fwd_kernel(
     bias,  # see bias_tile, or None
     out_ptr, error_ptr,  # (B, L, H, K), the second may be None
     stats_ptr, text_stats_ptr,  # (B, G, L, R, 2)
+    lse_ptr,  # (B, L, H) or None
     L, G,
     K: tl.constexpr, KS: tl.constexpr, R: tl.constexpr,
     UNIT: tl.constexpr, NEGATIVE: tl.constexpr,  # the sign of the scale
@@ -57,6 +61,10 @@ def gqa_attention_fwd_kernel(
     rows, exist = row_numbers(block, n_rows, 1, BLOCK_M)
     stats = (b * G + g) * n_rows + rows
     _store_stats(stats_ptr, stats, exist, m, total)
+    if lse_ptr is not None:
+        lse = (m * tokens[4][2] + tl.log2(total)) * LN2
+        lse_rows = (b * L + rows // R) * G * R + g * R + rows % R
+        tl.store(lse_ptr + lse_rows, tl.where(total == 0, FLOOR, lse), mask=exist)
 
     if text_gate_ptr is not None:
         keys = keys_of(text, b, g, UNIT)

@@ -8,6 +8,7 @@ import re
 import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
@@ -45,6 +46,15 @@ class Host:
     def latest(self) -> str:
         """The name of the kernel that was launched last."""
         return self._library.cuda_host_latest().decode()
+
+    @contextmanager
+    def multiprocessors(self, count: int):
+        """The device has so many; see cuda_host.h."""
+        self._library.cuda_host_set_multiprocessors(count)
+        try:
+            yield
+        finally:
+            self._library.cuda_host_set_multiprocessors(0)
 
     def count(self, name: str) -> int:
         """One of `COUNTERS`, since the process began."""

@@ -18,6 +18,8 @@ std::string show(uint3 index) {
   return "(" + text(index.x) + ", " + text(index.y) + ", " + text(index.z) + ")";
 }
 
+int multiprocessors = 0;
+
 namespace {
 
 std::recursive_mutex mutex;
@@ -314,6 +316,7 @@ const char* cuda_host_executed() {
   return names.c_str();
 }
 const char* cuda_host_latest() { return cuda_host::kernel.c_str(); }
+void cuda_host_set_multiprocessors(int count) { cuda_host::multiprocessors = count; }
 uint64_t cuda_host_launches() { return cuda_host::launches; }
 uint64_t cuda_host_bytes_read() { return cuda_host::bytes_read; }
 uint64_t cuda_host_bytes_written() { return cuda_host::bytes_written; }

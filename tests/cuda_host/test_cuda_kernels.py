@@ -26,4 +26,7 @@ def test_every_kernel_runs(cuda_host, monkeypatch):
             run_examples(op, Sizes(dtype=dtype))
     monkeypatch.setenv("LUMINA_KERNELS_HOPPER", "1")
     run_examples("gqa_attention", Sizes(K=72, dtype=torch.bfloat16))
+    monkeypatch.delenv("LUMINA_KERNELS_HOPPER")
+    with cuda_host.multiprocessors(132):
+        run_examples("gqa_attention", Sizes(B=1, grid=(1, 8, 64), K=72, dtype=torch.bfloat16))
     assert cuda_host.executed() == kernel_names()

@@ -5,6 +5,8 @@ import math
 import torch
 from common import DEVICE, randn
 
+from lumina_kernels.ops.gqa_attention import LSE_FLOOR
+
 
 def make_mask(B, L):
     """Holes that differ between samples; the last sample has no valid key at all."""
@@ -40,11 +42,24 @@ def logsumexp_of(stats, scale):
     return lse.masked_fill(log2_total == torch.inf, -torch.inf)
 
 
+def logsumexp(q, k, bias, key_mask, scale):
+    """Of the scores, (B, L, H), the floor without a valid key."""
+    k = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
+    scores = torch.einsum("blhk,bmhk->bhlm", q, k) * scale
+    scores = scores if bias is None else scores + bias
+    if key_mask is not None:
+        scores = scores.masked_fill(~key_mask[:, None, None], -torch.inf)
+    empty = (scores == -torch.inf).all(-1)
+    lse = scores.masked_fill(empty[..., None], 0).logsumexp(-1)
+    return lse.masked_fill(empty, LSE_FLOOR).transpose(1, 2)
+
+
 def eager(
     q, k, v, key_mask=None, scale=None, text_k=None, text_v=None, text_mask=None, text_gate=None,
-    bias=None,
+    bias=None, return_lse=False,
 ):  # fmt: skip
-    """Products and softmax as separate operations, each rounded to the dtype."""
+    """Products and softmax as separate operations, each rounded to the dtype; the log-sum-exp is
+    float32's."""
 
     def attend(k, v, mask, scale, bias):
         k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2).transpose(1, 2) for x in (k, v))
@@ -58,7 +73,12 @@ def eager(
         return (weights.to(v.dtype) @ v).transpose(1, 2)
 
     plain = q.shape[-1] ** -0.5
-    out = attend(k, v, key_mask, plain if scale is None else scale, bias)
+    scale = plain if scale is None else scale
+    out = attend(k, v, key_mask, scale, bias)
+    if return_lse:
+        acc = torch.promote_types(q.dtype, torch.float32)
+        wide = (None if x is None else x.to(acc) for x in (q, k, bias))
+        return out, logsumexp(*wide, key_mask, scale)
     if text_k is None:
         return out
     return out + torch.tanh(text_gate)[:, None] * attend(text_k, text_v, text_mask, plain, None)

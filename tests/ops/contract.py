@@ -51,9 +51,10 @@ every_op = pytest.mark.parametrize(
 )
 
 
-def forward(op):
-    """The declaration of the op's forward kernel."""
-    return getattr(import_module(f"lumina_kernels.ops.{op}"), f"{op}_fwd")
+def forward(op, name=""):
+    """The declaration of the op's forward kernel, or of the one that an example is named after."""
+    module, own = import_module(f"lumina_kernels.ops.{op}"), f"{op}_{name.split(' ')[0]}_fwd"
+    return getattr(module, own, None) or getattr(module, f"{op}_fwd")
 
 
 def arguments(op, name, sizes=SIZES, seed=0):

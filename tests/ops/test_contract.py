@@ -155,7 +155,7 @@ def test_registrations_pass_opcheck(op, name, backend):
         outs = made[0][0](*made[0][1])
         outs = outs if isinstance(outs, tuple) else (outs,)
         taken = {argument.name for argument in made[1][0]._schema.arguments}
-        for key, x in zip(forward(op).outputs, outs, strict=True):
+        for key, x in zip(forward(op, name).outputs, outs, strict=True):
             assert x.requires_grad == (f"d{key}" in taken), key
 
 
@@ -169,7 +169,7 @@ def test_one_graph_serves_all_sizes(op, name, backend):
 def test_copies_and_pickles(op, name, backend):
     """Copies and pickles of what holds an op, such as a model, compute the same."""
     module = torch.nn.Module()
-    module.op, module.kernel = call(op, backend), forward(op)
+    module.op, module.kernel = call(op, backend), forward(op, name)
     for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert other.kernel is module.kernel
         found = results(op, backend, arguments(op, name), other.op)

@@ -70,7 +70,7 @@ def main(rank, folder):
     torch.set_num_threads(1)
     mesh, found = init_device_mesh("cpu", (2,)), {}
     for op, name, letter in CASES:
-        inputs, declared = calls(op)[name], forward(op)
+        inputs, declared = calls(op)[name], forward(op, name)
 
         def leaf(key, x, place, declared=declared):
             if not isinstance(x, torch.Tensor):
@@ -109,7 +109,7 @@ def test_sharded_is_whole(found, op, name, letter):
     assert whole.keys() == sharded.keys()
     for key, value in sharded.items():
         torch.testing.assert_close(value, whole[key], msg=lambda text, key=key: f"{key}: {text}")
-    outputs = list(forward(op).outputs.values())
+    outputs = list(forward(op, name).outputs.values())
     for key, placement in placements.items():
         n = dimension(outputs[int(key.removeprefix("out "))], whole[key].shape, letter)
         whole_here = n is None or ("G=1" in name and letter == "H" and "no k" not in name)
