@@ -34,10 +34,11 @@ def rows_of(x: Tensor | None) -> tuple | None:
     No tuple holds None: Triton 3.6 cannot compare such a tuple with None."""
     if x is None:
         return None
-    if x.stride(-1) != 1:
-        x = x.contiguous()
     strides = x.stride()
-    stride_b = strides[0] if len(x) > 1 else 0  # that of a single sample may be any number
+    if strides[-1] != 1:
+        x = x.contiguous()
+        strides = x.stride()
+    stride_b = strides[0] if x.shape[0] > 1 else 0  # that of a single sample may be any number
     return (x, stride_b) if len(strides) == 2 else (x, stride_b, strides[1])
 
 
