@@ -83,7 +83,7 @@ def rows_per_program(rows: int) -> int:
 
 def rstd_and_mean(statistics: Tensor) -> tuple[Tensor, Tensor | None]:
     """Both statistics, of (1 or 2, B, L); None for the mean of an RMS norm."""
-    return statistics, statistics[1] if len(statistics) == 2 else None
+    return statistics, statistics[1] if statistics.shape[0] == 2 else None
 
 
 @triton.jit

@@ -7,7 +7,7 @@ a processor. warp_specialize does not compile there with 4 warps and does nothin
 """
 
 import math
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -37,8 +37,7 @@ def gqa_attention_fwd(
     in gqa_attention_walk, and log2 of the total of the weights, (B, G, L, R, 2) float32.
 
     Empty: the error unless it is wanted and out has 16 bits; the second branch without text."""
-    B, L, H, K = q.shape
-    G, L_kv = k.shape[2], k.shape[1]
+    (B, L, H, K), (_, L_kv, G, _) = q.shape, k.shape
     out = empty_as(q)
     stats = q.new_empty((B, G, L, H // G, 2), dtype=torch.float32)
     text_stats = stats.new_empty(0 if text_k is None else stats.shape)
@@ -141,11 +140,17 @@ def _branch(
         return None
     if v[1:] == k[1:]:
         v = v[:1]
+    scales = _scales(scale, k[0].dtype == torch.float16, bias is not None)
+    return k, v, _mask(mask), k[0].shape[1], scales
+
+
+@lru_cache(maxsize=256)
+def _scales(scale: float, half: bool, biased: bool) -> tuple[float, float, float, float]:
     inner, outer = split_scale(scale)
-    before = 1.0 if k[0].dtype == torch.float16 else inner  # its range is small, no sum overflows
-    if bias is not None:
+    before = 1.0 if half else inner  # the range of float16 is small, no sum overflows
+    if biased:
         inner, outer = 1.0, LOG2E
-    return k, v, _mask(mask), k[0].shape[1], (scale, inner, outer, before)
+    return scale, inner, outer, before
 
 
 def split_scale(scale: float) -> tuple[float, float]:
@@ -177,7 +182,7 @@ def _mask(mask: Tensor | None) -> tuple | None:
     if mask.stride(1) != 1:
         mask = mask.contiguous()
     # 16 divides 0: one sample is one variant of the kernel, whatever the number of keys.
-    return mask.view(torch.int8), mask.stride(0) if len(mask) > 1 else 0
+    return mask.view(torch.int8), mask.stride(0) if mask.shape[0] > 1 else 0
 
 
 def _bias(bias: Tensor | None, shape: tuple) -> tuple | None:
