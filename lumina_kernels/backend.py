@@ -181,9 +181,24 @@ def resolve(
     device = tensors[0].device
     learned = None
     if constants and torch.is_grad_enabled():
-        learned = next((name for name, value in constants.items() if wants_grad(value)), None)
+        for name, value in constants.items():
+            if isinstance(value, Tensor) and value.requires_grad:
+                learned = name
+                break
     forward_mode = in_forward_mode() and any_tangent((*tensors, *constants.values()))
-    if backend is None and DEFAULT is None:
+    if backend is not None or DEFAULT is not None:
+        # A call where all is well, before what its errors are made of.
+        name, kind = DEFAULT if backend is None else backend, device.type
+        if (
+            name in implemented
+            and DEVICES[name] == kind
+            and name not in MISSING
+            and name not in refused
+            and not (learned or forward_mode or _any_float64(tensors))
+            and (kind == "cpu" or not unfit(name, device))
+        ):
+            return name
+    else:
         for name in _best_first(implemented, tensors[0], op):
             here = name not in MISSING and DEVICES[name] == device.type
             if here and name not in refused and not unfit(name, device):

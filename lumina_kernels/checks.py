@@ -52,6 +52,18 @@ def check_broadcasts(name: str, tensor: Tensor | None, device: torch.device, sha
         raise ValueError(f"{name} must broadcast to {tuple(shape)}, got {tuple(tensor.shape)}")
 
 
+def are_like(
+    dtype: torch.dtype, device: torch.device, shape: tuple, *tensors: Tensor | None
+) -> bool:
+    """Whether `tensors` are all of that kind. Where they are, one call saves a check of each."""
+    for x in tensors:
+        if not (
+            isinstance(x, Tensor) and x.dtype is dtype and x.shape == shape and x.device == device
+        ):
+            return False
+    return True
+
+
 def check_mask(name: str, tensor: Tensor | None, device: torch.device, *shapes: tuple) -> None:
     """`tensor` is None, or bool, on `device`, and with one of `shapes`."""
     if tensor is None:

@@ -69,6 +69,7 @@ class KernelOp:
         self._fake, self._gradient = fake, None
         self.takes_needs = any(name.startswith("needs_") for name in inputs)
         self.__module__ = fake.__module__
+        self._silent = {type(None), str, *map(_bare_type, inputs.values())} - {Tensor}
         self._op_file = fake.__module__.rpartition(".")[2]
         arguments, results = _schema(inputs, outputs)
         self.schema = f"{self.name}({arguments}) -> {results}"
@@ -107,9 +108,25 @@ class KernelOp:
         return _without_none(self._fake(*args), args[0])
 
     def _below_autograd(self, *args):
-        """What autograd itself would call, sooner; without a dispatch if nothing sees it."""
+        """What autograd itself would call, sooner; without a dispatch if nothing sees it. No
+        gradient is asked for, or a function of autograd calls."""
+        unseen = self._is_unseen(args)
+        if unseen and args[-1] == "triton":
+            return self._run(*args)
         with torch._C._AutoDispatchBelowAutograd():
-            return self._run(*args) if _is_unseen(args) else self.overload(*args)
+            return self._run(*args) if unseen else self.overload(*args)
+
+    def _is_unseen(self, args: tuple) -> bool:
+        """Whether nothing looks for the op of a plain call, neither a tensor nor a profiler, and
+        the arguments are what a dispatch makes of them."""
+        for x in args:
+            kind = type(x)
+            if kind is Tensor or kind is Parameter:
+                if x.is_neg():  # the dispatcher computes -x for the kernel
+                    return False
+            elif kind not in self._silent and not (kind is list and {*map(type, x)} == {int}):
+                return False
+        return not torch.autograd._profiler_enabled()
 
     def _run(self, *args):
         *inputs, name = args
@@ -183,11 +200,14 @@ class KernelOp:
             return
         outputs = output if isinstance(output, tuple) else (output,)
         values = (*inputs, *outputs)
-        ctx.mark_non_differentiable(*self._fixed(outputs))
+        if fixed := self._fixed(outputs):
+            ctx.mark_non_differentiable(*fixed)
         ctx.save_for_backward(*self._tensors_of(values))
         ctx.constants = self._constants_of(values)
-        ctx.absent = {name for i, name in self._optional if inputs[i] is None}
-        ctx.absent |= {name for i, name in self._optional_outputs if outputs[i].shape == _ABSENT}
+        ctx.absent = [name for i, name in self._optional if inputs[i] is None]
+        if self._optional_outputs:
+            shapes = [(name, outputs[i].shape) for i, name in self._optional_outputs]
+            ctx.absent += [name for name, shape in shapes if shape == _ABSENT]
 
     def _backward(self, ctx, *douts):
         if self._gradient is None:
@@ -231,8 +251,6 @@ _PLAIN = (
     (_ALONE | torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)).raw_repr(),
     _ALONE.raw_repr(),
 )
-# Types of other arguments than tensors.
-_SILENT = {type(None), str, float, int, bool, list}
 
 
 def _is_plain_call(args: tuple) -> bool:
@@ -243,18 +261,6 @@ def _is_plain_call(args: tuple) -> bool:
         or backend.in_forward_mode()
         or torch._C._has_torch_function(args)
     )
-
-
-def _is_unseen(args: tuple) -> bool:
-    """Whether in a plain call nothing looks for an op, neither a tensor nor a profiler."""
-    for x in args:
-        kind = type(x)
-        if kind is Tensor or kind is Parameter:
-            if x.is_neg():  # the dispatcher computes -x for the kernel
-                return False
-        elif kind not in _SILENT:
-            return False
-    return not torch.autograd._profiler_enabled()
 
 
 def _recorder(op: KernelOp) -> Callable:

@@ -8,6 +8,7 @@ from torch import Tensor
 from lumina_kernels.axes import Heads
 from lumina_kernels.backend import BEST_FIRST, resolve, wants_grad
 from lumina_kernels.checks import (
+    are_like,
     check_axes,
     check_broadcasts,
     check_float,
@@ -114,11 +115,12 @@ def _check(q, k, v, key_mask, bias) -> None:
     check_axes("k", k, "B, L_kv, G, K")
     (B, L, H, K), (_, L_kv, G, _), device = q.shape, k.shape, q.device
     shape = B, L_kv, G, K
-    check_float("k", k, device, shape)
-    if G == 0 or H % G:
-        raise ValueError(f"k must have a number of heads that divides the {H} of q, got {G}")
-    check_float("v", v, device, shape)
-    check_same_dtype(q=q, k=k, v=v)
+    if G == 0 or H % G or not are_like(q.dtype, device, shape, k, v):
+        check_float("k", k, device, shape)
+        if G == 0 or H % G:
+            raise ValueError(f"k must have a number of heads that divides the {H} of q, got {G}")
+        check_float("v", v, device, shape)
+        check_same_dtype(q=q, k=k, v=v)
     check_mask("key_mask", key_mask, device, (B, L_kv))
     check_broadcasts("bias", bias, device, (B, H, L, L_kv))
 
@@ -126,16 +128,17 @@ def _check(q, k, v, key_mask, bias) -> None:
 def _check_text(q, k, text_k, text_v, text_mask, text_gate) -> None:
     if text_k is text_v is text_mask is text_gate is None:
         return
-    text = {"text_k": text_k, "text_v": text_v, "text_gate": text_gate}
-    missing = [name for name, tensor in text.items() if tensor is None]
-    if missing:
-        raise ValueError(f"text_k, text_v and text_gate come together, {missing[0]} is None")
+    if text_k is None or text_v is None or text_gate is None:
+        text = {"text_k": text_k, "text_v": text_v, "text_gate": text_gate}
+        missing = next(name for name, tensor in text.items() if tensor is None)
+        raise ValueError(f"text_k, text_v and text_gate come together, {missing} is None")
     check_axes("text_k", text_k, "B, T, G, K")
     (B, L, H, K), T, device = q.shape, text_k.shape[1], q.device
     shape = (B, T, k.shape[2], K)
-    check_float("text_k", text_k, device, shape)
-    check_float("text_v", text_v, device, shape)
-    check_same_dtype(q=q, text_k=text_k, text_v=text_v)
+    if not are_like(q.dtype, device, shape, text_k, text_v):
+        check_float("text_k", text_k, device, shape)
+        check_float("text_v", text_v, device, shape)
+        check_same_dtype(q=q, text_k=text_k, text_v=text_v)
     check_float("text_gate", text_gate, device, (H,))
     check_mask("text_mask", text_mask, device, (B, T), (B, L, T))
 

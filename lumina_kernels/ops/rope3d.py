@@ -5,7 +5,7 @@ from torch import Tensor
 
 from lumina_kernels.axes import Frequencies, Heads, Positions
 from lumina_kernels.backend import BEST_FIRST, resolve
-from lumina_kernels.checks import check_axes, check_float, check_same_dtype, check_shape
+from lumina_kernels.checks import are_like, check_axes, check_float, check_same_dtype, check_shape
 from lumina_kernels.kernel_op import kernel_op, like
 
 
@@ -79,8 +79,10 @@ def check_rope_heads(q: Tensor, k: Tensor) -> None:
     check_axes("q", q, "B, L, H, K")
     check_axes("k", k, "B, L, G, K")
     B, L, _, K = q.shape
-    check_float("k", k, q.device, (B, L, k.shape[2], K))
-    check_same_dtype(q=q, k=k)
+    shape = B, L, k.shape[2], K
+    if not are_like(q.dtype, q.device, shape, k):
+        check_float("k", k, q.device, shape)
+        check_same_dtype(q=q, k=k)
     if K % 2:
         raise ValueError(f"q must have an even head_dim to rotate pairs, got {K}")
 

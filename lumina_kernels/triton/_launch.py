@@ -35,7 +35,8 @@ def launch(kernel, programs: int, arguments: tuple, options: dict, **constants) 
     types = native_specialize_impl(_compiler_of(device), arguments, False, True, True)
     key = (id(kernel), device, id(options), types, *constants.values())
     found = _compiled.get(key)
-    if found is None or _is_watched():
+    runtime = knobs.runtime
+    if found is None or _is_watched(runtime.launch_enter_hook, runtime.launch_exit_hook):
         compiled = kernel[(programs,)](*arguments, **constants, **options)
         if isinstance(compiled, CompiledKernel):
             known = constants | options
@@ -53,7 +54,6 @@ def _compiler_of(device: int):
     return make_backend(driver.active.get_current_target())
 
 
-def _is_watched() -> bool:
+def _is_watched(*hooks) -> bool:
     """Whether a profiler asked to be told of launches."""
-    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    return (enter, leave) != _HOOKS or bool(enter.calls or leave.calls)
+    return hooks != _HOOKS or any([hook.calls for hook in hooks])

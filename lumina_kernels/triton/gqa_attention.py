@@ -40,7 +40,7 @@ def gqa_attention_fwd(
     (B, L, H, K), (_, L_kv, G, _) = q.shape, k.shape
     out = empty_as(q)
     stats = q.new_empty((B, G, L, H // G, 2), dtype=torch.float32)
-    text_stats = stats.new_empty(0 if text_k is None else stats.shape)
+    text_stats = stats.new_empty(0) if text_k is None else empty_as(stats)
     with_error = with_error and q.itemsize == 2
     error = q.new_empty(q.shape if with_error else 0, dtype=torch.int8)
     if out.numel() == 0:
