@@ -10,6 +10,7 @@ from typing import Annotated, Union, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 from torch._library.autograd import Info, make_autograd_impl
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from lumina_kernels import backend, sharding
@@ -244,22 +245,16 @@ class KernelOp:
 _ABSENT = (0,)
 
 
-# What PyTorch includes in a dispatch where no mode, transform or tracer asks for more; without
-# ADInplaceOrView in inference mode.
-_ALONE = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
-_PLAIN = (
-    (_ALONE | torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)).raw_repr(),
-    _ALONE.raw_repr(),
-)
-
-
 def _is_plain_call(args: tuple) -> bool:
-    """Whether autograd comes first in a call: there is no compiler, no transform of functions."""
+    """Whether nothing looks at a call but autograd: no compiler, mode, transform or tracer."""
     return not (
         torch.compiler.is_dynamo_compiling()
-        or torch._C._dispatch_tls_local_include_set().raw_repr() not in _PLAIN
-        or backend.in_forward_mode()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
         or torch._C._has_torch_function(args)
+        or torch._C._get_tracing_state()
+        or torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
     )
 
 
