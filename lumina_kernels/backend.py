@@ -137,7 +137,16 @@ def launchers(op: str, backend: str):
     """What has `<op>_fwd` and `<op>_bwd` of a kernel backend; imported on first use."""
     if backend == "triton":
         return importlib.import_module(f"lumina_kernels.triton.{op}")
-    return torch.ops.lumina_kernels_cpp
+    return _Native()
+
+
+class _Native:
+    """The ops of C++ and CUDA by name, without the search for an overload that a packet does."""
+
+    def __getattr__(self, name: str):
+        op = getattr(torch.ops.lumina_kernels_cpp, name).default
+        setattr(self, name, op)
+        return op
 
 
 def resolve(
@@ -172,22 +181,37 @@ def resolve(
     device = tensors[0].device
     learned = None
     if constants and torch.is_grad_enabled():
-        learned = next((name for name, value in constants.items() if wants_grad(value)), None)
+        for name, value in constants.items():
+            if isinstance(value, Tensor) and value.requires_grad:
+                learned = name
+                break
     forward_mode = in_forward_mode() and any_tangent((*tensors, *constants.values()))
-    asked = f"backend {backend!r}"
-    if backend is None and DEFAULT is None:
+    if backend is not None or DEFAULT is not None:
+        # A call where all is well, before what its errors are made of.
+        name, kind = DEFAULT if backend is None else backend, device.type
+        if (
+            name in implemented
+            and DEVICES[name] == kind
+            and name not in MISSING
+            and name not in refused
+            and not (learned or forward_mode or _any_float64(tensors))
+            and (kind == "cpu" or not unfit(name, device))
+        ):
+            return name
+    else:
         for name in _best_first(implemented, tensors[0], op):
             here = name not in MISSING and DEVICES[name] == device.type
             if here and name not in refused and not unfit(name, device):
                 only_torch = _any_float64(tensors) or learned or forward_mode
                 return "torch" if only_torch else name
         return "torch"
+    asked = f"backend {backend!r}"
     if backend is None:
         backend, asked = DEFAULT, f"LUMINA_KERNELS_BACKEND={DEFAULT!r}"
-    if backend not in BACKENDS:
-        raise ValueError(f"{asked} is unknown, it must be one of {', '.join(BACKENDS)}")
     if backend == "torch":
         return backend
+    if backend not in BACKENDS:
+        raise ValueError(f"{asked} is unknown, it must be one of {', '.join(BACKENDS)}")
     if backend not in implemented:
         have = ", ".join(("torch", *implemented))
         raise ValueError(f"{asked} is not implemented for this op, which has: {have}")
@@ -249,7 +273,10 @@ def wants_grad(*tensors: Tensor | float | None) -> bool:
     """Whether autograd records an op on these."""
     if not torch.is_grad_enabled():
         return False
-    return any([isinstance(x, Tensor) and x.requires_grad for x in tensors])
+    for x in tensors:
+        if isinstance(x, Tensor) and x.requires_grad:
+            return True
+    return False
 
 
 def in_forward_mode() -> bool:
@@ -266,4 +293,7 @@ def any_tangent(values) -> bool:
 
 
 def _any_float64(tensors) -> bool:
-    return any([tensor is not None and tensor.dtype == torch.float64 for tensor in tensors])
+    for tensor in tensors:  # a loop, as an `any` takes the host longer
+        if tensor is not None and tensor.dtype is torch.float64:
+            return True
+    return False

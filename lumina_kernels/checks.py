@@ -9,7 +9,8 @@ FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 def check_axes(name: str, tensor: Tensor, axes: str) -> None:
     """`tensor` is floating with as many dimensions as `axes`, as in "B, L, D"."""
-    check_floating(name, tensor)
+    if not isinstance(tensor, Tensor) or tensor.dtype not in FLOATS:
+        check_floating(name, tensor)
     if tensor.ndim != axes.count(",") + 1:
         raise ValueError(f"{name} must have shape ({axes}), got {tuple(tensor.shape)}")
 
@@ -30,8 +31,14 @@ def check_float(name: str, tensor: Tensor, device: torch.device, *shapes: tuple)
 
 def check_optional(name: str, tensor: Tensor | None, device: torch.device, *shapes: tuple) -> None:
     """`tensor` is None, or as for `check_float`."""
-    if tensor is not None:
-        check_float(name, tensor, device, *shapes)
+    if tensor is None or (
+        isinstance(tensor, Tensor)
+        and tensor.dtype in FLOATS
+        and tensor.shape in shapes
+        and tensor.device == device
+    ):
+        return
+    check_float(name, tensor, device, *shapes)
 
 
 def check_broadcasts(name: str, tensor: Tensor | None, device: torch.device, shape: tuple) -> None:
@@ -45,12 +52,24 @@ def check_broadcasts(name: str, tensor: Tensor | None, device: torch.device, sha
         raise ValueError(f"{name} must broadcast to {tuple(shape)}, got {tuple(tensor.shape)}")
 
 
+def are_like(
+    dtype: torch.dtype, device: torch.device, shape: tuple, *tensors: Tensor | None
+) -> bool:
+    """Whether `tensors` are all of that kind. Where they are, one call saves a check of each."""
+    for x in tensors:
+        if not (
+            isinstance(x, Tensor) and x.dtype is dtype and x.shape == shape and x.device == device
+        ):
+            return False
+    return True
+
+
 def check_mask(name: str, tensor: Tensor | None, device: torch.device, *shapes: tuple) -> None:
     """`tensor` is None, or bool, on `device`, and with one of `shapes`."""
     if tensor is None:
         return
     check_shape(name, tensor, device, *shapes)
-    if tensor.dtype != torch.bool:
+    if tensor.dtype is not torch.bool:
         raise TypeError(f"{name} must be bool (True: the key counts), got {tensor.dtype}")
 
 
@@ -58,7 +77,11 @@ def check_shape(name: str, tensor: Tensor, device: torch.device, *shapes: tuple)
     """`tensor` is on `device` and has one of `shapes`."""
     _check_is_tensor(name, tensor)
     # Only of the same rank: comparing (B, L, 3) with (L, 3) would tell an export that B is not L.
-    if not any(tensor.ndim == len(shape) and tensor.shape == shape for shape in shapes):
+    found, rank = tensor.shape, tensor.ndim
+    for shape in shapes:
+        if rank == len(shape) and found == shape:
+            break
+    else:
         rule = " or ".join(str(tuple(shape)) for shape in shapes)
         raise ValueError(f"{name} must have shape {rule}, got {tuple(tensor.shape)}")
     if tensor.device != device:
@@ -68,8 +91,9 @@ def check_shape(name: str, tensor: Tensor, device: torch.device, *shapes: tuple)
 def check_same_dtype(**tensors: Tensor) -> None:
     """All tensors share the dtype of the first."""
     (first, reference), *others = tensors.items()
+    dtype = reference.dtype
     for name, tensor in others:
-        if tensor.dtype != reference.dtype:
+        if tensor.dtype is not dtype:
             raise TypeError(
                 f"{name} must have the dtype of {first}, {reference.dtype}, got {tensor.dtype}"
             )

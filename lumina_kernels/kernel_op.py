@@ -3,12 +3,15 @@
 import inspect
 from collections.abc import Callable
 from functools import partial
+from operator import itemgetter
 from types import UnionType
 from typing import Annotated, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 from torch._library.autograd import Info, make_autograd_impl
+from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from lumina_kernels import backend, sharding
 from lumina_kernels.when_imported import when_imported
@@ -67,6 +70,7 @@ class KernelOp:
         self._fake, self._gradient = fake, None
         self.takes_needs = any(name.startswith("needs_") for name in inputs)
         self.__module__ = fake.__module__
+        self._silent = {type(None), str, *map(_bare_type, inputs.values())} - {Tensor}
         self._op_file = fake.__module__.rpartition(".")[2]
         arguments, results = _schema(inputs, outputs)
         self.schema = f"{self.name}({arguments}) -> {results}"
@@ -80,13 +84,15 @@ class KernelOp:
         # As torch.library.register_autograd does, which would drop tangents without a word.
         self._reverse_mode = make_autograd_impl(self.overload, Info(self._backward, self._keep))
         _PUBLIC.impl(self.name, self._autograd, "Autograd", with_keyset=True)
+        self._record = _recorder(self)
         when_imported("torch.distributed.tensor", partial(sharding.declare, self))
 
     def __call__(self, *args):
-        if torch.is_grad_enabled() or not _is_plain_call():
+        if not _is_plain_call(args):
             return self.overload(*args)
-        with torch._C._AutoDispatchBelowAutograd():  # what autograd itself would do, sooner
-            return self.overload(*args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return self._record(*args)
+        return self._below_autograd(*args)
 
     def __reduce__(self):
         return self.name  # as a function: copies and pickles are the op itself
@@ -101,6 +107,27 @@ class KernelOp:
     def fake(self, *args):
         """Results without values."""
         return _without_none(self._fake(*args), args[0])
+
+    def _below_autograd(self, *args):
+        """What autograd itself would call, sooner; without a dispatch if nothing sees it. No
+        gradient is asked for, or a function of autograd calls."""
+        unseen = self._is_unseen(args)
+        if unseen and args[-1] == "triton":
+            return self._run(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self._run(*args) if unseen else self.overload(*args)
+
+    def _is_unseen(self, args: tuple) -> bool:
+        """Whether nothing looks for the op of a plain call, neither a tensor nor a profiler, and
+        the arguments are what a dispatch makes of them."""
+        for x in args:
+            kind = type(x)
+            if kind is Tensor or kind is Parameter:
+                if x.is_neg():  # the dispatcher computes -x for the kernel
+                    return False
+            elif kind not in self._silent and not (kind is list and {*map(type, x)} == {int}):
+                return False
+        return not torch.autograd._profiler_enabled()
 
     def _run(self, *args):
         *inputs, name = args
@@ -144,9 +171,26 @@ class KernelOp:
             self._gradient = KernelOp(fake, inputs, results, self.over)
             self._same = same
             values = (*self.inputs, "backend", *self.outputs)
-            self._kept = [i for i, name in enumerate(values) if name in (*inputs, "backend")]
-            self._fixed = [i for i, name in enumerate(self.outputs) if f"d{name}" not in inputs]
-            self._kept_names = [values[i] for i in self._kept]
+            constants = {name for name, hint in self.inputs.items() if not _is_tensor(hint)}
+            constants.add("backend")
+            kept = [name for name in values if name in (*inputs, "backend")]
+            self._constants = [name for name in kept if name in constants]
+            self._tensors = [name for name in kept if name not in constants]
+            self._constants_of, self._tensors_of = (
+                _items(values.index(name) for name in names)
+                for names in (self._constants, self._tensors)
+            )
+            self._fixed = _items(
+                i for i, name in enumerate(self.outputs) if f"d{name}" not in inputs
+            )
+            self._optional = [
+                (i, name) for i, (name, hint) in enumerate(self.inputs.items())
+                if _is_optional(hint) and f"d{name}" in (*results, *(f"d{z}" for z in same))
+            ]  # fmt: skip
+            self._optional_outputs = [
+                (i, name) for i, (name, hint) in enumerate(self.outputs.items())
+                if _is_optional(hint)
+            ]  # fmt: skip
             return self._gradient
 
         return declare
@@ -157,22 +201,23 @@ class KernelOp:
             return
         outputs = output if isinstance(output, tuple) else (output,)
         values = (*inputs, *outputs)
-        kept = [values[i] for i in self._kept]
-        ctx.mark_non_differentiable(*[outputs[i] for i in self._fixed])
-        ctx.save_for_backward(*[x if isinstance(x, Tensor) else None for x in kept])
-        ctx.constants = [None if isinstance(x, Tensor) else x for x in kept]
-        ctx.is_absent = [x is None for x in inputs]
-        ctx.outputs_absent = [x.shape == _ABSENT for x in outputs]
+        if fixed := self._fixed(outputs):
+            ctx.mark_non_differentiable(*fixed)
+        ctx.save_for_backward(*self._tensors_of(values))
+        ctx.constants = self._constants_of(values)
+        ctx.absent = [name for i, name in self._optional if inputs[i] is None]
+        if self._optional_outputs:
+            shapes = [(name, outputs[i].shape) for i, name in self._optional_outputs]
+            ctx.absent += [name for name, shape in shapes if shape == _ABSENT]
 
     def _backward(self, ctx, *douts):
         if self._gradient is None:
             raise NotImplementedError(f"{self.name} has no gradient, backend='torch' has")
-        saved = ctx.saved_tensors  # read once: checkpointing refuses, or computes, a second time
-        kept = [c if x is None else x for x, c in zip(saved, ctx.constants, strict=True)]
-        values = dict(zip(self._kept_names, kept, strict=True))
-        for name, dout, absent in zip(self.outputs, douts, ctx.outputs_absent, strict=True):
-            optional = absent and _is_optional(self.outputs[name])
-            values[f"d{name}"] = None if optional else dout
+        # Read once: checkpointing refuses, or computes, a second time.
+        values = dict(zip(self._tensors, ctx.saved_tensors, strict=True))
+        values.update(zip(self._constants, ctx.constants, strict=True))
+        for name, dout in zip(self.outputs, douts, strict=True):
+            values[f"d{name}"] = None if name in ctx.absent else dout
         op = self._gradient
         if op.takes_needs:
             asked = zip(self.inputs, ctx.needs_input_grad, strict=False)
@@ -181,8 +226,8 @@ class KernelOp:
         results = results if isinstance(results, tuple) else (results,)
         grads = dict(zip(op.outputs, results, strict=True))
         grads |= {f"d{name}": values[source] for name, source in self._same.items()}
-        names = zip((*self.inputs, "backend"), ctx.is_absent, strict=True)
-        return tuple([None if absent else grads.get(f"d{name}") for name, absent in names])
+        absent = ctx.absent
+        return (*[None if z in absent else grads.get(f"d{z}") for z in self.inputs], None)
 
     def flops(self, formula: Callable) -> Callable:
         """Decorate the FLOP formula of this op for `torch.utils.flop_counter`: a function of the
@@ -200,21 +245,54 @@ class KernelOp:
 _ABSENT = (0,)
 
 
-def _is_plain_call() -> bool:
-    """Whether nothing looks at a call but autograd: no compiler, no transform of functions."""
+def _is_plain_call(args: tuple) -> bool:
+    """Whether nothing looks at a call but autograd: no compiler, mode, transform or tracer."""
     return not (
         torch.compiler.is_dynamo_compiling()
-        or backend.in_forward_mode()
-        or torch._C._functorch.peek_interpreter_stack()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._has_torch_function(args)
+        or torch._C._get_tracing_state()
+        or torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
     )
+
+
+def _recorder(op: KernelOp) -> Callable:
+    """Calls `op` and has autograd record that, where it is known that it must.
+
+    The same as what `make_autograd_impl` makes, without a dispatch and without what
+    `torch.autograd.Function.apply` does for transforms of functions."""
+
+    def forward(ctx, *args):
+        results = op._below_autograd(*args)
+        op._keep(ctx, args, results)
+        return results
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(op._backward)}
+    Recorded = type(f"{op.name}_backward", (torch.autograd.Function,), members)
+    return super(torch.autograd.Function, Recorded).apply
 
 
 def _without_none(results, first: Tensor):
     if isinstance(results, Tensor):
         return results
+    for x in results:
+        if x is None:
+            break
+    else:
+        return results
     return tuple(
         [first.new_empty(_ABSENT, dtype=torch.float32) if x is None else x for x in results]
     )
+
+
+def _items(indices) -> Callable[[tuple], tuple]:
+    """A function that takes these items of a tuple."""
+    indices = tuple(indices)
+    if len(indices) > 1:
+        return itemgetter(*indices)
+    return lambda values: tuple([values[i] for i in indices])
 
 
 def _schema(inputs: dict, outputs: dict) -> tuple[str, str]:
@@ -234,6 +312,10 @@ def _schema(inputs: dict, outputs: dict) -> tuple[str, str]:
     )
     arguments, results = torch.library.infer_schema(prototype, mutates_args=()).split(" -> ")
     return arguments[1:-1], results
+
+
+def _is_tensor(hint) -> bool:
+    return Tensor in (_bare_type(hint), *get_args(_bare_type(hint)))
 
 
 def _is_optional(hint) -> bool:

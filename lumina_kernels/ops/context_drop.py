@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from lumina_kernels.axes import Heads, PooledHeads, RowStatistic, Windows
 from lumina_kernels.backend import BEST_FIRST, resolve
-from lumina_kernels.checks import check_axes, check_float, check_mask, check_same_dtype
+from lumina_kernels.checks import are_like, check_axes, check_float, check_mask, check_same_dtype
 from lumina_kernels.kernel_op import kernel_op
 
 
@@ -70,8 +70,9 @@ def context_drop_ref(k, v, grid, factor, key_mask=None):
 def check_context_drop(k, v, grid, factor, key_mask) -> None:
     """The arguments of averages of k and v over windows of the grid."""
     check_axes("k", k, "B, L, G, K")
-    check_float("v", v, k.device, tuple(k.shape))
-    check_same_dtype(k=k, v=v)
+    if not are_like(k.dtype, k.device, k.shape, v):
+        check_float("v", v, k.device, tuple(k.shape))
+        check_same_dtype(k=k, v=v)
     B, L = k.shape[:2]
     if len(grid) != 3 or min(grid) < 0 or grid[0] * grid[1] * grid[2] != L:
         raise ValueError(f"grid must be (T, H, W) with T * H * W = {L}, got {tuple(grid)}")

@@ -8,6 +8,7 @@ from torch import Tensor
 from lumina_kernels.axes import Heads
 from lumina_kernels.backend import BEST_FIRST, resolve, wants_grad
 from lumina_kernels.checks import (
+    are_like,
     check_axes,
     check_broadcasts,
     check_float,
@@ -131,32 +132,34 @@ def _attend(q, k, v, scale, key_mask, bias, with_lse=False):
 def _check(q, k, v, key_mask, bias) -> None:
     check_axes("q", q, "B, L, H, K")
     check_axes("k", k, "B, L_kv, G, K")
-    (B, L, H, K), (L_kv, G) = q.shape, k.shape[1:3]
-    check_float("k", k, q.device, (B, L_kv, G, K))
-    if G == 0 or H % G:
-        raise ValueError(f"k must have a number of heads that divides the {H} of q, got {G}")
-    check_float("v", v, q.device, (B, L_kv, G, K))
-    check_same_dtype(q=q, k=k, v=v)
-    check_mask("key_mask", key_mask, q.device, (B, L_kv))
-    check_broadcasts("bias", bias, q.device, (B, H, L, L_kv))
+    (B, L, H, K), (_, L_kv, G, _), device = q.shape, k.shape, q.device
+    shape = B, L_kv, G, K
+    if G == 0 or H % G or not are_like(q.dtype, device, shape, k, v):
+        check_float("k", k, device, shape)
+        if G == 0 or H % G:
+            raise ValueError(f"k must have a number of heads that divides the {H} of q, got {G}")
+        check_float("v", v, device, shape)
+        check_same_dtype(q=q, k=k, v=v)
+    check_mask("key_mask", key_mask, device, (B, L_kv))
+    check_broadcasts("bias", bias, device, (B, H, L, L_kv))
 
 
 def _check_text(q, k, text_k, text_v, text_mask, text_gate) -> None:
-    text = {"text_k": text_k, "text_v": text_v, "text_gate": text_gate}
-    missing = [name for name, tensor in text.items() if tensor is None]
-    if len(missing) == 3 and text_mask is None:
+    if text_k is text_v is text_mask is text_gate is None:
         return
-    if missing:
-        raise ValueError(f"text_k, text_v and text_gate come together, {missing[0]} is None")
+    if text_k is None or text_v is None or text_gate is None:
+        text = {"text_k": text_k, "text_v": text_v, "text_gate": text_gate}
+        missing = next(name for name, tensor in text.items() if tensor is None)
+        raise ValueError(f"text_k, text_v and text_gate come together, {missing} is None")
     check_axes("text_k", text_k, "B, T, G, K")
-    B, L, H, K = q.shape
-    T = text_k.shape[1]
+    (B, L, H, K), T, device = q.shape, text_k.shape[1], q.device
     shape = (B, T, k.shape[2], K)
-    check_float("text_k", text_k, q.device, shape)
-    check_float("text_v", text_v, q.device, shape)
-    check_same_dtype(q=q, text_k=text_k, text_v=text_v)
-    check_float("text_gate", text_gate, q.device, (H,))
-    check_mask("text_mask", text_mask, q.device, (B, T), (B, L, T))
+    if not are_like(q.dtype, device, shape, text_k, text_v):
+        check_float("text_k", text_k, device, shape)
+        check_float("text_v", text_v, device, shape)
+        check_same_dtype(q=q, text_k=text_k, text_v=text_v)
+    check_float("text_gate", text_gate, device, (H,))
+    check_mask("text_mask", text_mask, device, (B, T), (B, L, T))
 
 
 @kernel_op("out error stats text_stats", over="B L H")

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from lumina_kernels.axes import Modulation, Rows, Statistics, Vector
 from lumina_kernels.backend import BEST_FIRST, resolve
-from lumina_kernels.checks import check_axes, check_optional
+from lumina_kernels.checks import check_axes, check_float, check_optional
 from lumina_kernels.kernel_op import kernel_op, like
 
 KINDS = ("rms", "layer")
@@ -76,10 +76,12 @@ def modulations(x: Tensor, **tensors: Tensor | None) -> tuple[Tensor | None, ...
     Raises:
         ValueError, TypeError: one has another shape, device or dtype.
     """
-    B, L, D = x.shape
+    (B, L, D), device = x.shape, x.device
     for name, tensor in tensors.items():
-        check_optional(name, tensor, x.device, (B, D), (B, L, D), (B, 1, D))
-        if tensor is not None and tensor.ndim == 3 and tensor.shape[1] != L:
+        if tensor is None:
+            continue
+        check_float(name, tensor, device, (B, D), (B, L, D), (B, 1, D))
+        if tensor.ndim == 3 and tensor.shape[1] != L:
             tensors[name] = tensor.squeeze(1)
     return tuple(tensors.values())
 
@@ -88,9 +90,9 @@ def check_norm(x: Tensor, kind: str, *, weight: Tensor | None, bias: Tensor | No
     """The arguments of a norm over rows shaped as x, (B, L, D)."""
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    D = x.shape[-1]
-    check_optional("weight", weight, x.device, (D,))
-    check_optional("bias", bias, x.device, (D,))
+    shape, device = x.shape[-1:], x.device
+    check_optional("weight", weight, device, shape)
+    check_optional("bias", bias, device, shape)
 
 
 @kernel_op("out statistics", over="B L")

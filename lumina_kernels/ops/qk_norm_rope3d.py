@@ -12,6 +12,7 @@ from lumina_kernels.ops.rope3d import check_rope3d, rope3d_ref
 
 MOST_CUDA_VALUES = 8192  # of a token, kBwdLimits in csrc/cuda/lib/qk_norm_bwd.cuh
 NORMS = ("layer_across_heads", "rms_per_head", "rms_across_heads")
+_NAMES = {name: (f"{name}_weight", f"{name}_bias") for name in "qk"}
 
 
 def qk_norm_rope3d(
@@ -85,7 +86,9 @@ def qk_norm_ref(q, k, q_weight, q_bias, k_weight, k_bias, eps, norm):
 
 def refusals(q, k, *others: Tensor | None) -> dict[str, str]:
     """What CUDA's backward cannot hold of a token, as `backend.resolve` takes it."""
-    heads, K = max(x.shape[2] for x in (q, k) if x is not None), q.shape[3]
+    _, _, heads, K = q.shape
+    if k is not None:
+        heads = max(heads, k.shape[2])
     held = -(-heads // 2) * 2 * -(-K // 8) * 8
     if held <= MOST_CUDA_VALUES or not wants_grad(q, k, *others):
         return {}
@@ -97,17 +100,20 @@ def check_qk_norm(q, k, q_weight, q_bias, k_weight, k_bias, norm) -> None:
     """The parameters of a norm of q, (B, L, H, K), and k, (B, L, G, K) or None."""
     if norm not in NORMS:
         raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
+    device = q.device
     for name, x, weight, bias in (("q", q, q_weight, q_bias), ("k", k, k_weight, k_bias)):
         if x is None:
             if weight is not None or bias is not None:
                 raise ValueError(f"{name}_weight and {name}_bias must be None without {name}")
             continue
-        heads, K = x.shape[2:]
+        if weight is None and bias is None:
+            continue
+        _, _, heads, K = x.shape
         width = K if norm == "rms_per_head" else heads * K
-        check_optional(f"{name}_weight", weight, q.device, (width,))
+        check_optional(_NAMES[name][0], weight, device, (width,))
         if bias is not None and norm != "layer_across_heads":
             raise ValueError(f"{name}_bias must be None for {norm!r}, which has no bias")
-        check_optional(f"{name}_bias", bias, q.device, (width,))
+        check_optional(_NAMES[name][1], bias, device, (width,))
 
 
 @kernel_op("q_out k_out", over="B L")

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from lumina_kernels.axes import Frequencies, Heads, Positions
 from lumina_kernels.backend import BEST_FIRST, resolve
-from lumina_kernels.checks import check_axes, check_float, check_same_dtype, check_shape
+from lumina_kernels.checks import are_like, check_axes, check_float, check_same_dtype, check_shape
 from lumina_kernels.kernel_op import kernel_op, like
 
 
@@ -64,12 +64,12 @@ def rope3d_ref(q, k, positions, inv_freq, axis):
 def check_rope3d(q: Tensor, k: Tensor, positions: Tensor, inv_freq: Tensor, axis: Tensor) -> None:
     """The arguments of a rotation of q, (B, L, H, K), and k, (B, L, G, K)."""
     check_rope_heads(q, k)
-    B, L, _, K = q.shape
-    check_shape("positions", positions, q.device, (L, 3), (B, L, 3))
-    if positions.dtype == torch.bool or positions.is_complex():
+    (B, L, _, K), device = q.shape, q.device
+    check_shape("positions", positions, device, (L, 3), (B, L, 3))
+    if positions.dtype is torch.bool or positions.is_complex():
         raise TypeError(f"positions must be integer or floating, got {positions.dtype}")
-    check_float("inv_freq", inv_freq, q.device, (K // 2,), (B, K // 2))
-    check_shape("axis", axis, q.device, (K // 2,))
+    check_float("inv_freq", inv_freq, device, (K // 2,), (B, K // 2))
+    check_shape("axis", axis, device, (K // 2,))
     if axis.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"axis must be int32 or int64, got {axis.dtype}")
 
@@ -79,8 +79,10 @@ def check_rope_heads(q: Tensor, k: Tensor) -> None:
     check_axes("q", q, "B, L, H, K")
     check_axes("k", k, "B, L, G, K")
     B, L, _, K = q.shape
-    check_float("k", k, q.device, (B, L, k.shape[2], K))
-    check_same_dtype(q=q, k=k)
+    shape = B, L, k.shape[2], K
+    if not are_like(q.dtype, q.device, shape, k):
+        check_float("k", k, q.device, shape)
+        check_same_dtype(q=q, k=k)
     if K % 2:
         raise ValueError(f"q must have an even head_dim to rotate pairs, got {K}")
 

@@ -56,9 +56,9 @@ def sandwich_norm_ref(y, residual, weight, gate, eps=1e-5, tanh=True):
 def check_sandwich(y: Tensor, residual: Tensor, weight: Tensor | None) -> None:
     """The arguments of a sandwich norm over rows shaped as y, (B, L, D), without the gate."""
     check_axes("y", y, "B, L, D")
-    B, L, D = y.shape
-    check_float("residual", residual, y.device, (B, L, D))
-    check_optional("weight", weight, y.device, (D,))
+    shape, device = y.shape, y.device
+    check_float("residual", residual, device, shape)
+    check_optional("weight", weight, device, shape[2:])
 
 
 @kernel_op("out rstd", over="B L")

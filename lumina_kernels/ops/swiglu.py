@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lumina_kernels.backend import BEST_FIRST, resolve
-from lumina_kernels.checks import check_float, check_floating, check_same_dtype
+from lumina_kernels.checks import are_like, check_float, check_floating, check_same_dtype
 from lumina_kernels.kernel_op import kernel_op, like
 
 Any = Annotated[Tensor, "..."]
@@ -30,8 +30,9 @@ def swiglu(a: Tensor, b: Tensor, *, backend: str | None = None) -> Tensor:
         ValueError, TypeError: the shapes, devices or dtypes differ, or a dtype is not floating.
     """
     check_floating("a", a)
-    check_float("b", b, a.device, tuple(a.shape))
-    check_same_dtype(a=a, b=b)
+    if not are_like(a.dtype, a.device, a.shape, b):
+        check_float("b", b, a.device, tuple(a.shape))
+        check_same_dtype(a=a, b=b)
     backend = resolve(backend, BEST_FIRST, a, b, op="swiglu")
     return swiglu_ref(a, b) if backend == "torch" else swiglu_fwd(a, b, backend)
 

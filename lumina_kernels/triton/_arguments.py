@@ -5,6 +5,7 @@ plain arguments, and picks the width of loads by that.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -34,10 +35,11 @@ def rows_of(x: Tensor | None) -> tuple | None:
     No tuple holds None: Triton 3.6 cannot compare such a tuple with None."""
     if x is None:
         return None
-    if x.stride(-1) != 1:
-        x = x.contiguous()
     strides = x.stride()
-    stride_b = strides[0] if len(x) > 1 else 0  # that of a single sample may be any number
+    if strides[-1] != 1:
+        x = x.contiguous()
+        strides = x.stride()
+    stride_b = strides[0] if x.shape[0] > 1 else 0  # that of a single sample may be any number
     return (x, stride_b) if len(strides) == 2 else (x, stride_b, strides[1])
 
 
@@ -48,8 +50,7 @@ def heads_of(x: Tensor | None) -> tuple | None:
     tensor whose strides are too long for that is copied."""
     if x is None:
         return None
-    B, L, H, _ = x.shape
-    stride_b, stride_l, stride_h, stride_k = x.stride()
+    (B, L, H, _), (stride_b, stride_l, stride_h, stride_k) = x.shape, x.stride()
     if stride_k != 1 or MOST_TOKENS * stride_l + H * stride_h >= 2**31:
         x = x.contiguous()
         stride_b, stride_l, stride_h, _ = x.stride()
@@ -75,7 +76,7 @@ def table_heads(table: Tensor) -> int:
     return table.shape[2] if table.ndim == 4 else 1
 
 
-def in_units(*heads: tuple | None) -> tuple[list[tuple | None], int]:
+def in_units(*heads: tuple | None) -> tuple[Sequence[tuple | None], int]:
     """The heads with their strides divided by a common divisor, at most 16, and the divisor.
 
     Of a stride of 72 Triton sees only that 16 does not divide it, and would load value by value.
@@ -85,6 +86,8 @@ def in_units(*heads: tuple | None) -> tuple[list[tuple | None], int]:
     for x in heads:
         if x is not None:
             unit = math.gcd(unit, x[1], x[2], x[3])
+    if unit == 1:
+        return heads, unit
     return [x and (x[0], x[1] // unit, x[2] // unit, x[3] // unit, *x[4:]) for x in heads], unit
 
 

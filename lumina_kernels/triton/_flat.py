@@ -26,9 +26,9 @@ def store_flat(ptr, values, columns, mask):
 def flat_rows(*tensors: Tensor) -> tuple[list[tuple[Tensor, int]], int, int]:
     """(tensor, stride) of each as rows (rows, F), and both sizes. Tensors without gaps are a single
     row; others keep their last dimension, and are copied if that has gaps itself."""
-    if all(tensor.is_contiguous() for tensor in tensors):
+    if all([tensor.is_contiguous() for tensor in tensors]):
         F = tensors[0].numel()
         return [(tensor, F) for tensor in tensors], 1, F
     F = tensors[0].shape[-1]
     rows = [rows_of(tensor.reshape(-1, F))[:2] for tensor in tensors]
-    return rows, len(rows[0][0]), F
+    return rows, rows[0][0].shape[0], F

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lumina_kernels.triton._arguments import COUNTS, contiguous, empty_as, rows_of
+from lumina_kernels.triton._launch import launch
 from lumina_kernels.triton._tiles import (
     add,
     blocks,
@@ -32,6 +33,9 @@ from lumina_kernels.triton._tiles import (
 
 # Columns that a program of the second stage adds up, and partial sums it reads at once.
 BLOCK_D, BLOCK_SUMS = 16, 128
+SUM_OPTIONS = {
+    "BLOCK": BLOCK_SUMS, "BLOCK_D": BLOCK_D, "num_warps": 4, "enable_fp_fusion": True
+}  # fmt: skip
 
 
 @cache
@@ -79,7 +83,7 @@ def rows_per_program(rows: int) -> int:
 
 def rstd_and_mean(statistics: Tensor) -> tuple[Tensor, Tensor | None]:
     """Both statistics, of (1 or 2, B, L); None for the mean of an RMS norm."""
-    return statistics, statistics[1] if len(statistics) == 2 else None
+    return statistics, statistics[1] if statistics.shape[0] == 2 else None
 
 
 @triton.jit
@@ -243,11 +247,11 @@ def modulation_grads(
         dshift = dout.sum(1, dtype=torch.float32).to(shift.dtype)  # E has a factor 1 + scale
         sums_are_dshift = False
     if any(p is not None for p in (weight, bias, per_sample)) or sums_are_dshift:
-        modulation_grads_kernel[(blocks(D, BLOCK_D),)](
+        arguments = (
             partial, contiguous(weight), contiguous(bias), rows_of(per_sample),
-            dweight, dbias, dscale, dshift if sums_are_dshift else None, B, chunks, sums, D=D,
-            BLOCK=BLOCK_SUMS, BLOCK_D=BLOCK_D, num_warps=4, enable_fp_fusion=True,
+            dweight, dbias, dscale, dshift if sums_are_dshift else None, B, chunks, sums,
         )  # fmt: skip
+        launch(modulation_grads_kernel, blocks(D, BLOCK_D), arguments, SUM_OPTIONS, D=D)
     return dweight, dbias, dscale, dshift
 
 

@@ -19,6 +19,9 @@ AUTOTUNE = os.environ.get("LUMINA_KERNELS_AUTOTUNE") == "1"
 # The fastest configurations found in this process.
 _found: dict[tuple, dict] = {}
 
+# Options with what was measured: a launcher gets the same dictionary every time (`_launch`).
+_changed: dict[tuple[int, int], tuple[dict, dict]] = {}
+
 
 def current_arch() -> int:
     """Compute capability of the current GPU, 90 for 9.0; 0 for the interpreter."""
@@ -31,9 +34,15 @@ def _arch_of(device: int) -> int:
 
 
 def tuned(kernel: str, size: int, x: Tensor, options: dict) -> dict:
-    """The options with what was measured of the kernel on this GPU, for values as those of x."""
+    """The options, a dictionary that its caller keeps, with what was measured of the kernel on this
+    GPU, for values as those of x."""
     changes = configuration(current_arch(), kernel, size, x.itemsize)
-    return options | changes if changes else options
+    if not changes:
+        return options
+    key = id(options), id(changes)  # both are kept, options by what they have become
+    if key not in _changed:
+        _changed[key] = options | changes, options
+    return _changed[key][0]
 
 
 def fastest(

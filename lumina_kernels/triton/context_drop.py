@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lumina_kernels.triton._arguments import COUNTS, heads_of, in_units, mask_of
+from lumina_kernels.triton._launch import launch
 from lumina_kernels.triton._rotation import loop_options
 from lumina_kernels.triton._tiles import (
     add,
@@ -114,10 +115,11 @@ def context_drop_fwd(k, v, grid, factor, key_mask) -> tuple[Tensor, Tensor, Tens
     if B * windows == 0:
         return k_out, v_out, mask, counts
     (k, v), unit = in_units(heads_of(k), heads_of(v))
-    context_drop_kernel[(B * windows,)](
-        k, v, mask_of(key_mask), k_out, v_out, mask, counts, tuple(grid), factor,
+    arguments = k, v, mask_of(key_mask), k_out, v_out, mask, counts, tuple(grid), factor
+    launch(
+        context_drop_kernel, B * windows, arguments,
+        tuned("context_drop_fwd", G * K, k_out, loop_options(G * K, 48)),
         UNIT=unit, G=G, K=K, GS=cut(G), KS=cut(K),
-        **tuned("context_drop_fwd", G * K, k_out, loop_options(G * K, 48)),
     )  # fmt: skip
     return k_out, v_out, mask, counts
 
@@ -133,9 +135,10 @@ def context_drop_bwd(
     if B * windows == 0:
         return dk, dv
     (dk_out, dv_out), unit = in_units(heads_of(dk_out), heads_of(dv_out))
-    context_drop_bwd_kernel[(B * windows,)](
-        dk_out, dv_out, mask_of(key_mask), counts, dk, dv, tuple(grid), factor,
+    arguments = dk_out, dv_out, mask_of(key_mask), counts, dk, dv, tuple(grid), factor
+    launch(
+        context_drop_bwd_kernel, B * windows, arguments,
+        tuned("context_drop_bwd", G * K, dv, loop_options(G * K, 48)),
         UNIT=unit, G=G, K=K, GS=cut(G), KS=cut(K),
-        **tuned("context_drop_bwd", G * K, dv, loop_options(G * K, 48)),
     )  # fmt: skip
     return dk, dv

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lumina_kernels.triton._arguments import COUNTS, contiguous, empty_as, rows_of
+from lumina_kernels.triton._launch import launch
 from lumina_kernels.triton._norm import (
     backward_options,
     forward_options,
@@ -105,11 +106,13 @@ def gate_residual_norm_fwd(
     if new_residual.numel() == 0:
         return new_residual, normed, statistics
     options = tuned("gate_residual_norm_fwd", D, y, forward_options(D))
-    gate_residual_norm_fwd_kernel[(B * blocks(L, options["ROWS"]),)](
+    arguments = (
         rows_of(y), rows_of(residual), rows_of(gate), contiguous(weight), contiguous(bias),
         rows_of(scale), rows_of(shift), new_residual, normed, *rstd_and_mean(statistics),
-        L, eps, **options,
+        L, eps,
     )  # fmt: skip
+    programs = B * blocks(L, options["ROWS"])
+    launch(gate_residual_norm_fwd_kernel, programs, arguments, options)
     return new_residual, normed, statistics
 
 
@@ -127,12 +130,13 @@ def gate_residual_norm_bwd(
     scale_per_token = scale is not None and scale.ndim == 3
     dscale = empty_as(scale) if scale_per_token else None
     dgate = empty_as(gate) if gate is not None and gate.ndim == 3 else None
-    gate_residual_norm_bwd_kernel[(B * chunks,)](
+    arguments = (
         rows_of(dnew_residual), rows_of(dnormed), rows_of(y), rows_of(residual), rows_of(gate),
         contiguous(weight), contiguous(bias), rows_of(scale), *rstd_and_mean(statistics),
         dy, dresidual, dgate, dscale, partial, L, chunk,
-        **tuned("gate_residual_norm_bwd", D, y, backward_options(D)),
     )  # fmt: skip
+    options = tuned("gate_residual_norm_bwd", D, y, backward_options(D))
+    launch(gate_residual_norm_bwd_kernel, B * chunks, arguments, options)
     if gate is not None and dgate is None:
         dgate = partial[:, :, 2].sum(1).to(gate.dtype)
     dweight, dbias, dscale_sum, dshift = modulation_grads(

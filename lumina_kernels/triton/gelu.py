@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lumina_kernels.triton._arguments import empty_as
 from lumina_kernels.triton._flat import OPTIONS, flat_rows, load_flat, store_flat
+from lumina_kernels.triton._launch import launch
 from lumina_kernels.triton._tiles import blocks, program_chunk
 from lumina_kernels.triton._tune import tuned
 
@@ -55,7 +56,8 @@ def gelu_fwd(x, tanh) -> Tensor:
     if out.numel() > 0:
         (x,), rows, F = flat_rows(x)
         options = tuned("gelu_fwd", 1, out, OPTIONS)
-        gelu_fwd_kernel[(rows * blocks(F, options["BLOCK"]),)](x, out, F, TANH=tanh, **options)
+        programs = rows * blocks(F, options["BLOCK"])
+        launch(gelu_fwd_kernel, programs, (x, out, F), options, TANH=tanh)
     return out
 
 
@@ -65,5 +67,6 @@ def gelu_bwd(dout, x, tanh) -> Tensor:
     if dx.numel() > 0:
         (dout, x), rows, F = flat_rows(dout, x)
         options = tuned("gelu_bwd", 1, dx, OPTIONS)
-        gelu_bwd_kernel[(rows * blocks(F, options["BLOCK"]),)](dout, x, dx, F, TANH=tanh, **options)
+        programs = rows * blocks(F, options["BLOCK"])
+        launch(gelu_bwd_kernel, programs, (dout, x, dx, F), options, TANH=tanh)
     return dx

@@ -7,7 +7,7 @@ a processor. warp_specialize does not compile there with 4 warps and does nothin
 """
 
 import math
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from triton.runtime.errors import OutOfResources
 from lumina_kernels.measured import configuration
 from lumina_kernels.ops.gqa_attention import MAX_HEAD_DIM
 from lumina_kernels.triton._arguments import empty_as, heads_of, in_units
+from lumina_kernels.triton._launch import launch
 from lumina_kernels.triton._tiles import blocks
 from lumina_kernels.triton._tune import AUTOTUNE, current_arch, fastest, magnitude
 from lumina_kernels.triton.gqa_attention_bwd import (
@@ -37,11 +38,10 @@ def gqa_attention_fwd(
 
     Empty: the error unless it is wanted and out has 16 bits; the second branch without text. The
     log-sum-exp goes to `lse`, (B, L, H), where one is given."""
-    B, L, H, K = q.shape
-    G, L_kv = k.shape[2], k.shape[1]
+    (B, L, H, K), (_, L_kv, G, _) = q.shape, k.shape
     out = empty_as(q)
     stats = q.new_empty((B, G, L, H // G, 2), dtype=torch.float32)
-    text_stats = stats.new_empty(0 if text_k is None else stats.shape)
+    text_stats = stats.new_empty(0) if text_k is None else empty_as(stats)
     with_error = with_error and q.itemsize == 2
     error = q.new_empty(q.shape if with_error else 0, dtype=torch.int8)
     if out.numel() == 0:
@@ -55,16 +55,14 @@ def gqa_attention_fwd(
     text = _branch(text_k, text_v, text_mask, K**-0.5)
     more = _has_two_layouts(tokens)
     options = _options("fwd", K, out.dtype, bias is not None, more, text is not None)
-
-    def launch(options):
-        grid = (blocks(L * H // G, options["BLOCK_M"]) * G * B,)
-        gqa_attention_fwd_kernel[grid](
-            q, tokens, text, text_gate, added, out, error if with_error else None,
-            stats, text_stats, lse, L, G,
-            R=H // G, UNIT=unit, NEGATIVE=scale < 0, **options,
-        )  # fmt: skip
-
-    _launch("fwd", options, launch, out, L_kv)
+    arguments = (
+        q, tokens, text, text_gate, added, out, error if with_error else None, stats, text_stats,
+        lse, L, G,
+    )  # fmt: skip
+    _launch(
+        "fwd", gqa_attention_fwd_kernel, L * H // G, arguments, options, out, L_kv,
+        R=H // G, UNIT=unit, NEGATIVE=scale < 0,
+    )  # fmt: skip
     return out, error, stats, text_stats
 
 
@@ -104,29 +102,24 @@ def gqa_attention_bwd(
         text = _branch(text_k, text_v, text_mask, K**-0.5)
         constants = {"R": H // G, "UNIT": unit}
         options = _options("dq", K, dq.dtype, bias is not None, _has_two_layouts(tokens))
-
-        def launch_dq(options):
-            grid = (blocks(L * H // G, options["BLOCK_M"]) * G * B,)
-            gqa_attention_dq_kernel[grid](
-                dout, q, tokens, text, text_gate, added,
-                out, error if error.numel() else None, stats, text_stats, dlse,
-                dq, delta, (text_delta, text_weight), dbias, L, G, **constants, **options,
-            )  # fmt: skip
-
-        _launch("dq", options, launch_dq, dq, L_kv)
+        arguments = (
+            dout, q, tokens, text, text_gate, added,
+            out, error if error.numel() else None, stats, text_stats, dlse,
+            dq, delta, (text_delta, text_weight), dbias, L, G,
+        )  # fmt: skip
+        rows = L * H // G
+        _launch("dq", gqa_attention_dq_kernel, rows, arguments, options, dq, L_kv, **constants)
         branches = [(tokens, added, stats, delta, None, dk, dv)]
         if text is not None:
             rest = text_stats, text_delta, text_weight, dtext_k, dtext_v
             branches.append((text, None, *rest))
         for branch, *rest in branches:
-            options = _options("dkv", K, dq.dtype, rest[0] is not None)
-
-            def launch_dkv(options, branch=branch, rest=rest):
-                grid = (blocks(branch[3], options["BLOCK_N"]) * G * B,)
-                gqa_attention_dkv_kernel[grid](dout, q, branch, *rest, L, G, **constants, **options)
-
-            if branch[3] > 0:
-                _launch("dkv", options, launch_dkv, dq, branch[3])
+            keys = branch[3]
+            if keys > 0:
+                options = _options("dkv", K, dq.dtype, rest[0] is not None)
+                arguments = dout, q, branch, *rest, L, G
+                kernel = gqa_attention_dkv_kernel
+                _launch("dkv", kernel, keys, arguments, options, dq, keys, **constants)
     dgate = None if text_gate is None else _dgate(text_gate, text_delta)
     if dbias is not None:
         dbias = dbias.sum_to_size(bias.shape).to(bias.dtype)
@@ -162,11 +155,17 @@ def _branch(
         return None
     if v[1:] == k[1:]:
         v = v[:1]
+    scales = _scales(scale, k[0].dtype == torch.float16, bias is not None)
+    return k, v, _mask(mask), k[0].shape[1], scales
+
+
+@lru_cache(maxsize=256)
+def _scales(scale: float, half: bool, biased: bool) -> tuple[float, float, float, float]:
     inner, outer = split_scale(scale)
-    before = 1.0 if k[0].dtype == torch.float16 else inner  # its range is small, no sum overflows
-    if bias is not None:
+    before = 1.0 if half else inner  # the range of float16 is small, no sum overflows
+    if biased:
         inner, outer = 1.0, LOG2E
-    return k, v, _mask(mask), k[0].shape[1], (scale, inner, outer, before)
+    return scale, inner, outer, before
 
 
 def split_scale(scale: float) -> tuple[float, float]:
@@ -198,7 +197,7 @@ def _mask(mask: Tensor | None) -> tuple | None:
     if mask.stride(1) != 1:
         mask = mask.contiguous()
     # 16 divides 0: one sample is one variant of the kernel, whatever the number of keys.
-    return mask.view(torch.int8), mask.stride(0) if len(mask) > 1 else 0
+    return mask.view(torch.int8), mask.stride(0) if mask.shape[0] > 1 else 0
 
 
 def _bias(bias: Tensor | None, shape: tuple) -> tuple | None:
@@ -278,10 +277,20 @@ def head_class(K: int) -> int:
     return next(most for most in (64, 96, 128, MAX_HEAD_DIM) if K <= most)
 
 
-def _launch(kind: str, options: dict, launch, like: Tensor, L_kv: int) -> None:
-    """Launch a kernel with the table's options or, where there is a search, with what it found."""
+def _launch(
+    kind: str, kernel, count: int, arguments: tuple, options: dict, like: Tensor, L_kv: int,
+    **constants,
+) -> None:  # fmt: skip
+    """Launch a kernel that has `count` rows, or keys, for each group of heads, with the table's
+    options or, where there is a search, with what it found."""
+    groups, side = like.shape[0] * arguments[-1], "BLOCK_N" if kind == "dkv" else "BLOCK_M"
+
+    def run(options):
+        programs = blocks(count, options[side]) * groups
+        launch(kernel, programs, arguments, options, **constants)
+
     try:
-        launch(_searched(kind, options, launch, like, L_kv) if AUTOTUNE else options)
+        run(_searched(kind, options, run, like, L_kv) if AUTOTUNE else options)
     except OutOfResources as error:
         raise NotImplementedError(
             f"backend 'triton' has no tiles of gqa_attention for a head_dim of {like.shape[-1]} in "
@@ -289,7 +298,7 @@ def _launch(kind: str, options: dict, launch, like: Tensor, L_kv: int) -> None:
         ) from error
 
 
-def _searched(kind: str, options: dict, launch, like: Tensor, L_kv: int) -> dict:
+def _searched(kind: str, options: dict, run, like: Tensor, L_kv: int) -> dict:
     """The fastest of the table's configuration and its neighbours, for such sizes."""
     B, L, H, K = like.shape
     key = (kind, like.device, like.dtype, B * H, magnitude(L), magnitude(L_kv), *options.items())
@@ -300,7 +309,7 @@ def _searched(kind: str, options: dict, launch, like: Tensor, L_kv: int) -> dict
     changes += [{"BLOCK_M": max(16, rows // 2), "num_warps": 4}, {"BLOCK_M": 2 * rows}]
     if kind == "dkv":
         changes = [{k: v for k, v in change.items() if k != "EDGE"} for change in changes]
-    return fastest(key, options, changes, launch)
+    return fastest(key, options, changes, run)
 
 
 def _float32_tiles(kind: str, K: int, arch: int, bias: bool) -> Tiles:

@@ -5,9 +5,12 @@ import triton.language as tl
 from torch import Tensor
 
 from lumina_kernels.triton._arguments import empty_as
+from lumina_kernels.triton._launch import launch
 from lumina_kernels.triton._tiles import blocks, program_chunk
 
-BLOCK = 1024  # 8 values a lane: 16 bytes in 16 bits
+# 8 values a lane: 16 bytes in 16 bits.
+BLOCK = 1024
+OPTIONS = {"BLOCK": BLOCK, "num_warps": 4, "enable_fp_fusion": True}
 
 
 @triton.jit
@@ -37,9 +40,10 @@ def guided_step_fwd(x, v, weight, weight_value, dt, dt_value, channels) -> Tenso
     if out.numel() == 0:
         return out
     B, C = x.shape[:2]
-    N = out[0].numel()
-    guided_step_fwd_kernel[(B * blocks(N, BLOCK),)](
+    N = out.numel() // B
+    arguments = (
         x.contiguous(), v.contiguous(), weight, weight_value, dt, dt_value, out, B, N,
-        channels * (N // C), BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True,
+        channels * (N // C),
     )  # fmt: skip
+    launch(guided_step_fwd_kernel, B * blocks(N, BLOCK), arguments, OPTIONS)
     return out

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lumina_kernels.triton._arguments import COUNTS, contiguous, empty_as, rows_of
+from lumina_kernels.triton._launch import launch
 from lumina_kernels.triton._norm import (
     backward_options,
     forward_options,
@@ -75,10 +76,11 @@ def norm_modulate_fwd(x, weight, bias, scale, shift, eps, kind) -> tuple[Tensor,
     if out.numel() == 0:
         return out, statistics
     options = tuned("norm_modulate_fwd", D, x, forward_options(D))
-    norm_modulate_fwd_kernel[(B * blocks(L, options["ROWS"]),)](
+    arguments = (
         rows_of(x), contiguous(weight), contiguous(bias), rows_of(scale), rows_of(shift),
-        out, *rstd_and_mean(statistics), L, eps, **options,
+        out, *rstd_and_mean(statistics), L, eps,
     )  # fmt: skip
+    launch(norm_modulate_fwd_kernel, B * blocks(L, options["ROWS"]), arguments, options)
     return out, statistics
 
 
@@ -93,10 +95,11 @@ def norm_modulate_bwd(dout, x, weight, bias, scale, shift, statistics) -> tuple[
     partial = x.new_empty(B, chunks, 2, D, dtype=torch.float32)
     per_token = scale is not None and scale.ndim == 3
     dscale = empty_as(scale) if per_token else None
-    norm_modulate_bwd_kernel[(B * chunks,)](
+    arguments = (
         rows_of(dout), rows_of(x), contiguous(weight), contiguous(bias), rows_of(scale),
         *rstd_and_mean(statistics), dx, dscale, partial, L, chunk,
-        **tuned("norm_modulate_bwd", D, x, backward_options(D)),
     )  # fmt: skip
+    options = tuned("norm_modulate_bwd", D, x, backward_options(D))
+    launch(norm_modulate_bwd_kernel, B * chunks, arguments, options)
     dweight, dbias, dscale_sum, dshift = modulation_grads(partial, weight, bias, scale, shift, dout)
     return dx, dweight, dbias, dscale if per_token else dscale_sum, dshift

@@ -19,6 +19,7 @@ from lumina_kernels.triton._arguments import (
     mask_of,
     positions_of,
 )
+from lumina_kernels.triton._launch import launch
 from lumina_kernels.triton._norm import sum_partials, zeros_of
 from lumina_kernels.triton._rotation import cos_sin_of, loop_options, rotate, token_options
 from lumina_kernels.triton._tiles import (
@@ -48,6 +49,7 @@ FWD_PER_LANE, BWD_PER_LANE = 80, 24
 MOST_PARTIALS, LEAST_TOKENS = 512, 4
 # Block of sums that the second stage adds at a time.
 ROWS, COLUMNS = 64, 32
+SUM_OPTIONS = {"ROWS": ROWS, "COLUMNS": COLUMNS, "num_warps": 4, "enable_fp_fusion": True}
 
 
 @triton.jit
@@ -264,12 +266,15 @@ def qk_norm_rope3d_fwd(
     if q_out.numel() + k_out.numel() == 0:
         return q_out, k_out
     (q, k), unit = in_units(heads_of(q), heads_of(k))
-    qk_norm_rope3d_kernel[(B * L,)](
+    arguments = (
         q, k, (contiguous(q_weight), contiguous(q_bias)),
         (contiguous(k_weight), contiguous(k_bias)), positions_of(positions),
         frequencies_of(inv_freq), axis.contiguous(), q_out, k_out, eps, L,
+    )  # fmt: skip
+    options = token_options(max(H, G) * K, FWD_PER_LANE)
+    launch(
+        qk_norm_rope3d_kernel, B * L, arguments, tuned("qk_norm_rope3d_fwd", H * K, q_out, options),
         UNIT=unit, H=H, G=G, K=K, HS=cut(H), GS=cut(G), KS=cut(K), NORM=norm,
-        **tuned("qk_norm_rope3d_fwd", H * K, q_out, token_options(max(H, G) * K, FWD_PER_LANE)),
     )  # fmt: skip
     return q_out, k_out
 
@@ -290,12 +295,15 @@ def heads_bwd(
     counts, grid, factor, key_mask = pool or (None,) * 4
     windows, grid = (None, None) if pool is None else (counts.shape[1], tuple(grid))
     (dout, x), unit = in_units(heads_of(dout), heads_of(x))
-    qk_norm_rope3d_bwd_kernel[(len(partial),)](
+    arguments = (
         dout, x, contiguous(weight), positions_of(positions), frequencies_of(inv_freq),
         axis.contiguous(), dx, partial, eps, counts, windows, grid, factor, mask_of(key_mask),
         L, B * L, chunk,
+    )  # fmt: skip
+    options = tuned("qk_norm_rope3d_bwd", H * K, dx, loop_options(H * K, BWD_PER_LANE))
+    launch(
+        qk_norm_rope3d_bwd_kernel, partial.shape[0], arguments, options,
         UNIT=unit, H=H, K=K, HS=cut(H), KS=cut(K), NORM=norm, SUMS=sums,
-        **tuned("qk_norm_rope3d_bwd", H * K, dx, loop_options(H * K, BWD_PER_LANE)),
     )  # fmt: skip
     return dx, partial
 
@@ -305,10 +313,13 @@ def parameter_grads(q_partial, k_partial, parameters, H, G, K, norm) -> tuple[Te
     grads = tuple(None if p is None else empty_as(p) for p in parameters)
     if any(grad is not None for grad in grads):
         width = K if norm == "rms_per_head" else max(H, G) * K
-        qk_norm_rope3d_parameters_kernel[(blocks(width, COLUMNS),)](
+        arguments = (
             (q_partial, q_partial.stride(0)), (k_partial, k_partial.stride(0)), *grads,
-            len(q_partial), H=H, G=G, K=K, NORM=norm, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
-            enable_fp_fusion=True,
+            q_partial.shape[0],
+        )  # fmt: skip
+        launch(
+            qk_norm_rope3d_parameters_kernel, blocks(width, COLUMNS), arguments, SUM_OPTIONS,
+            H=H, G=G, K=K, NORM=norm,
         )  # fmt: skip
     return grads
 

@@ -20,6 +20,7 @@ from lumina_kernels.triton._arguments import (
     mask_of,
     positions_of,
 )
+from lumina_kernels.triton._launch import launch
 from lumina_kernels.triton._norm import zeros_of
 from lumina_kernels.triton._rotation import cos_sin_of, loop_options
 from lumina_kernels.triton._tiles import (
@@ -92,13 +93,17 @@ def qk_norm_rope3d_pool_fwd(
     if B * windows == 0:
         return q_out, k_out, v_out, mask, counts
     (q, k, v), unit = in_units(heads_of(q), heads_of(k), heads_of(v))
-    qk_norm_rope3d_pool_kernel[(B * windows,)](
+    arguments = (
         q, k, v, (contiguous(q_weight), contiguous(q_bias)),
         (contiguous(k_weight), contiguous(k_bias)), positions_of(positions),
         frequencies_of(inv_freq), axis.contiguous(), mask_of(key_mask),
         q_out, k_out, v_out, mask, counts, eps, tuple(grid), factor,
+    )  # fmt: skip
+    options = loop_options(max(H, G) * K, PER_LANE)
+    launch(
+        qk_norm_rope3d_pool_kernel, B * windows, arguments,
+        tuned("qk_norm_rope3d_pool_fwd", H * K, q_out, options),
         UNIT=unit, H=H, G=G, K=K, HS=cut(H), GS=cut(G), KS=cut(K), NORM=norm,
-        **tuned("qk_norm_rope3d_pool_fwd", H * K, q_out, loop_options(max(H, G) * K, PER_LANE)),
     )  # fmt: skip
     return q_out, k_out, v_out, mask, counts
 

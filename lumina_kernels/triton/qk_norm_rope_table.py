@@ -21,6 +21,7 @@ from lumina_kernels.triton._arguments import (
     table_heads,
     table_of,
 )
+from lumina_kernels.triton._launch import launch
 from lumina_kernels.triton._norm import zeros_of
 from lumina_kernels.triton._rotation import (
     load_halves,
@@ -201,11 +202,14 @@ def qk_norm_rope_table_fwd(
     (q, k), unit = in_units(heads_of(q), heads_of(k))
     per_lane = HALF_PER_LANE if half else FWD_PER_LANE
     options = token_options(max(H, G) * K + held, per_lane)
-    qk_norm_rope_table_kernel[(B * L,)](
+    arguments = (
         q, k, (contiguous(q_weight), contiguous(q_bias)),
         (contiguous(k_weight), contiguous(k_bias)), cos, sin, q_out, k_out, eps, L,
+    )  # fmt: skip
+    launch(
+        qk_norm_rope_table_kernel, B * L, arguments,
+        tuned("qk_norm_rope_table_fwd", H * K, q_out, options),
         UNIT=unit, H=H, G=G, HS=cut(H), GS=cut(G or 1), NORM=norm, **constants,
-        **tuned("qk_norm_rope_table_fwd", H * K, q_out, options),
     )  # fmt: skip
     return q_out, k_out
 
@@ -221,10 +225,12 @@ def _heads_bwd(
     partial = x.new_empty(blocks(B * L, chunk), sums * H * K, dtype=torch.float32)
     cos, sin, constants, held = _table_options(cos, sin, pairing == "half", channels, K)
     (dout, x), unit = in_units(heads_of(dout), heads_of(x))
-    qk_norm_rope_table_bwd_kernel[(len(partial),)](
-        dout, x, contiguous(weight), cos, sin, dx, partial, eps, L, B * L, chunk,
+    arguments = dout, x, contiguous(weight), cos, sin, dx, partial, eps, L, B * L, chunk
+    options = loop_options(H * K + held, BWD_PER_LANE)
+    launch(
+        qk_norm_rope_table_bwd_kernel, partial.shape[0], arguments,
+        tuned("qk_norm_rope_table_bwd", H * K, dx, options),
         UNIT=unit, H=H, HS=cut(H), NORM=norm, SUMS=sums, **constants,
-        **tuned("qk_norm_rope_table_bwd", H * K, dx, loop_options(H * K + held, BWD_PER_LANE)),
     )  # fmt: skip
     return dx, partial
 

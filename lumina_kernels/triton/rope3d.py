@@ -16,6 +16,7 @@ from lumina_kernels.triton._arguments import (
     in_units,
     positions_of,
 )
+from lumina_kernels.triton._launch import launch
 from lumina_kernels.triton._rotation import cos_sin_of, rotate, token_options
 from lumina_kernels.triton._tiles import cut, load_token, split_token, store_token
 from lumina_kernels.triton._tune import tuned
@@ -46,10 +47,13 @@ def rope3d_fwd(q, k, positions, inv_freq, axis, sign: int = 1) -> tuple[Tensor, 
     if B * L * max(H, G) * K == 0:
         return q_out, k_out
     (q, k), unit = in_units(heads_of(q), heads_of(k))
-    rope3d_kernel[(B * L,)](
-        q, k, positions_of(positions), frequencies_of(inv_freq), axis.contiguous(), q_out, k_out,
-        L, UNIT=unit, SIGN=sign, H=H, G=G, K=K, HS=cut(H), GS=cut(G), KS=cut(K),
-        **tuned("rope3d", H * K, q_out, token_options(max(H, G) * K, 80)),
+    arguments = (
+        q, k, positions_of(positions), frequencies_of(inv_freq), axis.contiguous(), q_out, k_out, L
+    )  # fmt: skip
+    launch(
+        rope3d_kernel, B * L, arguments,
+        tuned("rope3d", H * K, q_out, token_options(max(H, G) * K, 80)),
+        UNIT=unit, SIGN=sign, H=H, G=G, K=K, HS=cut(H), GS=cut(G), KS=cut(K),
     )  # fmt: skip
     return q_out, k_out
 

@@ -16,6 +16,7 @@ from lumina_kernels.triton._arguments import (
     table_heads,
     table_of,
 )
+from lumina_kernels.triton._launch import launch
 from lumina_kernels.triton._rotation import (
     load_halves,
     load_table,
@@ -137,10 +138,11 @@ def rope_table_fwd(
     values = max(H, G) * K + (T * 2 * W if T > 1 else 0)  # tables for each head are tiles too
     (q, k), unit = in_units(heads_of(q), heads_of(k))
     (cos, sin), table_unit = in_units(table_of(cos), table_of(sin))
-    rope_table_kernel[(B * L,)](
-        q, k, cos, sin, q_out, k_out, L, UNIT=unit, TABLE_UNIT=table_unit, BACKWARD=backward,
-        HALF=half, H=H, G=G, T=T, K=K, C=channels, W=W, HS=cut(H), GS=cut(G), TS=cut(T), CS=cuts,
-        WS=entry_cuts, RS=rest, **tuned("rope_table", values, q_out, token_options(values, 80)),
+    launch(
+        rope_table_kernel, B * L, (q, k, cos, sin, q_out, k_out, L),
+        tuned("rope_table", values, q_out, token_options(values, 80)),
+        UNIT=unit, TABLE_UNIT=table_unit, BACKWARD=backward, HALF=half, H=H, G=G, T=T, K=K,
+        C=channels, W=W, HS=cut(H), GS=cut(G), TS=cut(T), CS=cuts, WS=entry_cuts, RS=rest,
     )  # fmt: skip
     return q_out, k_out
 

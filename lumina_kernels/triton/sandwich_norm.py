@@ -6,9 +6,10 @@ import triton.language as tl
 from torch import Tensor
 
 from lumina_kernels.triton._arguments import COUNTS, contiguous, empty_as, rows_of
+from lumina_kernels.triton._launch import launch
 from lumina_kernels.triton._norm import (
     BLOCK_D,
-    BLOCK_SUMS,
+    SUM_OPTIONS,
     backward_options,
     forward_options,
     norm_bwd,
@@ -204,11 +205,12 @@ def gate_grads(
     gate = gate if gate is not None and gate.ndim == 2 else None
     dweight, dgate = (None if p is None else empty_as(p) for p in (weight, gate))
     if weight is not None or gate is not None:
-        sandwich_norm_gate_kernel[(blocks(D, BLOCK_D),)](
+        arguments = (
             partial, contiguous(weight), rows_of(gate), dweight, dgate, B, chunks,
-            partial.stride(1) // D, TANH=tanh, D=D, BLOCK=BLOCK_SUMS, BLOCK_D=BLOCK_D,
-            num_warps=4, enable_fp_fusion=True,
+            partial.stride(1) // D,
         )  # fmt: skip
+        programs = blocks(D, BLOCK_D)
+        launch(sandwich_norm_gate_kernel, programs, arguments, SUM_OPTIONS, TANH=tanh, D=D)
     return dweight, dgate
 
 
@@ -220,10 +222,11 @@ def sandwich_norm_fwd(y, residual, weight, gate, eps, tanh) -> tuple[Tensor, Ten
     if out.numel() == 0:
         return out, rstd
     options = tuned("sandwich_norm_fwd", D, y, forward_options(D))
-    sandwich_norm_fwd_kernel[(B * blocks(L, options["ROWS"]),)](
-        rows_of(y), rows_of(residual), contiguous(weight), rows_of(gate), out, rstd, L, eps,
-        TANH=tanh, **options,
+    arguments = (
+        rows_of(y), rows_of(residual), contiguous(weight), rows_of(gate), out, rstd, L, eps
     )  # fmt: skip
+    programs = B * blocks(L, options["ROWS"])
+    launch(sandwich_norm_fwd_kernel, programs, arguments, options, TANH=tanh)
     return out, rstd
 
 
@@ -237,9 +240,11 @@ def sandwich_norm_bwd(dout, y, weight, gate, tanh, rstd) -> tuple[Tensor | None,
     chunks = blocks(L, chunk)
     partial = dy.new_empty(B, chunks, D, dtype=torch.float32)
     dgate = empty_as(gate) if gate is not None and gate.ndim == 3 else None
-    sandwich_norm_bwd_kernel[(B * chunks,)](
+    arguments = (
         rows_of(dout), rows_of(y), contiguous(weight), rows_of(gate), rstd, dy, dgate, partial,
-        L, chunk, TANH=tanh, **tuned("sandwich_norm_bwd", D, y, backward_options(D)),
+        L, chunk,
     )  # fmt: skip
+    options = tuned("sandwich_norm_bwd", D, y, backward_options(D))
+    launch(sandwich_norm_bwd_kernel, B * chunks, arguments, options, TANH=tanh)
     dweight, dgate_sum = gate_grads(partial, weight, gate, tanh)
     return dy, dweight, dgate_sum if dgate is None else dgate

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lumina_kernels.triton._arguments import COUNTS, contiguous, empty_as, rows_of
+from lumina_kernels.triton._launch import launch
 from lumina_kernels.triton._norm import (
     backward_options,
     forward_options,
@@ -94,11 +95,12 @@ def sandwich_norm_chain_fwd(
     if new_residual.numel() == 0:
         return new_residual, normed, rstd, next_rstd
     options = tuned("sandwich_norm_chain_fwd", D, y, forward_options(D))
-    sandwich_norm_chain_fwd_kernel[(B * blocks(L, options["ROWS"]),)](
+    arguments = (
         rows_of(y), rows_of(residual), contiguous(weight), rows_of(gate), contiguous(next_weight),
         rows_of(next_scale), new_residual, normed, rstd, next_rstd, L, eps,
-        TANH=tanh, **options,
     )  # fmt: skip
+    programs = B * blocks(L, options["ROWS"])
+    launch(sandwich_norm_chain_fwd_kernel, programs, arguments, options, TANH=tanh)
     return new_residual, normed, rstd, next_rstd
 
 
@@ -118,12 +120,14 @@ def sandwich_norm_chain_bwd(
     dscale = empty_as(next_scale) if scale_per_token else None
     dgate = empty_as(gate) if gate is not None and gate.ndim == 3 else None
     weight, next_weight = contiguous(weight), contiguous(next_weight)
-    sandwich_norm_chain_bwd_kernel[(B * chunks,)](
+    arguments = (
         rows_of(dnew_residual), rows_of(dnormed), rows_of(y), rows_of(residual),
         weight, rows_of(gate),
         next_weight, rows_of(next_scale), rstd, next_rstd, dy, dresidual, dgate, dscale, partial,
-        L, chunk, TANH=tanh, **tuned("sandwich_norm_chain_bwd", D, y, backward_options(D)),
+        L, chunk,
     )  # fmt: skip
+    options = tuned("sandwich_norm_chain_bwd", D, y, backward_options(D))
+    launch(sandwich_norm_chain_bwd_kernel, B * chunks, arguments, options, TANH=tanh)
     dweight, dgate_sum = gate_grads(partial.select(2, 1), weight, gate, tanh)
     dnext_weight, _, dscale_sum, _ = modulation_grads(
         partial, next_weight, None, next_scale, None, dnormed

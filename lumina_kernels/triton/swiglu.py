@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lumina_kernels.triton._arguments import empty_as
 from lumina_kernels.triton._flat import OPTIONS, flat_rows, load_flat, store_flat
+from lumina_kernels.triton._launch import launch
 from lumina_kernels.triton._tiles import blocks, program_chunk
 from lumina_kernels.triton._tune import tuned
 
@@ -41,7 +42,8 @@ def swiglu_fwd(a, b) -> Tensor:
     if out.numel() > 0:
         (a, b), rows, F = flat_rows(a, b)
         options = tuned("swiglu_fwd", 1, out, OPTIONS)
-        swiglu_fwd_kernel[(rows * blocks(F, options["BLOCK"]),)](a, b, out, F, **options)
+        programs = rows * blocks(F, options["BLOCK"])
+        launch(swiglu_fwd_kernel, programs, (a, b, out, F), options)
     return out
 
 
@@ -51,5 +53,6 @@ def swiglu_bwd(dout, a, b) -> tuple[Tensor, Tensor]:
     if da.numel() > 0:
         (dout, a, b), rows, F = flat_rows(dout, a, b)
         options = tuned("swiglu_bwd", 1, da, OPTIONS)
-        swiglu_bwd_kernel[(rows * blocks(F, options["BLOCK"]),)](dout, a, b, da, db, F, **options)
+        programs = rows * blocks(F, options["BLOCK"])
+        launch(swiglu_bwd_kernel, programs, (dout, a, b, da, db, F), options)
     return da, db
