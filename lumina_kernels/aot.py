@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from lumina_kernels import backend, sass
 from lumina_kernels.examples import Sizes, examples
+from lumina_kernels.machine import MACHINES
 from lumina_kernels.ops import OPS
 from lumina_kernels.output import check_output, replace
 from lumina_kernels.prediction import Launch, predicted
@@ -53,7 +54,8 @@ class OfflineDriver:
         from triton.backends.compiler import GPUTarget
 
         self.target = GPUTarget("cuda", arch, 32)
-        properties = {"max_shared_mem": SHARED_KIB[arch] << 10, "multiprocessor_count": 132}
+        processors = next((z.processors for z in MACHINES.values() if z.arch == arch), 128)
+        properties = {"max_shared_mem": SHARED_KIB[arch] << 10, "multiprocessor_count": processors}
         self.launches: list[tuple[bytes, int, tuple]] = []
         self.utils = SimpleNamespace(
             load_binary=lambda name, kernel, shared, device: (1, kernel, 0, 0, 1024),

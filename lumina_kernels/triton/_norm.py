@@ -29,9 +29,12 @@ from lumina_kernels.triton._tiles import (
     subtract,
     sum_columns,
 )
+from lumina_kernels.triton._tune import programs_at_once
 
 # Columns that a program of the second stage adds up, and partial sums it reads at once.
 BLOCK_D, BLOCK_SUMS = 16, 128
+# Rows of a backward's program at least.
+LEAST_ROWS = 4
 
 
 @cache
@@ -60,7 +63,8 @@ def backward_options(D: int) -> dict:
     num_warps = 1
     while sum(cut[1] for cut in cuts) > 20 * 32 * num_warps and num_warps < 16:
         num_warps *= 2
-    maxnreg = min(255, 65536 // (32 * num_warps))
+    # 168: as many as 12 warps of a processor may have
+    maxnreg = min(168, 65536 // (32 * num_warps))
     options = {"num_warps": num_warps, "maxnreg": maxnreg, "enable_fp_fusion": True}
     return {"D": D, "DS": cuts} | options
 
@@ -71,10 +75,11 @@ def _cut_in_two(D: int) -> tuple[tuple[int, int], ...]:
     return (0, low), (low, 1 << max(D - low - 1, 0).bit_length())
 
 
-def rows_per_program(rows: int) -> int:
-    """Rows that a program of a backward adds up before it writes its sums: enough that the sums are
-    a small part of the traffic, unless there are too few rows to keep a GPU busy."""
-    return 16 if rows >= 4096 else 4
+def rows_per_program(B: int, L: int, options: dict) -> int:
+    """Rows that a program of a backward adds up before it writes its sums: so many that all of the
+    programs run at once, and at least LEAST_ROWS, so that the sums are a small part of the
+    traffic."""
+    return max(LEAST_ROWS, blocks(L, max(1, programs_at_once(options) // B)))
 
 
 def rstd_and_mean(statistics: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -149,7 +149,7 @@ def sandwich_norm_bwd_kernel(
     partial: `sandwich_bwd`'s sums over `chunk` rows."""
     b, first = program_chunk(L, chunk)
     gate_sum = zero_row(DS)
-    for row in range(first, tl.minimum(first + chunk, L)):
+    for row in tl.range(first, tl.minimum(first + chunk, L), num_stages=2):
         rows = row + tl.zeros((1, 1), tl.int64)
         d = load_rows(dout, b, rows, L, D, DS)
         y_row = load_rows(y, b, rows, L, D, DS)
@@ -233,13 +233,14 @@ def sandwich_norm_bwd(dout, y, weight, gate, tanh, rstd) -> tuple[Tensor | None,
     dy = empty_as(y)
     if dy.numel() == 0:
         return dy, *zeros_of(weight, gate)
-    chunk = rows_per_program(B * L)
+    options = tuned("sandwich_norm_bwd", D, y, backward_options(D))
+    chunk = rows_per_program(B, L, options)
     chunks = blocks(L, chunk)
     partial = dy.new_empty(B, chunks, D, dtype=torch.float32)
     dgate = empty_as(gate) if gate is not None and gate.ndim == 3 else None
     sandwich_norm_bwd_kernel[(B * chunks,)](
         rows_of(dout), rows_of(y), contiguous(weight), rows_of(gate), rstd, dy, dgate, partial,
-        L, chunk, TANH=tanh, **tuned("sandwich_norm_bwd", D, y, backward_options(D)),
+        L, chunk, TANH=tanh, **options,
     )  # fmt: skip
     dweight, dgate_sum = gate_grads(partial, weight, gate, tanh)
     return dy, dweight, dgate_sum if dgate is None else dgate

@@ -61,7 +61,7 @@ def sandwich_norm_chain_bwd_kernel(
     over `chunk` rows the sums for next_weight and next_scale, then those for weight and gate."""
     b, first = program_chunk(L, chunk)
     next_sum, unused, gate_sum = zero_row(DS), zero_row(DS), zero_row(DS)
-    for row in range(first, tl.minimum(first + chunk, L)):
+    for row in tl.range(first, tl.minimum(first + chunk, L), num_stages=2):
         rows = row + tl.zeros((1, 1), tl.int64)
         y_row = load_rows(y, b, rows, L, D, DS)
         n, rstd = normalise_from_statistics(y_row, rstd_ptr, None, b, rows, L, D, DS)
@@ -111,7 +111,8 @@ def sandwich_norm_chain_bwd(
     dy, dresidual = empty_as(y), empty_as(residual)
     if dy.numel() == 0:
         return dy, dresidual, *zeros_of(weight, gate, next_weight, next_scale)
-    chunk = rows_per_program(B * L)
+    options = tuned("sandwich_norm_chain_bwd", D, y, backward_options(D))
+    chunk = rows_per_program(B, L, options)
     chunks = blocks(L, chunk)
     partial = y.new_empty(B, chunks, 2, D, dtype=torch.float32)
     scale_per_token = next_scale is not None and next_scale.ndim == 3
@@ -122,7 +123,7 @@ def sandwich_norm_chain_bwd(
         rows_of(dnew_residual), rows_of(dnormed), rows_of(y), rows_of(residual),
         weight, rows_of(gate),
         next_weight, rows_of(next_scale), rstd, next_rstd, dy, dresidual, dgate, dscale, partial,
-        L, chunk, TANH=tanh, **tuned("sandwich_norm_chain_bwd", D, y, backward_options(D)),
+        L, chunk, TANH=tanh, **options,
     )  # fmt: skip
     dweight, dgate_sum = gate_grads(partial.select(2, 1), weight, gate, tanh)
     dnext_weight, _, dscale_sum, _ = modulation_grads(
