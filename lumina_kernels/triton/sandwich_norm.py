@@ -67,61 +67,56 @@ def one_minus_square(tile):
 
 
 @triton.jit
-def sandwich(
-    n, residual, weight_ptr, gate, b, rows, L, TANH: tl.constexpr, D: tl.constexpr, DS: tl.constexpr
+def sandwich_factor(
+    weight_ptr, gate, b, rows, L, TANH: tl.constexpr, D: tl.constexpr, DS: tl.constexpr
 ):
-    """residual + tanh(gate) * n * weight, n the normalised row, without the factors that are None;
-    without TANH the gate as it is."""
+    """tanh(gate) * weight, what the normalised row is multiplied by, without the factor that is
+    None; None for neither. Without TANH the gate as it is."""
+    factor = None
     if weight_ptr is not None:
-        weight = load_vector(weight_ptr, D, DS)
+        factor = load_vector(weight_ptr, D, DS)
     if gate is not None:
-        gates = load_rows(gate, b, rows, L, D, DS)
-    residual = load_rows(residual, b, rows, L, D, DS)
-    out = ()
-    for j in tl.static_range(len(n)):  # a block at a time: on sm_80 that saves registers
-        branch = n[j]
-        if gate is not None:
-            t = tanh(gates[j]) if TANH else gates[j]
-        if weight_ptr is not None:
-            branch = branch * weight[j]
-        if gate is not None:
-            branch = t * branch
-        out = out + (residual[j] + branch,)
-    return out
+        t = load_rows(gate, b, rows, L, D, DS)
+        if TANH:
+            t = tanh_tile(t)
+        factor = t if weight_ptr is None else multiply(t, factor)
+    return factor
+
+
+@triton.jit
+def sandwich(n, residual, factor):
+    """residual + factor * n, n the normalised row; factor None: 1."""
+    return add(residual, n if factor is None else multiply(factor, n))
 
 
 @triton.jit
 def sandwich_bwd(
-    d, gate_sum, n, rstd, weight_ptr, gate, dgate_ptr, b, rows, L,
+    d, gate_sum, n, rstd, factor, weight_ptr, gate, dgate_ptr, b, rows, L,
     TANH: tl.constexpr, D: tl.constexpr, DS: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of y from that of the output, d, and the sums over rows of f * d * n, n = y * rstd.
+    """Gradient of y from that of the output, d, and the sums over rows of f * d * n, n = y * rstd;
+    factor: `sandwich_factor`.
 
     Where `gate` has a row per token, f is tanh(gate), and the gradient of `gate`,
     (1 - tanh²) * d * n * weight, is stored; without TANH f is the gate, and its gradient d * n *
     weight. Otherwise f is 1: the second stage multiplies by f.
     """
-    if weight_ptr is not None:
-        weight = load_vector(weight_ptr, D, DS)
-    if gate is not None:
+    dn = multiply(d, n)
+    if dgate_ptr is None:
+        gate_sum = add(gate_sum, dn)
+    else:
         t = load_rows(gate, b, rows, L, D, DS)
         if TANH:
             t = tanh_tile(t)
-    if dgate_ptr is None:
-        gate_sum = add(gate_sum, multiply(d, n))
-    else:
-        gate_sum = add(gate_sum, multiply(multiply(t, d), n))
-        dgate = d
+        gate_sum = add(gate_sum, multiply(t, dn))
+        dgate = dn
         if TANH:
-            dgate = multiply(one_minus_square(t), d)
-        dgate = multiply(dgate, n)
+            dgate = multiply(one_minus_square(t), dgate)
         if weight_ptr is not None:
-            dgate = multiply(dgate, weight)
+            dgate = multiply(dgate, load_vector(weight_ptr, D, DS))
         store_rows(dgate_ptr, dgate, b, rows, L, D, DS)
-    if gate is not None:
-        d = multiply(d, t)
-    if weight_ptr is not None:
-        d = multiply(d, weight)
+    if factor is not None:
+        d = multiply(d, factor)
     return norm_bwd(d, n, rstd, D, False), gate_sum
 
 
@@ -133,10 +128,12 @@ def sandwich_norm_fwd_kernel(
 ):  # fmt: skip
     """out = residual + tanh(gate) * y * rstd * weight,  rstd = 1 / sqrt(mean(y²) + eps)"""
     b, rows = program_rows(L, ROWS)
-    y = load_rows(y, b, rows, L, D, DS)
+    y = load_rows(y, b, rows, L, D, DS)  # all loads come before the sums, which warps wait for
+    residual = load_rows(residual, b, rows, L, D, DS)
+    factor = sandwich_factor(weight_ptr, gate, b, rows, L, TANH, D, DS)
     rstd = rstd_of(y, eps, D)
     store_row_values(rstd_ptr, rstd, b, rows, L)
-    out = sandwich(scale_by(y, rstd), residual, weight_ptr, gate, b, rows, L, TANH, D, DS)
+    out = sandwich(scale_by(y, rstd), residual, factor)
     store_rows(out_ptr, out, b, rows, L, D, DS)
 
 
@@ -149,14 +146,20 @@ def sandwich_norm_bwd_kernel(
     partial: `sandwich_bwd`'s sums over `chunk` rows."""
     b, first = program_chunk(L, chunk)
     gate_sum = zero_row(DS)
+    if dgate_ptr is None:
+        factor = sandwich_factor(weight_ptr, gate, b, first, L, TANH, D, DS)
     for row in tl.range(first, tl.minimum(first + chunk, L), num_stages=2):
         rows = row + tl.zeros((1, 1), tl.int64)
         d = load_rows(dout, b, rows, L, D, DS)
         y_row = load_rows(y, b, rows, L, D, DS)
         rstd = load_row_values(rstd_ptr, b, rows, L)
+        if dgate_ptr is None:
+            row_factor = factor
+        else:
+            row_factor = sandwich_factor(weight_ptr, gate, b, rows, L, TANH, D, DS)
         dy, gate_sum = sandwich_bwd(
-            d, gate_sum, scale_by(y_row, rstd), rstd, weight_ptr, gate, dgate_ptr, b, rows, L,
-            TANH, D, DS,
+            d, gate_sum, scale_by(y_row, rstd), rstd, row_factor, weight_ptr, gate, dgate_ptr,
+            b, rows, L, TANH, D, DS,
         )  # fmt: skip
         store_rows(dy_ptr, dy, b, rows, L, D, DS)
     store_sums(partial_ptr, 1, (gate_sum,), D, DS)

@@ -29,7 +29,12 @@ from lumina_kernels.triton._tiles import (
     zero_row,
 )
 from lumina_kernels.triton._tune import tuned
-from lumina_kernels.triton.sandwich_norm import gate_grads, sandwich, sandwich_bwd
+from lumina_kernels.triton.sandwich_norm import (
+    gate_grads,
+    sandwich,
+    sandwich_bwd,
+    sandwich_factor,
+)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -41,9 +46,11 @@ def sandwich_norm_chain_fwd_kernel(
     """new_residual = residual + tanh(gate) * y * rstd * weight,
     normed = new_residual * next_rstd * next_weight * (1 + next_scale)"""
     b, rows = program_rows(L, ROWS)
-    y = load_rows(y, b, rows, L, D, DS)
+    y = load_rows(y, b, rows, L, D, DS)  # all loads come before the sums, which warps wait for
+    residual = load_rows(residual, b, rows, L, D, DS)
+    factor = sandwich_factor(weight_ptr, gate, b, rows, L, TANH, D, DS)
     n = normalise(y, eps, rstd_ptr, None, b, rows, L, D, DS)
-    new_residual = sandwich(n, residual, weight_ptr, gate, b, rows, L, TANH, D, DS)
+    new_residual = sandwich(n, residual, factor)
     store_rows(new_residual_ptr, new_residual, b, rows, L, D, DS)
     n = normalise(new_residual, eps, next_rstd_ptr, None, b, rows, L, D, DS)
     normed = modulate(n, next_weight_ptr, None, next_scale, None, b, rows, L, D, DS)
@@ -61,11 +68,17 @@ def sandwich_norm_chain_bwd_kernel(
     over `chunk` rows the sums for next_weight and next_scale, then those for weight and gate."""
     b, first = program_chunk(L, chunk)
     next_sum, unused, gate_sum = zero_row(DS), zero_row(DS), zero_row(DS)
+    if dgate_ptr is None:
+        factor = sandwich_factor(weight_ptr, gate, b, first, L, TANH, D, DS)
     for row in tl.range(first, tl.minimum(first + chunk, L), num_stages=2):
         rows = row + tl.zeros((1, 1), tl.int64)
         y_row = load_rows(y, b, rows, L, D, DS)
         n, rstd = normalise_from_statistics(y_row, rstd_ptr, None, b, rows, L, D, DS)
-        new_residual = sandwich(n, residual, weight_ptr, gate, b, rows, L, TANH, D, DS)
+        if dgate_ptr is None:
+            row_factor = factor
+        else:
+            row_factor = sandwich_factor(weight_ptr, gate, b, rows, L, TANH, D, DS)
+        new_residual = sandwich(n, load_rows(residual, b, rows, L, D, DS), row_factor)
         next_n, next_rstd = normalise_from_statistics(
             new_residual, next_rstd_ptr, None, b, rows, L, D, DS
         )
@@ -78,7 +91,7 @@ def sandwich_norm_chain_bwd_kernel(
         d = add(d, load_rows(dnew_residual, b, rows, L, D, DS))
         store_rows(dresidual_ptr, d, b, rows, L, D, DS)
         d, gate_sum = sandwich_bwd(
-            d, gate_sum, n, rstd, weight_ptr, gate, dgate_ptr, b, rows, L, TANH, D, DS
+            d, gate_sum, n, rstd, row_factor, weight_ptr, gate, dgate_ptr, b, rows, L, TANH, D, DS
         )
         store_rows(dy_ptr, d, b, rows, L, D, DS)
     store_sums(partial_ptr, 2, (next_sum, gate_sum), D, DS)
