@@ -121,7 +121,7 @@ def gate_residual_norm_bwd(
     dy, dresidual = empty_as(y), empty_as(residual)
     if dy.numel() == 0:
         return dy, dresidual, *zeros_of(gate, weight, bias, scale, shift)
-    options = tuned("gate_residual_norm_bwd", D, y, backward_options(D))
+    options = tuned("gate_residual_norm_bwd", D, y, backward_options(D, few=12))
     chunk = rows_per_program(B, L, options)
     chunks = blocks(L, chunk)
     partial = y.new_empty(B, chunks, 2 if gate is None else 3, D, dtype=torch.float32)

@@ -41,8 +41,8 @@ from lumina_kernels.triton._tiles import (
 from lumina_kernels.triton._tune import tuned
 from lumina_kernels.triton.context_drop import window_of
 
-# Values of a token that a lane holds, in the forward and in the backward, which holds four tokens.
-FWD_PER_LANE, BWD_PER_LANE = 80, 24
+# Values of a token that a lane holds, in the forward and in the backward, which has sums, too.
+FWD_PER_LANE, BWD_PER_LANE = 40, 24
 
 
 @triton.jit

@@ -41,14 +41,13 @@ from lumina_kernels.triton._tiles import (
 from lumina_kernels.triton._tune import tuned
 from lumina_kernels.triton.qk_norm_rope3d import (
     BWD_PER_LANE,
-    FWD_PER_LANE,
     norm_bwd,
     norm_tile,
 )
 
-# Values of a token that a lane holds in the forward where pairs are in halves; with twice as many,
-# as in qk_norm_rope3d, it spills.
-HALF_PER_LANE = 40
+# Values of a token that a lane holds in the forward, and where pairs are in halves; with twice as
+# many it spills there.
+FWD_PER_LANE, HALF_PER_LANE = 80, 40
 
 
 @triton.jit

@@ -30,7 +30,9 @@ from lumina_kernels.triton._tiles import (
 )
 from lumina_kernels.triton._tune import tuned
 from lumina_kernels.triton.sandwich_norm import (
+    add_branch,
     gate_grads,
+    loads_early,
     sandwich,
     sandwich_bwd,
     sandwich_factor,
@@ -41,16 +43,20 @@ from lumina_kernels.triton.sandwich_norm import (
 def sandwich_norm_chain_fwd_kernel(
     y, residual, weight_ptr, gate, next_weight_ptr, next_scale,  # (pointer, stride of b, of l)
     new_residual_ptr, normed_ptr, rstd_ptr, next_rstd_ptr, L, eps,
-    TANH: tl.constexpr, D: tl.constexpr, DS: tl.constexpr, ROWS: tl.constexpr,
+    TANH: tl.constexpr, EARLY: tl.constexpr, D: tl.constexpr, DS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """new_residual = residual + tanh(gate) * y * rstd * weight,
     normed = new_residual * next_rstd * next_weight * (1 + next_scale)"""
     b, rows = program_rows(L, ROWS)
-    y = load_rows(y, b, rows, L, D, DS)  # all loads come before the sums, which warps wait for
-    residual = load_rows(residual, b, rows, L, D, DS)
-    factor = sandwich_factor(weight_ptr, gate, b, rows, L, TANH, D, DS)
+    if EARLY:
+        residual_rows = load_rows(residual, b, rows, L, D, DS)
+        factor = sandwich_factor(weight_ptr, gate, b, rows, L, TANH, D, DS)
+    y = load_rows(y, b, rows, L, D, DS)
     n = normalise(y, eps, rstd_ptr, None, b, rows, L, D, DS)
-    new_residual = sandwich(n, residual, factor)
+    if EARLY:
+        new_residual = add_branch(residual_rows, n, factor)
+    else:
+        new_residual = sandwich(n, residual, weight_ptr, gate, b, rows, L, TANH, D, DS)
     store_rows(new_residual_ptr, new_residual, b, rows, L, D, DS)
     n = normalise(new_residual, eps, next_rstd_ptr, None, b, rows, L, D, DS)
     normed = modulate(n, next_weight_ptr, None, next_scale, None, b, rows, L, D, DS)
@@ -78,7 +84,7 @@ def sandwich_norm_chain_bwd_kernel(
             row_factor = factor
         else:
             row_factor = sandwich_factor(weight_ptr, gate, b, rows, L, TANH, D, DS)
-        new_residual = sandwich(n, load_rows(residual, b, rows, L, D, DS), row_factor)
+        new_residual = add_branch(load_rows(residual, b, rows, L, D, DS), n, row_factor)
         next_n, next_rstd = normalise_from_statistics(
             new_residual, next_rstd_ptr, None, b, rows, L, D, DS
         )
@@ -110,7 +116,7 @@ def sandwich_norm_chain_fwd(
     sandwich_norm_chain_fwd_kernel[(B * blocks(L, options["ROWS"]),)](
         rows_of(y), rows_of(residual), contiguous(weight), rows_of(gate), contiguous(next_weight),
         rows_of(next_scale), new_residual, normed, rstd, next_rstd, L, eps,
-        TANH=tanh, **options,
+        TANH=tanh, EARLY=loads_early(y, gate, options), **options,
     )  # fmt: skip
     return new_residual, normed, rstd, next_rstd
 
@@ -124,7 +130,7 @@ def sandwich_norm_chain_bwd(
     dy, dresidual = empty_as(y), empty_as(residual)
     if dy.numel() == 0:
         return dy, dresidual, *zeros_of(weight, gate, next_weight, next_scale)
-    options = tuned("sandwich_norm_chain_bwd", D, y, backward_options(D))
+    options = tuned("sandwich_norm_chain_bwd", D, y, backward_options(D, most=16))
     chunk = rows_per_program(B, L, options)
     chunks = blocks(L, chunk)
     partial = y.new_empty(B, chunks, 2, D, dtype=torch.float32)
