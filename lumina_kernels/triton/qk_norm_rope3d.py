@@ -42,7 +42,7 @@ from lumina_kernels.triton._tune import tuned
 from lumina_kernels.triton.context_drop import window_of
 
 # Values of a token that a lane holds, in the forward and in the backward, which has sums, too.
-FWD_PER_LANE, BWD_PER_LANE = 40, 24
+FWD_PER_LANE, BWD_PER_LANE = 60, 24
 
 
 @triton.jit
