@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from lumina_kernels import backend, sass
 from lumina_kernels.examples import Sizes, examples
+from lumina_kernels.machine import MACHINES
 from lumina_kernels.ops import OPS
 from lumina_kernels.output import check_output, replace
 from lumina_kernels.prediction import Launch, predicted
@@ -53,7 +54,8 @@ class OfflineDriver:
         from triton.backends.compiler import GPUTarget
 
         self.target = GPUTarget("cuda", arch, 32)
-        properties = {"max_shared_mem": SHARED_KIB[arch] << 10, "multiprocessor_count": 132}
+        processors = next((z.processors for z in MACHINES.values() if z.arch == arch), 128)
+        properties = {"max_shared_mem": SHARED_KIB[arch] << 10, "multiprocessor_count": processors}
         self.launches: list[tuple[bytes, int, tuple]] = []
         self.utils = SimpleNamespace(
             load_binary=lambda name, kernel, shared, device: (1, kernel, 0, 0, 1024),
@@ -119,10 +121,10 @@ def inspect(op: str, arch: int, head_dim: int, dtype: str, side: int = 16) -> li
     what `prediction.Prediction` has, but the times; these are in predicted: GPU -> microseconds,
     share of the rate of a copy or of the tensor cores, and what limits it.
     """
-    kernels = import_module(f"lumina_kernels.triton.{op}")
     useful = 1.0
-    if hasattr(kernels, "head_cuts"):
-        useful = head_dim / sum(width for _, width in kernels.head_cuts(head_dim))
+    if op == "gqa_attention":
+        cuts = import_module("lumina_kernels.triton.gqa_attention_tiles").head_cuts(head_dim)
+        useful = head_dim / sum(width for _, width in cuts)
     rows = []
     sizes = Sizes(
         grid=(1, side, side), T=64, H=32, G=8, K=head_dim, F=96 * head_dim, dtype=DTYPES[dtype]

@@ -23,18 +23,12 @@ ATTENTION = (
     (80, 72, "bf16"), (120, 72, "bf16"), (90, 96, "bf16"), (90, 96, "fp32"), (100, 72, "fp16"),
     (90, 128, "bf16"),
 )  # fmt: skip
-# (head_dim, example, kernel) whose asynchronous products ptxas makes wait for each other. The tiles
-# for 72 were measured as the fastest all the same, on an H200.
-SERIALISED = {
-    (72, "bias", "fwd"), (72, "bias", "dq"), (72, "bias of pairs", "fwd"),
-    (72, "bias of pairs", "dq"), (96, "bias of pairs", "dkv"), (128, "bias of pairs", "dkv"),
-    (72, "regions", "dkv"), (96, "regions", "dkv"), (128, "regions", "dkv"),  # the text is short
-}  # fmt: skip
 INSPECT = """
 import json, sys
 from lumina_kernels import aot
 arch, head_dim, dtype, path = sys.argv[1:]
-names = ["text", "bias of pairs"] + ["regions"] * (arch == "90" and dtype == "bf16")
+hopper = arch == "90" and dtype == "bf16"
+names = ["text", "bias of pairs"] + ["regions"] * hopper + ["bias"] * (hopper and head_dim == "96")
 found = aot.examples
 aot.examples = lambda *given: {name: found(*given)[name] for name in names}
 rows = aot.inspect("gqa_attention", int(arch), int(head_dim), dtype)
@@ -98,12 +92,10 @@ def test_products_do_not_wait_for_each_other(rows):
     found = set()
     for row in rows:
         if row["op"] == "gqa_attention" and row["arch"] == 90 and row["dtype"] == "bf16":
-            example, kernel = row["call"].rsplit(" bwd")[0].rsplit(" fwd")[0], row["kernel"][14:-7]
-            found.add((row["head_dim"], example, kernel))
-            if (row["head_dim"], example, kernel) not in SERIALISED:
-                assert row["waits"] <= 0.5, row
-    assert len(found) > 20 and SERIALISED < found
-    assert {kernel for _, _, kernel in found} == {"fwd", "dq", "dkv"}
+            found.add((row["head_dim"], row["call"], row["kernel"]))
+            assert row["waits"] <= 0.5, row
+    assert len(found) > 25
+    assert {kernel[14:-7] for _, _, kernel in found} == {"fwd", "dq", "dkv"}
 
 
 def test_times_are_predicted(rows):

@@ -13,6 +13,7 @@ from lumina_kernels.ops.gqa_attention import gqa_attention_fwd
 from lumina_kernels.ops.swiglu import swiglu_fwd
 from lumina_kernels.triton import _tune
 from lumina_kernels.triton import gqa_attention as attention
+from lumina_kernels.triton import gqa_attention_tiles as tiles
 from lumina_kernels.triton import gqa_attention_trial as trial
 
 GPUS = (80, 90, 100)  # by device number
@@ -115,13 +116,13 @@ def test_the_tiles_of_the_operands_fit_the_shared_memory(kind, arch):
     for K in range(8, 257, 8):
         for dtype in (torch.float16, torch.float32):
             for bias, more in ((False, False), (True, False), (False, True), (True, True)):
-                options = attention._options_on(arch, kind, K, dtype, bias, more)
+                options = tiles.options_on(arch, kind, K, dtype, bias, more)
                 rows, keys, stages = (options[x] for x in ("BLOCK_M", "BLOCK_N", "num_stages"))
                 # Loops keep a buffer a stage for wgmma, else one less. The others are held.
                 buffers = stages if arch // 10 in (9, 10) else max(1, stages - 1)
                 looped = 2 * (rows if kind == "dkv" else keys) * buffers
                 held = {"fwd": rows, "dq": 2 * rows, "dkv": 2 * keys}[kind]
-                width = sum(width for _, width in attention.head_cuts(K))
+                width = sum(width for _, width in tiles.head_cuts(K))
                 needed = (held + looped) * width * dtype.itemsize
                 assert needed <= aot.SHARED_KIB[arch] << 10, (K, dtype, bias, more, options)
 

@@ -230,10 +230,10 @@ def trying(arch: int, kernel: str, size: int, itemsize: int, configuration: dict
 
 def forget() -> None:
     """What launchers remember of the table."""
-    from lumina_kernels.triton import gqa_attention
+    from lumina_kernels.triton.gqa_attention_tiles import options_on
 
     measured.configuration.cache_clear()
-    gqa_attention._options_on.cache_clear()
+    options_on.cache_clear()
 
 
 def Pool(jobs: int):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 # Parameters of kernels that are numbers of things. Whether 16 divides them tells nothing about the
 # alignment of what they count, rows of constant width, so kernels are not compiled anew for that.
-COUNTS = ("L", "B", "chunk", "chunks", "tokens", "programs", "windows", "grid")
+COUNTS = ("L", "B", "chunk", "chunks", "tokens", "programs", "k_programs", "windows", "grid")
 
 # Of the largest tile that autotuning tries.
 MOST_TOKENS = 256

@@ -30,41 +30,45 @@ from lumina_kernels.triton._tiles import (
     subtract,
     sum_columns,
 )
+from lumina_kernels.triton._tune import programs_at_once
 
 # Columns that a program of the second stage adds up, and partial sums it reads at once.
 BLOCK_D, BLOCK_SUMS = 16, 128
 SUM_OPTIONS = {
     "BLOCK": BLOCK_SUMS, "BLOCK_D": BLOCK_D, "num_warps": 4, "enable_fp_fusion": True
 }  # fmt: skip
+# Rows of a backward's program at least.
+LEAST_ROWS = 4
 
 
 @cache
 def forward_options(D: int) -> dict:
-    """Sizes of a forward's tile and its warps: up to 80 values a lane.
+    """Sizes of a forward's tile and its warps: up to 80 values a lane with 4 warps, 40 with more.
 
     Several rows share the modulation that a program loads, and keep its lanes at 16-byte reads
-    where a block of one row is too narrow for that.
+    where a block of one row is too narrow for that. 8 warps come where both cuts fill their lanes.
     """
     cuts = _cut_in_two(D)
     width = sum(cut[1] for cut in cuts)
-    num_warps, ROWS = 4, 1
+    num_warps, ROWS = 8 if cuts[1][1] >= 2048 else 4, 1
     while width > 80 * 32 * num_warps and num_warps < 16:
         num_warps *= 2
-    while 2 * ROWS * width <= 80 * 32 * num_warps and ROWS < 64:
+    most = 40 * 32 * max(8, num_warps)
+    while 2 * ROWS * width <= most and ROWS < 64:
         ROWS *= 2
     return {"D": D, "DS": cuts, "ROWS": ROWS, "num_warps": num_warps, "enable_fp_fusion": True}
 
 
 @cache
-def backward_options(D: int) -> dict:
-    """The same for a backward, up to 20 values a lane: sums over rows and four to six tensors share
-    the registers. Without maxnreg ptxas spills one or two of them to fit one more program on a
-    processor."""
+def backward_options(D: int, most: int = 20, few: int = 16) -> dict:
+    """The same for a backward, up to `most` values a lane: sums over rows and four to six tensors
+    share the registers. Up to `few` values a lane go into 128 registers, and 16 warps run on a
+    processor, more into 168, and 12 do; nothing is spilled."""
     cuts = _cut_in_two(D)
-    num_warps = 1
-    while sum(cut[1] for cut in cuts) > 20 * 32 * num_warps and num_warps < 16:
+    width, num_warps = sum(cut[1] for cut in cuts), 1
+    while width > most * 32 * num_warps and num_warps < 16:
         num_warps *= 2
-    maxnreg = min(255, 65536 // (32 * num_warps))
+    maxnreg = 128 if num_warps == 16 or width <= few * 32 * num_warps else 168
     options = {"num_warps": num_warps, "maxnreg": maxnreg, "enable_fp_fusion": True}
     return {"D": D, "DS": cuts} | options
 
@@ -75,10 +79,11 @@ def _cut_in_two(D: int) -> tuple[tuple[int, int], ...]:
     return (0, low), (low, 1 << max(D - low - 1, 0).bit_length())
 
 
-def rows_per_program(rows: int) -> int:
-    """Rows that a program of a backward adds up before it writes its sums: enough that the sums are
-    a small part of the traffic, unless there are too few rows to keep a GPU busy."""
-    return 16 if rows >= 4096 else 4
+def rows_per_program(B: int, L: int, options: dict) -> int:
+    """Rows that a program of a backward adds up before it writes its sums: so many that all of the
+    programs run at once, and at least LEAST_ROWS, so that the sums are a small part of the
+    traffic."""
+    return max(LEAST_ROWS, blocks(L, max(1, programs_at_once(options) // B)))
 
 
 def rstd_and_mean(statistics: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -20,11 +20,11 @@ def token_options(values: int, per_lane: int) -> dict:
 
 
 @cache
-def loop_options(values: int, per_lane: int) -> dict:
+def loop_options(values: int, per_lane: int, most_registers: int = 255) -> dict:
     """The same for a kernel that carries sums through a loop. Without maxnreg ptxas spills one or
     two registers, for some K and GPUs, to fit one more program on a processor."""
     options = token_options(values, per_lane)
-    return options | {"maxnreg": min(255, 65536 // (32 * options["num_warps"]))}
+    return options | {"maxnreg": min(most_registers, 65536 // (32 * options["num_warps"]))}
 
 
 @triton.jit

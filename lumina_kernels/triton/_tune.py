@@ -33,6 +33,20 @@ def _arch_of(device: int) -> int:
     return driver.active.get_current_target().arch
 
 
+def programs_at_once(options: dict) -> int:
+    """Programs with such options, maxnreg among them, that the current GPU runs at a time by their
+    registers; 2 in the interpreter, so that they have several rows each."""
+    if "triton" in EMULATED:
+        return 2
+    of_a_processor = 65536 // (32 * options["num_warps"] * options["maxnreg"])
+    return max(1, of_a_processor) * _processors_of(driver.active.get_current_device())
+
+
+@cache
+def _processors_of(device: int) -> int:
+    return driver.active.utils.get_device_properties(device)["multiprocessor_count"]
+
+
 def tuned(kernel: str, size: int, x: Tensor, options: dict) -> dict:
     """The options, a dictionary that its caller keeps, with what was measured of the kernel on this
     GPU, for values as those of x."""

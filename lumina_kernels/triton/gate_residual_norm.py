@@ -65,7 +65,7 @@ def gate_residual_norm_bwd_kernel(
     the sums of `modulate_bwd` and, if there is a gate, that of dresidual * y, which is dgate."""
     b, first = program_chunk(L, chunk)
     dn_sum, d_sum, gate_sum = zero_row(DS), zero_row(DS), zero_row(DS)
-    for row in range(first, tl.minimum(first + chunk, L)):
+    for row in tl.range(first, tl.minimum(first + chunk, L), num_stages=2):
         rows = row + tl.zeros((1, 1), tl.int64)
         y_row = load_rows(y, b, rows, L, D, DS)
         residual_row = load_rows(residual, b, rows, L, D, DS)
@@ -124,7 +124,8 @@ def gate_residual_norm_bwd(
     dy, dresidual = empty_as(y), empty_as(residual)
     if dy.numel() == 0:
         return dy, dresidual, *zeros_of(gate, weight, bias, scale, shift)
-    chunk = rows_per_program(B * L)
+    options = tuned("gate_residual_norm_bwd", D, y, backward_options(D, few=12))
+    chunk = rows_per_program(B, L, options)
     chunks = blocks(L, chunk)
     partial = y.new_empty(B, chunks, 2 if gate is None else 3, D, dtype=torch.float32)
     scale_per_token = scale is not None and scale.ndim == 3
@@ -135,7 +136,6 @@ def gate_residual_norm_bwd(
         contiguous(weight), contiguous(bias), rows_of(scale), *rstd_and_mean(statistics),
         dy, dresidual, dgate, dscale, partial, L, chunk,
     )  # fmt: skip
-    options = tuned("gate_residual_norm_bwd", D, y, backward_options(D))
     launch(gate_residual_norm_bwd_kernel, B * chunks, arguments, options)
     if gate is not None and dgate is None:
         dgate = partial[:, :, 2].sum(1).to(gate.dtype)

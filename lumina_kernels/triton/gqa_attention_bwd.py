@@ -227,31 +227,32 @@ def gqa_attention_dkv_kernel(
     dk = zeros(((0, BLOCK_N),), KS)
     dv = zeros(((0, BLOCK_N),), KS)
     stats = (b * G + g) * n_rows
-    for start in range(0, end, BLOCK_M):
-        rows = start + tl.arange(0, BLOCK_M)
-        exist = rows < n_rows
-        q_tile = load_queries(q, start, exist, b, g, R, UNIT, BLOCK_M, K, KS)
-        top, total = load_stats(stats_ptr, stats + rows, exist)
-        if weight_ptr is not None:  # the total is in the weight
-            total = tl.zeros_like(total)
-        added = None
-        if bias is not None:
-            there, those = inside[:, None], exist[None, :]
-            added = bias_tile(bias, b, g, rows[None, :], columns[:, None], those, there, R)
-        p = weights_of(dot_rows(k_tile, q_tile), top[None, :], total[None, :], scales, added)
-        if weight_ptr is not None:
-            weight = tl.load(weight_ptr + stats + rows, mask=exist, other=0.0)
-            p *= weight[None, :]
-        if own is not None:
-            seen = own_keys(own, rows[None, :], n_rows, columns[:, None], inside[:, None], R)
-            p = tl.where(seen, p, 0.0)
-        dout_tile = load_queries(dout, start, exist, b, g, R, UNIT, BLOCK_M, K, KS)
-        dv = add_dot(dv, p, dout_tile)
-        delta = tl.load(delta_ptr + stats + rows, mask=exist, other=0.0) * before
-        ds = p * (dot_rows(v_tile, dout_tile) * before - delta[None, :])
-        if own is not None:  # the other factor may be infinite
-            ds = tl.where(p == 0, 0.0, ds)
-        dk = add_dot(dk, ds, q_tile)
+    if end > 0:  # as in `_loop`
+        for start in range(0, end, BLOCK_M):
+            rows = start + tl.arange(0, BLOCK_M)
+            exist = rows < n_rows
+            q_tile = load_queries(q, start, exist, b, g, R, UNIT, BLOCK_M, K, KS)
+            top, total = load_stats(stats_ptr, stats + rows, exist)
+            if weight_ptr is not None:  # the total is in the weight
+                total = tl.zeros_like(total)
+            added = None
+            if bias is not None:
+                there, those = inside[:, None], exist[None, :]
+                added = bias_tile(bias, b, g, rows[None, :], columns[:, None], those, there, R)
+            p = weights_of(dot_rows(k_tile, q_tile), top[None, :], total[None, :], scales, added)
+            if weight_ptr is not None:
+                weight = tl.load(weight_ptr + stats + rows, mask=exist, other=0.0)
+                p *= weight[None, :]
+            if own is not None:
+                seen = own_keys(own, rows[None, :], n_rows, columns[:, None], inside[:, None], R)
+                p = tl.where(seen, p, 0.0)
+            dout_tile = load_queries(dout, start, exist, b, g, R, UNIT, BLOCK_M, K, KS)
+            dv = add_dot(dv, p, dout_tile)
+            delta = tl.load(delta_ptr + stats + rows, mask=exist, other=0.0) * before
+            ds = p * (dot_rows(v_tile, dout_tile) * before - delta[None, :])
+            if own is not None:  # the other factor may be infinite
+                ds = tl.where(p == 0, 0.0, ds)
+            dk = add_dot(dk, ds, q_tile)
     out_rows = ((b * n_keys + columns) * G + g)[:, None] * K
     dk = scale_by(dk, scales[0] / before)
     store_tile(dk_ptr, select(dk, valid[:, None]), out_rows, inside[:, None], K, KS)

@@ -147,23 +147,28 @@ def _loop(
     keys.
 
     STEP takes a tile as (mask, its first key, number of all keys). The mask is that of the sample:
-    None, or (pointer,), or (pointer, stride of l, of the key)."""
-    for i in range(count):
-        if mask is None:
-            start = first + i * PART
-        elif len(mask) > 1:
-            start = first + i * PART
-        else:
-            # The lowest bit's index is the exponent of a float32.
-            low = bits & -bits
-            index = ((low.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 255) - 127
-            start = first + index * BLOCK
-            if PART < BLOCK:
-                part = i % (BLOCK // PART)
-                start += part * PART
-                low = tl.where(part == BLOCK // PART - 1, low, 0)
-            bits ^= low
-        state = STEP(state, context, (mask, start, n_keys), K, KS, R, PART, MASKED)
+    None, or (pointer,), or (pointer, stride of l, of the key).
+
+    The `if` keeps state that no product has written away from the wait that Hopper's asynchronous
+    products need after the loop. Else ptxas may make each product wait for the one before (C7515).
+    """
+    if count > 0:
+        for i in range(count):
+            if mask is None:
+                start = first + i * PART
+            elif len(mask) > 1:
+                start = first + i * PART
+            else:
+                # The lowest bit's index is the exponent of a float32.
+                low = bits & -bits
+                index = ((low.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 255) - 127
+                start = first + index * BLOCK
+                if PART < BLOCK:
+                    part = i % (BLOCK // PART)
+                    start += part * PART
+                    low = tl.where(part == BLOCK // PART - 1, low, 0)
+                bits ^= low
+            state = STEP(state, context, (mask, start, n_keys), K, KS, R, PART, MASKED)
     return state
 
 

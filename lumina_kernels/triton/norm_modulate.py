@@ -55,7 +55,7 @@ def norm_modulate_bwd_kernel(
     """
     b, first = program_chunk(L, chunk)
     dn_sum, d_sum = zero_row(DS), zero_row(DS)
-    for row in range(first, tl.minimum(first + chunk, L)):
+    for row in tl.range(first, tl.minimum(first + chunk, L), num_stages=2):
         rows = row + tl.zeros((1, 1), tl.int64)
         d = load_rows(dout, b, rows, L, D, DS)
         x_row = load_rows(x, b, rows, L, D, DS)
@@ -90,7 +90,8 @@ def norm_modulate_bwd(dout, x, weight, bias, scale, shift, statistics) -> tuple[
     dx = empty_as(x)
     if dx.numel() == 0:
         return dx, *zeros_of(weight, bias, scale, shift)
-    chunk = rows_per_program(B * L)
+    options = tuned("norm_modulate_bwd", D, x, backward_options(D))
+    chunk = rows_per_program(B, L, options)
     chunks = blocks(L, chunk)
     partial = x.new_empty(B, chunks, 2, D, dtype=torch.float32)
     per_token = scale is not None and scale.ndim == 3
@@ -99,7 +100,6 @@ def norm_modulate_bwd(dout, x, weight, bias, scale, shift, statistics) -> tuple[
         rows_of(dout), rows_of(x), contiguous(weight), contiguous(bias), rows_of(scale),
         *rstd_and_mean(statistics), dx, dscale, partial, L, chunk,
     )  # fmt: skip
-    options = tuned("norm_modulate_bwd", D, x, backward_options(D))
     launch(norm_modulate_bwd_kernel, B * chunks, arguments, options)
     dweight, dbias, dscale_sum, dshift = modulation_grads(partial, weight, bias, scale, shift, dout)
     return dx, dweight, dbias, dscale if per_token else dscale_sum, dshift

@@ -4,7 +4,6 @@ The statistics of a token are not stored: the backward has to read the token any
 them again.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,13 +18,13 @@ from lumina_kernels.triton._arguments import (
     mask_of,
     positions_of,
 )
+from lumina_kernels.triton._head_sums import parameter_grads, partial_sums, store_parameter_sums
 from lumina_kernels.triton._launch import launch
-from lumina_kernels.triton._norm import sum_partials, zeros_of
+from lumina_kernels.triton._norm import zeros_of
 from lumina_kernels.triton._rotation import cos_sin_of, loop_options, rotate, token_options
 from lumina_kernels.triton._tiles import (
     add,
     band,
-    blocks,
     clear_padding,
     cut,
     load_heads,
@@ -43,13 +42,8 @@ from lumina_kernels.triton._tiles import (
 from lumina_kernels.triton._tune import tuned
 from lumina_kernels.triton.context_drop import window_of
 
-# Values of a token that a lane holds, in the forward and in the backward, which holds four tokens.
-FWD_PER_LANE, BWD_PER_LANE = 80, 24
-# Programs whose sums the second stage adds at most, and tokens of a program at least.
-MOST_PARTIALS, LEAST_TOKENS = 512, 4
-# Block of sums that the second stage adds at a time.
-ROWS, COLUMNS = 64, 32
-SUM_OPTIONS = {"ROWS": ROWS, "COLUMNS": COLUMNS, "num_warps": 4, "enable_fp_fusion": True}
+# Values of a token that a lane holds, in the forward and in the backward, which has sums, too.
+FWD_PER_LANE, BWD_PER_LANE = 60, 24
 
 
 @triton.jit
@@ -196,7 +190,7 @@ def qk_norm_rope3d_bwd_kernel(
     its share of it, others get 0."""
     first = tl.program_id(0) * chunk
     dweight, dbias = zeros(HS, KS), zeros(HS, KS)
-    for step in range(tl.minimum(chunk, tokens - first)):
+    for step in tl.range(tl.minimum(chunk, tokens - first), num_stages=2):
         number, b, index = split_token(first + step, L)
         valid = None if key_mask is None else load_valid(key_mask, b, index)
         tile = load_token(x, b, index, UNIT, H, K, HS, KS, valid)
@@ -215,45 +209,7 @@ def qk_norm_rope3d_bwd_kernel(
             dweight = add(dweight, select(dw, valid))
         if SUMS > 1:
             dbias = add(dbias, d)
-    number = tl.program_id(0).to(tl.int64) * SUMS
-    if SUMS > 0:
-        store_token(partial_ptr, dweight, number, H, K, HS, KS)
-    if SUMS > 1:
-        store_token(partial_ptr, dbias, number + 1, H, K, HS, KS)
-
-
-@triton.jit
-def _sum(
-    partial_ptr, out_ptr, stride, count, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Columns of the sum of `count` rows of WIDTH values, `stride` apart."""
-    if out_ptr is not None:
-        columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-        if tl.program_id(0) * COLUMNS < WIDTH:
-            total = sum_partials(partial_ptr, count, stride, columns, WIDTH, ROWS, COLUMNS)
-            tl.store(out_ptr + columns, total.to(out_ptr.dtype.element_ty), mask=columns < WIDTH)
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def qk_norm_rope3d_parameters_kernel(
-    q_partial, k_partial,  # (pointer, stride of the programs)
-    dq_weight_ptr, dq_bias_ptr, dk_weight_ptr, dk_bias_ptr, programs,
-    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """dweight and dbias of q and k: sums over the programs, and over the heads where they share a
-    weight. There is no bias then, and the heads of all programs are rows one after another."""
-    q_ptr, q_stride = q_partial
-    k_ptr, k_stride = k_partial
-    if NORM == "rms_per_head":
-        _sum(q_ptr, dq_weight_ptr, K, programs * H, K, ROWS, COLUMNS)
-        _sum(k_ptr, dk_weight_ptr, K, programs * G, K, ROWS, COLUMNS)
-    else:
-        _sum(q_ptr, dq_weight_ptr, q_stride, programs, H * K, ROWS, COLUMNS)
-        _sum(k_ptr, dk_weight_ptr, k_stride, programs, G * K, ROWS, COLUMNS)
-        _sum(q_ptr + H * K, dq_bias_ptr, q_stride, programs, H * K, ROWS, COLUMNS)
-        _sum(k_ptr + G * K, dk_bias_ptr, k_stride, programs, G * K, ROWS, COLUMNS)
+    store_parameter_sums(partial_ptr, dweight, dbias, H, K, HS, KS, NORM, SUMS)
 
 
 def qk_norm_rope3d_fwd(
@@ -282,16 +238,15 @@ def qk_norm_rope3d_fwd(
 def heads_bwd(
     dout, x, weight, bias, positions, inv_freq, axis, eps, norm, pool=None
 ) -> tuple[Tensor, Tensor]:
-    """dx of q or of k, and the partial sums of dweight and dbias, (programs, H * K of each).
+    """dx of q or of k, and `partial_sums`.
 
     `pool`: counts, grid, factor and key_mask of the windows; dout, (B, L', H, K), is then the
     gradient of the window means.
     """
     B, L, H, K = x.shape
-    chunk = max(LEAST_TOKENS, blocks(B * L, MOST_PARTIALS))
-    sums = 0 if weight is None and bias is None else 1 if bias is None else 2
     dx = empty_as(x)
-    partial = x.new_empty(blocks(B * L, chunk), sums * H * K, dtype=torch.float32)
+    options = tuned("qk_norm_rope3d_bwd", H * K, dx, loop_options(H * K, BWD_PER_LANE, 168))
+    partial, chunk, sums = partial_sums(x, weight, bias, norm, options)
     counts, grid, factor, key_mask = pool or (None,) * 4
     windows, grid = (None, None) if pool is None else (counts.shape[1], tuple(grid))
     (dout, x), unit = in_units(heads_of(dout), heads_of(x))
@@ -300,28 +255,11 @@ def heads_bwd(
         axis.contiguous(), dx, partial, eps, counts, windows, grid, factor, mask_of(key_mask),
         L, B * L, chunk,
     )  # fmt: skip
-    options = tuned("qk_norm_rope3d_bwd", H * K, dx, loop_options(H * K, BWD_PER_LANE))
     launch(
         qk_norm_rope3d_bwd_kernel, partial.shape[0], arguments, options,
         UNIT=unit, H=H, K=K, HS=cut(H), KS=cut(K), NORM=norm, SUMS=sums,
     )  # fmt: skip
     return dx, partial
-
-
-def parameter_grads(q_partial, k_partial, parameters, H, G, K, norm) -> tuple[Tensor | None, ...]:
-    """Gradients of the weights and biases from the sums of `heads_bwd`, None for None."""
-    grads = tuple(None if p is None else empty_as(p) for p in parameters)
-    if any(grad is not None for grad in grads):
-        width = K if norm == "rms_per_head" else max(H, G) * K
-        arguments = (
-            (q_partial, q_partial.stride(0)), (k_partial, k_partial.stride(0)), *grads,
-            q_partial.shape[0],
-        )  # fmt: skip
-        launch(
-            qk_norm_rope3d_parameters_kernel, blocks(width, COLUMNS), arguments, SUM_OPTIONS,
-            H=H, G=G, K=K, NORM=norm,
-        )  # fmt: skip
-    return grads
 
 
 def qk_norm_rope3d_bwd(

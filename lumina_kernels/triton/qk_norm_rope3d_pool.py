@@ -20,6 +20,7 @@ from lumina_kernels.triton._arguments import (
     mask_of,
     positions_of,
 )
+from lumina_kernels.triton._head_sums import parameter_grads
 from lumina_kernels.triton._launch import launch
 from lumina_kernels.triton._norm import zeros_of
 from lumina_kernels.triton._rotation import cos_sin_of, loop_options
@@ -35,7 +36,7 @@ from lumina_kernels.triton._tiles import (
 )
 from lumina_kernels.triton._tune import tuned
 from lumina_kernels.triton.context_drop import context_drop_bwd, program_window, windows_of
-from lumina_kernels.triton.qk_norm_rope3d import heads_bwd, norm_rotate, parameter_grads
+from lumina_kernels.triton.qk_norm_rope3d import heads_bwd, norm_rotate
 
 # Values of a token of q that a lane holds at most; at 48 the kernel spills for K = 48 in float32.
 PER_LANE = 47

@@ -7,7 +7,6 @@ in qk_norm_rope3d, whose norm this is.
 
 from functools import cache
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,6 +20,7 @@ from lumina_kernels.triton._arguments import (
     table_heads,
     table_of,
 )
+from lumina_kernels.triton._head_sums import parameter_grads, partial_sums, store_parameter_sums
 from lumina_kernels.triton._launch import launch
 from lumina_kernels.triton._norm import zeros_of
 from lumina_kernels.triton._rotation import (
@@ -33,7 +33,6 @@ from lumina_kernels.triton._rotation import (
 )
 from lumina_kernels.triton._tiles import (
     add,
-    blocks,
     cut,
     load_token,
     split_token,
@@ -43,17 +42,13 @@ from lumina_kernels.triton._tiles import (
 from lumina_kernels.triton._tune import tuned
 from lumina_kernels.triton.qk_norm_rope3d import (
     BWD_PER_LANE,
-    FWD_PER_LANE,
-    LEAST_TOKENS,
-    MOST_PARTIALS,
     norm_bwd,
     norm_tile,
-    parameter_grads,
 )
 
-# Values of a token that a lane holds in the forward where pairs are in halves; with twice as many,
-# as in qk_norm_rope3d, it spills.
-HALF_PER_LANE = 40
+# Values of a token that a lane holds in the forward, and where pairs are in halves; with twice as
+# many it spills there.
+FWD_PER_LANE, HALF_PER_LANE = 80, 40
 
 
 @triton.jit
@@ -134,7 +129,7 @@ def qk_norm_rope_table_bwd_kernel(
     parameter, 1 for the weight alone, 2 for weight and bias."""
     first = tl.program_id(0) * chunk
     dweight, dbias = zeros(HS, KS), zeros(HS, KS)
-    for step in range(tl.minimum(chunk, tokens - first)):
+    for step in tl.range(tl.minimum(chunk, tokens - first), num_stages=2):
         number, b, index = split_token(first + step, L)
         tile = load_token(x, b, index, UNIT, H, K, HS, KS)
         d = load_token(dout, b, index, UNIT, H, K, HS, KS)
@@ -145,11 +140,7 @@ def qk_norm_rope_table_bwd_kernel(
             dweight = add(dweight, dw)
         if SUMS > 1:
             dbias = add(dbias, d)
-    number = tl.program_id(0).to(tl.int64) * SUMS
-    if SUMS > 0:
-        store_token(partial_ptr, dweight, number, H, K, HS, KS)
-    if SUMS > 1:
-        store_token(partial_ptr, dbias, number + 1, H, K, HS, KS)
+    store_parameter_sums(partial_ptr, dweight, dbias, H, K, HS, KS, NORM, SUMS)
 
 
 @cache
@@ -217,19 +208,17 @@ def qk_norm_rope_table_fwd(
 def _heads_bwd(
     dout, x, weight, bias, cos, sin, pairing, channels, eps, norm
 ) -> tuple[Tensor, Tensor]:
-    """dx of q or of k, and the partial sums of dweight and dbias, (programs, H * K of each)."""
+    """dx of q or of k, and `partial_sums`."""
     B, L, H, K = x.shape
-    chunk = max(LEAST_TOKENS, blocks(B * L, MOST_PARTIALS))
-    sums = 0 if weight is None and bias is None else 1 if bias is None else 2
     dx = empty_as(x)
-    partial = x.new_empty(blocks(B * L, chunk), sums * H * K, dtype=torch.float32)
     cos, sin, constants, held = _table_options(cos, sin, pairing == "half", channels, K)
+    options = loop_options(H * K + held, BWD_PER_LANE, 168)
+    options = tuned("qk_norm_rope_table_bwd", H * K, dx, options)
+    partial, chunk, sums = partial_sums(x, weight, bias, norm, options)
     (dout, x), unit = in_units(heads_of(dout), heads_of(x))
     arguments = dout, x, contiguous(weight), cos, sin, dx, partial, eps, L, B * L, chunk
-    options = loop_options(H * K + held, BWD_PER_LANE)
     launch(
-        qk_norm_rope_table_bwd_kernel, partial.shape[0], arguments,
-        tuned("qk_norm_rope_table_bwd", H * K, dx, options),
+        qk_norm_rope_table_bwd_kernel, partial.shape[0], arguments, options,
         UNIT=unit, H=H, HS=cut(H), NORM=norm, SUMS=sums, **constants,
     )  # fmt: skip
     return dx, partial
@@ -246,7 +235,7 @@ def qk_norm_rope_table_bwd(
         return *empties, *zeros_of(*parameters)
     table = cos, sin, pairing, channels, eps, norm
     dq, q_partial = _heads_bwd(dq_out, q, q_weight, q_bias, *table)
-    dk, k_partial = None, q_partial  # a pointer that is not read
+    dk, k_partial = None, None
     if k is not None:
         dk, k_partial = _heads_bwd(dk_out, k, k_weight, k_bias, *table)
     return dq, dk, *parameter_grads(q_partial, k_partial, parameters, H, G, K, norm)

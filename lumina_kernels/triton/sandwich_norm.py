@@ -68,6 +68,29 @@ def one_minus_square(tile):
 
 
 @triton.jit
+def sandwich_factor(
+    weight_ptr, gate, b, rows, L, TANH: tl.constexpr, D: tl.constexpr, DS: tl.constexpr
+):
+    """tanh(gate) * weight, what the normalised row is multiplied by, without the factor that is
+    None; None for neither. Without TANH the gate as it is."""
+    factor = None
+    if weight_ptr is not None:
+        factor = load_vector(weight_ptr, D, DS)
+    if gate is not None:
+        t = load_rows(gate, b, rows, L, D, DS)
+        if TANH:
+            t = tanh_tile(t)
+        factor = t if weight_ptr is None else multiply(t, factor)
+    return factor
+
+
+@triton.jit
+def add_branch(residual, n, factor):
+    """residual + factor * n; factor None: 1."""
+    return add(residual, n if factor is None else multiply(factor, n))
+
+
+@triton.jit
 def sandwich(
     n, residual, weight_ptr, gate, b, rows, L, TANH: tl.constexpr, D: tl.constexpr, DS: tl.constexpr
 ):
@@ -93,36 +116,32 @@ def sandwich(
 
 @triton.jit
 def sandwich_bwd(
-    d, gate_sum, n, rstd, weight_ptr, gate, dgate_ptr, b, rows, L,
+    d, gate_sum, n, rstd, factor, weight_ptr, gate, dgate_ptr, b, rows, L,
     TANH: tl.constexpr, D: tl.constexpr, DS: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of y from that of the output, d, and the sums over rows of f * d * n, n = y * rstd.
+    """Gradient of y from that of the output, d, and the sums over rows of f * d * n, n = y * rstd;
+    factor: `sandwich_factor`.
 
     Where `gate` has a row per token, f is tanh(gate), and the gradient of `gate`,
     (1 - tanh²) * d * n * weight, is stored; without TANH f is the gate, and its gradient d * n *
     weight. Otherwise f is 1: the second stage multiplies by f.
     """
-    if weight_ptr is not None:
-        weight = load_vector(weight_ptr, D, DS)
-    if gate is not None:
+    dn = multiply(d, n)
+    if dgate_ptr is None:
+        gate_sum = add(gate_sum, dn)
+    else:
         t = load_rows(gate, b, rows, L, D, DS)
         if TANH:
             t = tanh_tile(t)
-    if dgate_ptr is None:
-        gate_sum = add(gate_sum, multiply(d, n))
-    else:
-        gate_sum = add(gate_sum, multiply(multiply(t, d), n))
-        dgate = d
+        gate_sum = add(gate_sum, multiply(t, dn))
+        dgate = dn
         if TANH:
-            dgate = multiply(one_minus_square(t), d)
-        dgate = multiply(dgate, n)
+            dgate = multiply(one_minus_square(t), dgate)
         if weight_ptr is not None:
-            dgate = multiply(dgate, weight)
+            dgate = multiply(dgate, load_vector(weight_ptr, D, DS))
         store_rows(dgate_ptr, dgate, b, rows, L, D, DS)
-    if gate is not None:
-        d = multiply(d, t)
-    if weight_ptr is not None:
-        d = multiply(d, weight)
+    if factor is not None:
+        d = multiply(d, factor)
     return norm_bwd(d, n, rstd, D, False), gate_sum
 
 
@@ -130,14 +149,21 @@ def sandwich_bwd(
 def sandwich_norm_fwd_kernel(
     y, residual, weight_ptr, gate,  # rows: (pointer, stride of b, of l)
     out_ptr, rstd_ptr, L, eps,
-    TANH: tl.constexpr, D: tl.constexpr, DS: tl.constexpr, ROWS: tl.constexpr,
+    TANH: tl.constexpr, EARLY: tl.constexpr, D: tl.constexpr, DS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """out = residual + tanh(gate) * y * rstd * weight,  rstd = 1 / sqrt(mean(y²) + eps)"""
     b, rows = program_rows(L, ROWS)
+    if EARLY:  # what the output takes is loaded before the warps wait for the statistic
+        residual_rows = load_rows(residual, b, rows, L, D, DS)
+        factor = sandwich_factor(weight_ptr, gate, b, rows, L, TANH, D, DS)
     y = load_rows(y, b, rows, L, D, DS)
     rstd = rstd_of(y, eps, D)
     store_row_values(rstd_ptr, rstd, b, rows, L)
-    out = sandwich(scale_by(y, rstd), residual, weight_ptr, gate, b, rows, L, TANH, D, DS)
+    n = scale_by(y, rstd)
+    if EARLY:
+        out = add_branch(residual_rows, n, factor)
+    else:
+        out = sandwich(n, residual, weight_ptr, gate, b, rows, L, TANH, D, DS)
     store_rows(out_ptr, out, b, rows, L, D, DS)
 
 
@@ -150,14 +176,20 @@ def sandwich_norm_bwd_kernel(
     partial: `sandwich_bwd`'s sums over `chunk` rows."""
     b, first = program_chunk(L, chunk)
     gate_sum = zero_row(DS)
-    for row in range(first, tl.minimum(first + chunk, L)):
+    if dgate_ptr is None:
+        factor = sandwich_factor(weight_ptr, gate, b, first, L, TANH, D, DS)
+    for row in tl.range(first, tl.minimum(first + chunk, L), num_stages=2):
         rows = row + tl.zeros((1, 1), tl.int64)
         d = load_rows(dout, b, rows, L, D, DS)
         y_row = load_rows(y, b, rows, L, D, DS)
         rstd = load_row_values(rstd_ptr, b, rows, L)
+        if dgate_ptr is None:
+            row_factor = factor
+        else:
+            row_factor = sandwich_factor(weight_ptr, gate, b, rows, L, TANH, D, DS)
         dy, gate_sum = sandwich_bwd(
-            d, gate_sum, scale_by(y_row, rstd), rstd, weight_ptr, gate, dgate_ptr, b, rows, L,
-            TANH, D, DS,
+            d, gate_sum, scale_by(y_row, rstd), rstd, row_factor, weight_ptr, gate, dgate_ptr,
+            b, rows, L, TANH, D, DS,
         )  # fmt: skip
         store_rows(dy_ptr, dy, b, rows, L, D, DS)
     store_sums(partial_ptr, 1, (gate_sum,), D, DS)
@@ -214,6 +246,11 @@ def gate_grads(
     return dweight, dgate
 
 
+def loads_early(y: Tensor, gate: Tensor | None, options: dict) -> bool:
+    """Whether a forward has the registers to load all that a row takes before its statistics."""
+    return y.itemsize == 2 and options["ROWS"] <= 4 and (gate is None or gate.ndim == 2)
+
+
 def sandwich_norm_fwd(y, residual, weight, gate, eps, tanh) -> tuple[Tensor, Tensor]:
     """out (B, L, D) and rstd (B, L)."""
     B, L, D = y.shape
@@ -226,7 +263,8 @@ def sandwich_norm_fwd(y, residual, weight, gate, eps, tanh) -> tuple[Tensor, Ten
         rows_of(y), rows_of(residual), contiguous(weight), rows_of(gate), out, rstd, L, eps
     )  # fmt: skip
     programs = B * blocks(L, options["ROWS"])
-    launch(sandwich_norm_fwd_kernel, programs, arguments, options, TANH=tanh)
+    early = loads_early(y, gate, options)
+    launch(sandwich_norm_fwd_kernel, programs, arguments, options, TANH=tanh, EARLY=early)
     return out, rstd
 
 
@@ -236,7 +274,8 @@ def sandwich_norm_bwd(dout, y, weight, gate, tanh, rstd) -> tuple[Tensor | None,
     dy = empty_as(y)
     if dy.numel() == 0:
         return dy, *zeros_of(weight, gate)
-    chunk = rows_per_program(B * L)
+    options = tuned("sandwich_norm_bwd", D, y, backward_options(D))
+    chunk = rows_per_program(B, L, options)
     chunks = blocks(L, chunk)
     partial = dy.new_empty(B, chunks, D, dtype=torch.float32)
     dgate = empty_as(gate) if gate is not None and gate.ndim == 3 else None
@@ -244,7 +283,6 @@ def sandwich_norm_bwd(dout, y, weight, gate, tanh, rstd) -> tuple[Tensor | None,
         rows_of(dout), rows_of(y), contiguous(weight), rows_of(gate), rstd, dy, dgate, partial,
         L, chunk,
     )  # fmt: skip
-    options = tuned("sandwich_norm_bwd", D, y, backward_options(D))
     launch(sandwich_norm_bwd_kernel, B * chunks, arguments, options, TANH=tanh)
     dweight, dgate_sum = gate_grads(partial, weight, gate, tanh)
     return dy, dweight, dgate_sum if dgate is None else dgate

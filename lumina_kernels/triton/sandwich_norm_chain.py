@@ -30,21 +30,34 @@ from lumina_kernels.triton._tiles import (
     zero_row,
 )
 from lumina_kernels.triton._tune import tuned
-from lumina_kernels.triton.sandwich_norm import gate_grads, sandwich, sandwich_bwd
+from lumina_kernels.triton.sandwich_norm import (
+    add_branch,
+    gate_grads,
+    loads_early,
+    sandwich,
+    sandwich_bwd,
+    sandwich_factor,
+)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def sandwich_norm_chain_fwd_kernel(
     y, residual, weight_ptr, gate, next_weight_ptr, next_scale,  # (pointer, stride of b, of l)
     new_residual_ptr, normed_ptr, rstd_ptr, next_rstd_ptr, L, eps,
-    TANH: tl.constexpr, D: tl.constexpr, DS: tl.constexpr, ROWS: tl.constexpr,
+    TANH: tl.constexpr, EARLY: tl.constexpr, D: tl.constexpr, DS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """new_residual = residual + tanh(gate) * y * rstd * weight,
     normed = new_residual * next_rstd * next_weight * (1 + next_scale)"""
     b, rows = program_rows(L, ROWS)
+    if EARLY:
+        residual_rows = load_rows(residual, b, rows, L, D, DS)
+        factor = sandwich_factor(weight_ptr, gate, b, rows, L, TANH, D, DS)
     y = load_rows(y, b, rows, L, D, DS)
     n = normalise(y, eps, rstd_ptr, None, b, rows, L, D, DS)
-    new_residual = sandwich(n, residual, weight_ptr, gate, b, rows, L, TANH, D, DS)
+    if EARLY:
+        new_residual = add_branch(residual_rows, n, factor)
+    else:
+        new_residual = sandwich(n, residual, weight_ptr, gate, b, rows, L, TANH, D, DS)
     store_rows(new_residual_ptr, new_residual, b, rows, L, D, DS)
     n = normalise(new_residual, eps, next_rstd_ptr, None, b, rows, L, D, DS)
     normed = modulate(n, next_weight_ptr, None, next_scale, None, b, rows, L, D, DS)
@@ -62,11 +75,17 @@ def sandwich_norm_chain_bwd_kernel(
     over `chunk` rows the sums for next_weight and next_scale, then those for weight and gate."""
     b, first = program_chunk(L, chunk)
     next_sum, unused, gate_sum = zero_row(DS), zero_row(DS), zero_row(DS)
-    for row in range(first, tl.minimum(first + chunk, L)):
+    if dgate_ptr is None:
+        factor = sandwich_factor(weight_ptr, gate, b, first, L, TANH, D, DS)
+    for row in tl.range(first, tl.minimum(first + chunk, L), num_stages=2):
         rows = row + tl.zeros((1, 1), tl.int64)
         y_row = load_rows(y, b, rows, L, D, DS)
         n, rstd = normalise_from_statistics(y_row, rstd_ptr, None, b, rows, L, D, DS)
-        new_residual = sandwich(n, residual, weight_ptr, gate, b, rows, L, TANH, D, DS)
+        if dgate_ptr is None:
+            row_factor = factor
+        else:
+            row_factor = sandwich_factor(weight_ptr, gate, b, rows, L, TANH, D, DS)
+        new_residual = add_branch(load_rows(residual, b, rows, L, D, DS), n, row_factor)
         next_n, next_rstd = normalise_from_statistics(
             new_residual, next_rstd_ptr, None, b, rows, L, D, DS
         )
@@ -79,7 +98,7 @@ def sandwich_norm_chain_bwd_kernel(
         d = add(d, load_rows(dnew_residual, b, rows, L, D, DS))
         store_rows(dresidual_ptr, d, b, rows, L, D, DS)
         d, gate_sum = sandwich_bwd(
-            d, gate_sum, n, rstd, weight_ptr, gate, dgate_ptr, b, rows, L, TANH, D, DS
+            d, gate_sum, n, rstd, row_factor, weight_ptr, gate, dgate_ptr, b, rows, L, TANH, D, DS
         )
         store_rows(dy_ptr, d, b, rows, L, D, DS)
     store_sums(partial_ptr, 2, (next_sum, gate_sum), D, DS)
@@ -100,7 +119,8 @@ def sandwich_norm_chain_fwd(
         rows_of(next_scale), new_residual, normed, rstd, next_rstd, L, eps,
     )  # fmt: skip
     programs = B * blocks(L, options["ROWS"])
-    launch(sandwich_norm_chain_fwd_kernel, programs, arguments, options, TANH=tanh)
+    early = loads_early(y, gate, options)
+    launch(sandwich_norm_chain_fwd_kernel, programs, arguments, options, TANH=tanh, EARLY=early)
     return new_residual, normed, rstd, next_rstd
 
 
@@ -113,7 +133,8 @@ def sandwich_norm_chain_bwd(
     dy, dresidual = empty_as(y), empty_as(residual)
     if dy.numel() == 0:
         return dy, dresidual, *zeros_of(weight, gate, next_weight, next_scale)
-    chunk = rows_per_program(B * L)
+    options = tuned("sandwich_norm_chain_bwd", D, y, backward_options(D, most=16))
+    chunk = rows_per_program(B, L, options)
     chunks = blocks(L, chunk)
     partial = y.new_empty(B, chunks, 2, D, dtype=torch.float32)
     scale_per_token = next_scale is not None and next_scale.ndim == 3
@@ -126,7 +147,6 @@ def sandwich_norm_chain_bwd(
         next_weight, rows_of(next_scale), rstd, next_rstd, dy, dresidual, dgate, dscale, partial,
         L, chunk,
     )  # fmt: skip
-    options = tuned("sandwich_norm_chain_bwd", D, y, backward_options(D))
     launch(sandwich_norm_chain_bwd_kernel, B * chunks, arguments, options, TANH=tanh)
     dweight, dgate_sum = gate_grads(partial.select(2, 1), weight, gate, tanh)
     dnext_weight, _, dscale_sum, _ = modulation_grads(
