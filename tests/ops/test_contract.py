@@ -102,8 +102,8 @@ def test_mixed_dtypes(op, name, backend):
     """Each tensor alone in another dtype: accurate where the definition takes it, else the same
     error. Then those that must share a dtype together, beside the others.
 
-    In Triton's interpreter those that may be alone are so in a model's calls, and together in the
-    other ones: a kernel converts each of them where it loads it."""
+    In Triton's interpreter only a model's calls have each alone. The other ones have a run for each
+    binary digit of the tensors' numbers: everyone is in one, and no two are in the same ones."""
     example = arguments(op, name)
     half = {key: x.half() for key, x in example.items() if is_float(x)}
     shared, free = {}, {}
@@ -115,10 +115,11 @@ def test_mixed_dtypes(op, name, backend):
             shared[key] = x
         else:
             free[key] = x
-    each = [{key: x} for key, x in free.items()]
+    runs = [{key: x} for key, x in free.items()]
     if backend == "triton" and name != FIRST[op]:
-        each = [free] if free else []
-    for changed in each:
+        numbers, digits = list(enumerate(free.items(), 1)), range(len(free).bit_length())
+        runs = [{key: x for i, (key, x) in numbers if i >> digit & 1} for digit in digits]
+    for changed in runs:
         inputs, label = example | changed, ", ".join(changed)
         assert_as_definition(results(op, backend, inputs), inputs, op, backend, label)
     if shared:  # kernels keep results for the gradient in the dtype of the results
