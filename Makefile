@@ -72,7 +72,7 @@ example-pipeline: .venv/pipelines
 	@$(AWAKE) $(BIN)/python examples/text_to_image.py
 
 test: .venv/all
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/all
 	$(BIN)/ruff check .

@@ -9,6 +9,12 @@ from hypothesis import HealthCheck, settings
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# The files that take longest, which workers of pytest-xdist take first, or one of them would work
+# on the last of them when the others have nothing left to do.
+LONGEST = (
+    "test_dropin_models.py", "test_contract.py", "test_aot.py", "test_gpu_report.py",
+    "test_readme.py", "test_model_triton.py", "test_cli.py", "test_joint_model.py",
+)  # fmt: skip
 
 # A loaded machine is slow, which says nothing about the code.
 settings.register_profile(
@@ -21,10 +27,21 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "cpu_level(name): instruction set of the C++ kernels")
     # A worker of pytest-xdist ignores Ctrl-C, and so would the programs that tests start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Workers share the processor: threads of one that wait for each other keep the others waiting.
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    if workers > 1:
+        threads = max(1, torch.get_num_threads() // workers)
+        torch.set_num_threads(threads)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # of the programs that tests start
     if os.environ.get("TRITON_INTERPRET") == "1":
         import interpreter
 
         interpreter.hasten()
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 @pytest.fixture(autouse=True)

@@ -59,7 +59,7 @@ def test_test_installs_the_rest_and_the_cuda_kernels_for_every_architecture(make
     assert 'install --progress-bar off --no-compile --no-build-isolation -e ".[dev]"' in after
     assert "setup.py -q build_ext --inplace" in after and "SKIP_CUDA" not in after
     assert plan.splitlines()[-1].endswith(
-        "python -m pytest -n auto --maxprocesses 8 --dist loadfile"
+        "python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder"
     )
     only = make("-n", "test", "TORCH_CUDA_ARCH_LIST=9.0").stdout
     assert 'export TORCH_CUDA_ARCH_LIST="9.0";' in only

@@ -13,6 +13,7 @@ from benchmarks.harness.shapes import COMPACT
 from benchmarks.models.solver_error import drawer, noise_of, rms
 from lumina.sampling.solvers import SOLVERS
 
+EXACT_STEPS = {True: 250, False: 1000}  # is the report quick? -> midpoint steps
 SHAPES = (COMPACT.but(quick=True), COMPACT.but(B=8))
 NFE = (4, 8, 20)
 SETTINGS = {
@@ -39,7 +40,7 @@ def variants(shape) -> tuple[str, ...]:
 def case(shape, device) -> Case:
     """Pictures for B captions."""
     draw = drawer(3.0, shape.B, device=device)
-    exact, _ = draw(solver="midpoint", schedule="uniform", steps=250 if shape.quick else 1000)
+    exact, _ = draw(solver="midpoint", schedule="uniform", steps=EXACT_STEPS[shape.quick])
     functions, errors = {}, {}
     for variant in variants(shape)[1:]:
         setting = SETTINGS[variant.removeprefix("lumina-")]

@@ -84,23 +84,29 @@ def build(sources, csrc: Path) -> Path:
     cache.mkdir(exist_ok=True)
     headers = sorted((*csrc.glob("*.h"), *(csrc / "cuda").rglob("*h"), *HERE.glob("*.h")))
     common = "".join((*FLAGS, torch.__version__, *(path.read_text() for path in headers)))
-    with ThreadPoolExecutor(2) as pool:
-        objects = pool.map(
-            lambda source: _compile(source, csrc, cache, common), [*RUNTIME, *sources]
-        )
-        objects = sorted(objects)
+    paths = {
+        source: cache / f"{source.stem}-{_digest(common, source.read_text())}.o"
+        for source in (*RUNTIME, *sources)
+    }
+    with ThreadPoolExecutor(2) as pool, tempfile.TemporaryDirectory() as folder:
+        includes = [f"-I{path}" for path in (folder, HERE, csrc)]
+        includes += [f"-isystem{path}" for path in include_paths()]
+        compiler, first = ["g++", *FLAGS, *includes], "cuda_host.h"
+        if sum(not path.exists() for path in paths.values()) > 6:  # for fewer it takes longer
+            first = "precompiled.h"
+            header = [*compiler, "-x", "c++-header", str(HERE / first)]
+            _run(Path(folder) / f"{first}.gch", header)
+        compiler += ["-include", first, "-x", "c++", "-c"]
+
+        def compile(source):
+            _run(paths[source], [*compiler, str(source)])
+
+        list(pool.map(compile, paths))
+    objects = sorted(paths.values())
     library = cache / f"{_digest(*map(str, objects))}.so"
     libraries = [f"-L{path}" for path in library_paths()] + ["-ltorch_cpu", "-ltorch", "-lc10"]
     _run(library, ["g++", "-shared", *map(str, objects), *libraries])
     return library
-
-
-def _compile(source, csrc, cache, common):
-    path = cache / f"{source.stem}-{_digest(common, source.read_text())}.o"
-    includes = [f"-I{csrc}", *(f"-isystem{path}" for path in include_paths())]
-    forced = ["-include", str(HERE / "cuda_host.h")]
-    _run(path, ["g++", *FLAGS, *includes, *forced, "-x", "c++", "-c", str(source)])
-    return path
 
 
 def _run(path, command):

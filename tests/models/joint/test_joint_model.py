@@ -8,7 +8,7 @@ import torch
 from common import DEVICE, assert_as_accurate
 from joint_networks import CONFIGS, MASK, NETWORKS, inputs, pair
 from networks import cast, grouped, randn, randomise, run, sizes_of
-from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.testing import CompileCounter
 
 from lumina import RopeScaling
 from lumina.models.parts.windows import DroppedLayers
@@ -155,7 +155,7 @@ def test_compiled_once_for_all_sizes(name):
     config = replace(CONFIGS[name], n_layers=1, n_refiner_layers=1)
     ours = randomise(NETWORKS[type(config)](config)).float().requires_grad_(False)
     torch.compiler.reset()
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounter()
     compiled = torch.compile(ours, fullgraph=True, dynamic=True, backend=counter)
     graphs = set()
     with torch.no_grad():
