@@ -29,7 +29,14 @@ std::tuple<Tensor, Tensor, Tensor> gate_residual_norm_fwd(
                                     .D = static_cast<int>(D),
                                     .eps = static_cast<float>(eps),
                                     .layer = layer};
-  LUMINA_LAUNCH_ROWS(y, B * L, D, gate_residual_norm_fwd_kernel, p);
+  const RowKind rows = row_kind(
+      D, {p.y, p.residual},
+      {p.gate, p.modulation.weight, p.modulation.bias, p.modulation.scale, p.modulation.shift},
+      {p.new_residual, p.normed});
+  with_kind(rows, [&]<RowKind kKind>() {
+    LUMINA_LAUNCH(y, forward_config<kKind>(B, L, D, kGateResidualNormRows),
+                  (gate_residual_norm_fwd_kernel<kKind>), p);
+  });
   return {new_residual, normed, statistics};
 }
 
@@ -48,29 +55,36 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate_residual
             zeros_as(scale, y),
             zeros_as(shift, y)};
   }
-  const int64_t chunk = row_chunk(B * L, D), chunks = ceil_div(L, chunk);
-  const Tensor partial = empty(y, {B, chunks, 3, D}, ScalarType::Float);
   const OptionalTensor dgate = gradient_per_token(gate), dscale = gradient_per_token(scale);
   const Tensor dnew_residuals = packed(dnew_residual), dnormeds = packed(dnormed), ys = packed(y);
   const Tensor residuals = packed(residual);
   const OptionalTensor gates = packed(gate);
   const PackedModulation modulation(weight, bias, scale, shift);
-  const GateResidualNormBwdParams p{
-      .dnew_residual = rows_of(dnew_residuals),
-      .dnormed = rows_of(dnormeds),
-      .y = rows_of(ys),
-      .residual = rows_of(residuals),
-      .gate = rows_of(gates),
-      .modulation = modulation.rows(),
-      .statistics = pointer_to<const float>(statistics),
-      .dy = values_of(dy),
-      .dresidual = values_of(dresidual),
-      .dgate = values_of(dgate),
-      .dscale = values_of(dscale),
-      .partial = pointer_to<float>(partial),
-      .chunks = {.B = B, .L = L, .rows = chunk, .D = static_cast<int>(D)},
-      .layer = statistics.size(0) == 2};
-  LUMINA_LAUNCH_ROWS(y, B * chunks, D, gate_residual_norm_bwd_kernel, p);
+  GateResidualNormBwdParams p{.dnew_residual = rows_of(dnew_residuals),
+                              .dnormed = rows_of(dnormeds),
+                              .y = rows_of(ys),
+                              .residual = rows_of(residuals),
+                              .gate = rows_of(gates),
+                              .modulation = modulation.rows(),
+                              .statistics = pointer_to<const float>(statistics),
+                              .dy = values_of(dy),
+                              .dresidual = values_of(dresidual),
+                              .dgate = values_of(dgate),
+                              .dscale = values_of(dscale),
+                              .layer = statistics.size(0) == 2};
+  const RowKind rows = row_kind(
+      D, {p.dnew_residual, p.dnormed, p.y, p.residual},
+      {p.gate, p.modulation.weight, p.modulation.bias, p.modulation.scale, p.modulation.shift},
+      {p.dy, p.dresidual});
+  p.chunks = with_kind(rows, [&]<RowKind kKind>() {
+    return row_chunks<kKind>(y, gate_residual_norm_bwd_kernel<kKind>, B, L, D);
+  });
+  const Tensor partial = empty(y, {B, p.chunks.per_sample(), 3, D}, ScalarType::Float);
+  p.partial = values_of(partial);
+  with_kind(rows, [&]<RowKind kKind>() {
+    LUMINA_LAUNCH(y, row_config(p.chunks.count(), D, kPieces<kKind>),
+                  (gate_residual_norm_bwd_kernel<kKind>), p);
+  });
   const auto [dweight, dbias, dscale_sum, dshift] =
       modulation_grads(partial, weight, bias, scale, shift, dnormed);
   const Tensor dgates = !gate ? nothing(y) : dgate ? *dgate : sample_sums(partial, 1, *gate);

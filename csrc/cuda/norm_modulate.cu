@@ -26,7 +26,13 @@ std::tuple<Tensor, Tensor> norm_modulate_fwd(const Tensor& x, const OptionalTens
                                 .D = static_cast<int>(D),
                                 .eps = static_cast<float>(eps),
                                 .layer = layer};
-  LUMINA_LAUNCH_ROWS(x, B * L, D, norm_modulate_fwd_kernel, p);
+  const RowKind rows = row_kind(
+      D, {p.x}, {p.modulation.weight, p.modulation.bias, p.modulation.scale, p.modulation.shift},
+      {p.out});
+  with_kind(rows, [&]<RowKind kKind>() {
+    LUMINA_LAUNCH(x, forward_config<kKind>(B, L, D, kNormModulateRows),
+                  (norm_modulate_fwd_kernel<kKind>), p);
+  });
   return {out, statistics};
 }
 
@@ -38,21 +44,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_modulate_bwd(
   if (dx.numel() == 0) {
     return {dx, zeros_as(weight, x), zeros_as(bias, x), zeros_as(scale, x), zeros_as(shift, x)};
   }
-  const int64_t chunk = row_chunk(B * L, D), chunks = ceil_div(L, chunk);
-  const Tensor partial = empty(x, {B, chunks, 2, D}, ScalarType::Float);
   const OptionalTensor dscale = gradient_per_token(scale);
   const Tensor douts = packed(dout), xs = packed(x);
   const PackedModulation modulation(weight, bias, scale, shift);
-  const NormModulateBwdParams p{.dout = rows_of(douts),
-                                .x = rows_of(xs),
-                                .modulation = modulation.rows(),
-                                .statistics = pointer_to<const float>(statistics),
-                                .dx = values_of(dx),
-                                .dscale = values_of(dscale),
-                                .partial = pointer_to<float>(partial),
-                                .chunks = {.B = B, .L = L, .rows = chunk, .D = static_cast<int>(D)},
-                                .layer = statistics.size(0) == 2};
-  LUMINA_LAUNCH_ROWS(x, B * chunks, D, norm_modulate_bwd_kernel, p);
+  NormModulateBwdParams p{.dout = rows_of(douts),
+                          .x = rows_of(xs),
+                          .modulation = modulation.rows(),
+                          .statistics = pointer_to<const float>(statistics),
+                          .dx = values_of(dx),
+                          .dscale = values_of(dscale),
+                          .layer = statistics.size(0) == 2};
+  const RowKind rows = row_kind(
+      D, {p.dout, p.x},
+      {p.modulation.weight, p.modulation.bias, p.modulation.scale, p.modulation.shift}, {p.dx});
+  p.chunks = with_kind(rows, [&]<RowKind kKind>() {
+    return row_chunks<kKind>(x, norm_modulate_bwd_kernel<kKind>, B, L, D);
+  });
+  const Tensor partial = empty(x, {B, p.chunks.per_sample(), 2, D}, ScalarType::Float);
+  p.partial = values_of(partial);
+  with_kind(rows, [&]<RowKind kKind>() {
+    LUMINA_LAUNCH(x, row_config(p.chunks.count(), D, kPieces<kKind>),
+                  (norm_modulate_bwd_kernel<kKind>), p);
+  });
   const auto [dweight, dbias, dscale_sum, dshift] =
       modulation_grads(partial, weight, bias, scale, shift, dout);
   return {dx, dweight, dbias, dscale ? *dscale : dscale_sum, dshift};

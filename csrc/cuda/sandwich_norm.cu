@@ -47,7 +47,12 @@ std::tuple<Tensor, Tensor> sandwich_norm_fwd(const Tensor& y, const Tensor& resi
                                 .L = L,
                                 .D = static_cast<int>(D),
                                 .eps = static_cast<float>(eps)};
-  LUMINA_LAUNCH_SANDWICH(y, B * L, D, sandwich_norm_fwd_kernel, tanh && gate, p);
+  const RowKind rows =
+      row_kind(D, {p.y, p.sandwich.residual}, {p.sandwich.weight, p.sandwich.gate}, {p.out});
+  with_kind(rows, tanh && gate, [&]<RowKind kKind, bool kTanh>() {
+    LUMINA_LAUNCH(y, forward_config<kKind>(B, L, D, kSandwichNormRows),
+                  (sandwich_norm_fwd_kernel<kKind, kTanh>), p);
+  });
   return {out, rstd};
 }
 
@@ -58,21 +63,25 @@ std::tuple<Tensor, Tensor, Tensor> sandwich_norm_bwd(const Tensor& dout, const T
   const int64_t B = y.size(0), L = y.size(1), D = y.size(2);
   Tensor dy = empty_as(y);
   if (dy.numel() == 0) return {dy, zeros_as(weight, y), zeros_as(gate, y)};
-  const int64_t chunk = row_chunk(B * L, D), chunks = ceil_div(L, chunk);
-  const Tensor partial = empty(y, {B, chunks, 1, D}, ScalarType::Float);
   const OptionalTensor per_token = gradient_per_token(gate);
   const Tensor douts = packed(dout), ys = packed(y);
   const OptionalTensor weights = packed(weight), gates = packed(gate);
-  const SandwichNormBwdParams p{
-      .dout = rows_of(douts),
-      .y = rows_of(ys),
-      .sandwich = {.weight = rows_of(weights), .gate = rows_of(gates)},
-      .rstd = pointer_to<const float>(rstd),
-      .dy = values_of(dy),
-      .dgate = values_of(per_token),
-      .partial = pointer_to<float>(partial),
-      .chunks = {.B = B, .L = L, .rows = chunk, .D = static_cast<int>(D)}};
-  LUMINA_LAUNCH_SANDWICH(y, B * chunks, D, sandwich_norm_bwd_kernel, tanh && gate, p);
+  SandwichNormBwdParams p{.dout = rows_of(douts),
+                          .y = rows_of(ys),
+                          .sandwich = {.weight = rows_of(weights), .gate = rows_of(gates)},
+                          .rstd = pointer_to<const float>(rstd),
+                          .dy = values_of(dy),
+                          .dgate = values_of(per_token)};
+  const RowKind rows = row_kind(D, {p.dout, p.y}, {p.sandwich.weight, p.sandwich.gate}, {p.dy});
+  p.chunks = with_kind(rows, tanh && gate, [&]<RowKind kKind, bool kTanh>() {
+    return row_chunks<kKind>(y, sandwich_norm_bwd_kernel<kKind, kTanh>, B, L, D);
+  });
+  const Tensor partial = empty(y, {B, p.chunks.per_sample(), 1, D}, ScalarType::Float);
+  p.partial = values_of(partial);
+  with_kind(rows, tanh && gate, [&]<RowKind kKind, bool kTanh>() {
+    LUMINA_LAUNCH(y, row_config(p.chunks.count(), D, kPieces<kKind>),
+                  (sandwich_norm_bwd_kernel<kKind, kTanh>), p);
+  });
   const auto [dweight, per_sample] = gate_grads(partial, 0, weight, gate, tanh);
   return {dy, dweight, per_token ? *per_token : per_sample};
 }

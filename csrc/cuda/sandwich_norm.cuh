@@ -19,8 +19,8 @@ struct SandwichNormBwdParams {
   RowsView dout, y;
   Sandwich sandwich;  // without residual
   Global<const float> rstd;
-  Values dy, dgate;       // dgate only if gate has a row per token
-  Global<float> partial;  // (B, chunks, D)
+  Values dy, dgate;  // dgate only if gate has a row per token
+  Values partial;    // float32 (B, chunks, D)
   RowChunks chunks;
 };
 
@@ -34,68 +34,100 @@ struct GateGradsParams {
   bool tanh;
 };
 
+constexpr int kSandwichNormRows = 2;  // at once in a forward
+
 // out = residual + tanh(gate) * y * rstd * weight,  rstd = 1 / sqrt(mean(y²) + eps)
-template <int kPieces, bool kWide, bool kTanh>
-__global__ void __launch_bounds__(row_threads(kPieces))
+template <RowKind kKind, bool kTanh>
+__global__ void __launch_bounds__(kForwardBounds<kKind>)
     sandwich_norm_fwd_kernel(const SandwichNormFwdParams p) {
-  const int64_t row = row_number();
-  if (row >= p.B * p.L) return;
-  const int64_t b = divide(row, p.L), l = row - b * p.L;
-  const Spans spans = column_spans<kPieces, kWide>(p.D);
-  constexpr bool kAhead = kLoadsAhead<kPieces, kWide>;
-  SandwichAhead ahead;
-  const auto load = [&](int base, Float8(&y)[kPieces]) {
-    if constexpr (kAhead) {
-      const int column = column_of(base, 0);
-      const Bits8 bits = load_bits8(p.y.values, p.y.row(b, l) + column, p.D - column);
-      ahead = load_ahead(p.sandwich, b, l, column, p.D);
-      y[0] = to_float8(bits, p.y.values.dtype);
-    } else {
-      load_span(p.y.values, p.y.row(b, l), base, p.D, y);
-    }
+  constexpr bool kWide = kKind == RowKind::kWide;
+  constexpr int kP = kPieces<kKind>, kRows = kPlain<kKind> ? kSandwichNormRows : 1;
+  const int64_t number = row_number(), groups = ceil_div(p.L, kRows), b = divide(number, groups);
+  if (b >= p.B) return;
+  const Rows rows = rows_at<kRows>(b, (number - b * groups) * kRows, p.L, p.L);
+  const Spans spans = column_spans<kKind>(p.D);
+  uint4 residual[kP][kRows];
+  Float8 factor[kP];
+  const auto load = [&](int base, Float8(&y)[kP][kRows]) {
+    for_each<kP>([&](int j) {
+      const int column = column_of(base, j);
+      uint4 bits[kRows];
+      load_ahead<kKind>(p.y, rows, column, p.D, bits);
+      load_ahead<kKind>(p.sandwich.residual, rows, column, p.D, residual[j]);
+      const SandwichAhead ahead = load_ahead<kKind>(p.sandwich, b, column, p.D);
+      factor[j] = sandwich_factor<kKind, kTanh>(p.sandwich, ahead, b, column, p.D);
+      with_rows<kKind>(p.y, bits, rows, column, p.D,
+                       [&](int r, const Float8& in) { y[j][r] = in; });
+    });
   };
-  RowSum sum;
-  Float8 y[kPieces];
-  const float rstd = norm_statistics<kWide>(load, p.D, p.eps, false, sum, y).y;
+  RowSums sums;
+  Float8 y[kP][kRows];
+  float mean[kRows], rstd[kRows];
+  norm_statistics<kKind>(load, p.D, p.eps, false, sums, y, mean, rstd);
   for (int base = 0; base < spans.end; base += spans.size) {
     if (kWide) load(base, y);
-    for_pieces<kPieces>([&](int j) { y[j] *= rstd; });
-    sandwich<kTanh, kAhead>(p.sandwich, ahead, b, l, base, p.D, y);
-    store_span(p.out, row * p.D, base, p.D, y);
+    for_each<kP>([&](int j) {
+      const int column = column_of(base, j);
+      for_each<kRows>([&](int r) { y[j][r] *= rstd[r]; });
+      sandwich<kKind, kTanh>(p.sandwich, factor[j], residual[j], rows, column, p.D, y[j]);
+      store_rows<kKind>(p.out, rows, column, p.D, y[j]);
+    });
   }
-  if (threadIdx.x == 0) p.rstd[row] = rstd;
+  if (threadIdx.x != 0) return;
+  for_each<kRows>([&](int r) { p.rstd[rows.number(r)] = rstd[r]; });
 }
 
 // With n = y * rstd and d = dout * tanh(gate) * weight: dy = rstd * (d - n * mean(d * n));
 // partial: sums over a chunk's rows, see sandwich_bwd.
-template <int kPieces, bool kWide, bool kTanh>
-__global__ void __launch_bounds__(row_threads(kPieces))
+template <RowKind kKind, bool kTanh>
+__global__ void __launch_bounds__(kBackwardBounds<kKind>)
     sandwich_norm_bwd_kernel(const SandwichNormBwdParams p) {
-  const int64_t number = row_number();
-  if (number >= p.chunks.count()) return;
+  constexpr int kP = kPieces<kKind>, kRows = kPlain<kKind> ? 2 : 1;
+  const int64_t number = row_number(), b = divide(number, p.chunks.per_sample());
+  if (b >= p.chunks.B) return;
   const int D = p.chunks.D;
-  const Spans spans = column_spans<kPieces, kWide>(D);
-  const Global<float> partial = p.partial + number * D;
-  Float8 gate_sum[kPieces], d[kPieces], n[kPieces];
+  const Spans spans = column_spans<kKind>(D);
+  const int64_t partial = number * D;
+  bool add = false;  // to what an earlier row of the chunk has written
+  Float8 gate_sum[kP], held[kP], d[kP][kRows], n[kP][kRows];
   clear(gate_sum);
-  const auto flush = [&](int base) { flush_sums(partial, base, D, gate_sum); };
-  RowSum sum;
-  for_rows_of_chunk(p.chunks, number, [&](int64_t b, int64_t l, int64_t row) {
-    const float rstd = p.rstd[row];
-    const auto gradient = [&](int base) {
-      load_span(p.dout.values, p.dout.row(b, l), base, D, d);
-      load_span(p.y.values, p.y.row(b, l), base, D, n);
-      for_pieces<kPieces>([&](int j) { n[j] *= rstd; });
-      sandwich_bwd<kTanh>(p.sandwich, p.dgate, b, l, row, base, D, n, d, gate_sum);
-    };
-    const NormBwdMeans means = norm_bwd_means<kWide>(gradient, flush, D, false, sum, d, n);
-    for (int base = 0; base < spans.end; base += spans.size) {
-      if (kWide) gradient(base);
-      norm_bwd(d, n, rstd, means);
-      store_span(p.dy, row * D, base, D, d);
+  const auto load_factor = [&](int column) {
+    const SandwichAhead ahead = load_ahead<kKind>(p.sandwich, b, column, D);
+    return sandwich_factor<kKind, kTanh>(p.sandwich, ahead, b, column, D);
+  };
+  if (kPlain<kKind>) held[0] = load_factor(column_of(0, 0));
+  const auto flush = [&](int base) { flush_sums(p.partial, partial, base, D, add, gate_sum); };
+  RowSums sums;
+  for_rows_of_chunk<kRows>(p.chunks, b, number, [&](const Rows& rows) {
+    if (kKind == RowKind::kWide) {
+      clear(gate_sum);
     }
+    float rstd[kRows];
+    for_each<kRows>([&](int r) { rstd[r] = p.rstd[rows.number(r)]; });
+    const auto gradient = [&](int base) {
+      for_each<kP>([&](int j) {
+        const int column = column_of(base, j);
+        uint4 douts[kRows], ys[kRows];
+        load_ahead<kKind>(p.dout, rows, column, D, douts);
+        load_ahead<kKind>(p.y, rows, column, D, ys);
+        with_rows<kKind>(p.dout, douts, rows, column, D,
+                         [&](int r, const Float8& x) { d[j][r] = x; });
+        with_rows<kKind>(p.y, ys, rows, column, D,
+                         [&](int r, const Float8& y) { n[j][r] = y * rstd[r]; });
+        sandwich_bwd<kKind, kTanh>(p.sandwich, p.dgate, rows, column, D,
+                                   kPlain<kKind> ? held[j] : load_factor(column), n[j], d[j],
+                                   gate_sum[j]);
+      });
+    };
+    const auto means = norm_bwd_means<kKind>(gradient, flush, D, false, sums, d, n);
+    for (int base = 0; base < spans.end; base += spans.size) {
+      if (kKind == RowKind::kWide) gradient(base);
+      norm_bwd(d, n, rstd, means);
+      store_span<kKind>(p.dy, rows, base, D, d);
+    }
+    add = kKind == RowKind::kWide;
   });
-  if (!kWide) flush(0);
+  if (kKind != RowKind::kWide) flush(0);
 }
 
 // From the sums S of dout * n over a sample's rows: dgate = (1 - tanh(gate)²) * weight * S and

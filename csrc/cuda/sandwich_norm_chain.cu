@@ -30,7 +30,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sandwich_norm_chain_fwd(
       .L = L,
       .D = static_cast<int>(D),
       .eps = static_cast<float>(eps)};
-  LUMINA_LAUNCH_SANDWICH(y, B * L, D, sandwich_norm_chain_fwd_kernel, tanh && gate, p);
+  const RowKind rows = row_kind(D, {p.y, p.sandwich.residual},
+                                {p.sandwich.weight, p.sandwich.gate, p.next.weight, p.next.scale},
+                                {p.new_residual, p.normed});
+  with_kind(rows, tanh && gate, [&]<RowKind kKind, bool kTanh>() {
+    LUMINA_LAUNCH(y, forward_config<kKind>(B, L, D, kSandwichNormChainRows),
+                  (sandwich_norm_chain_fwd_kernel<kKind, kTanh>), p);
+  });
   return {new_residual, normed, rstd, next_rstd};
 }
 
@@ -48,14 +54,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sandwich_norm_chain_b
             zeros_as(next_weight, y),
             zeros_as(next_scale, y)};
   }
-  const int64_t chunk = row_chunk(B * L, D), chunks = ceil_div(L, chunk);
-  const Tensor partial = empty(y, {B, chunks, 2, D}, ScalarType::Float);
   const OptionalTensor dgate = gradient_per_token(gate), dscale = gradient_per_token(next_scale);
   const Tensor dnew_residuals = packed(dnew_residual), dnormeds = packed(dnormed), ys = packed(y);
   const Tensor residuals = packed(residual);
   const OptionalTensor weights = packed(weight), gates = packed(gate);
   const OptionalTensor next_weights = packed(next_weight), next_scales = packed(next_scale);
-  const SandwichNormChainBwdParams p{
+  SandwichNormChainBwdParams p{
       .dnew_residual = rows_of(dnew_residuals),
       .dnormed = rows_of(dnormeds),
       .y = rows_of(ys),
@@ -68,10 +72,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sandwich_norm_chain_b
       .dy = values_of(dy),
       .dresidual = values_of(dresidual),
       .dgate = values_of(dgate),
-      .dscale = values_of(dscale),
-      .partial = pointer_to<float>(partial),
-      .chunks = {.B = B, .L = L, .rows = chunk, .D = static_cast<int>(D)}};
-  LUMINA_LAUNCH_SANDWICH(y, B * chunks, D, sandwich_norm_chain_bwd_kernel, tanh && gate, p);
+      .dscale = values_of(dscale)};
+  const RowKind rows = row_kind(D, {p.dnew_residual, p.dnormed, p.y, p.sandwich.residual},
+                                {p.sandwich.weight, p.sandwich.gate, p.next.weight, p.next.scale},
+                                {p.dy, p.dresidual});
+  p.chunks = with_kind(rows, tanh && gate, [&]<RowKind kKind, bool kTanh>() {
+    return row_chunks<kKind>(y, sandwich_norm_chain_bwd_kernel<kKind, kTanh>, B, L, D);
+  });
+  const Tensor partial = empty(y, {B, p.chunks.per_sample(), 2, D}, ScalarType::Float);
+  p.partial = values_of(partial);
+  with_kind(rows, tanh && gate, [&]<RowKind kKind, bool kTanh>() {
+    LUMINA_LAUNCH(y, row_config(p.chunks.count(), D, kPieces<kKind>),
+                  (sandwich_norm_chain_bwd_kernel<kKind, kTanh>), p);
+  });
   const auto [dweight, dgate_sum] = gate_grads(partial, 1, weight, gate, tanh);
   const auto next = modulation_grads(partial, next_weight, {}, next_scale, {}, dnormed);
   return {dy, dresidual, dweight, dgate ? *dgate : dgate_sum, next[0], dscale ? *dscale : next[2]};

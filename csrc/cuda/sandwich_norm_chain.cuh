@@ -22,101 +22,161 @@ struct SandwichNormChainBwdParams {
   ModulationView next;
   Global<const float> rstd, next_rstd;
   Values dy, dresidual;
-  Values dgate, dscale;   // only if gate or scale has a row per token
-  Global<float> partial;  // (B, chunks, 2, D): for next_weight and next_scale, for weight and gate
+  Values dgate, dscale;  // only if gate or scale has a row per token
+  Values partial;  // float32 (B, chunks, 2, D): for next_weight and next_scale, for weight and gate
   RowChunks chunks;
 };
 
-// When the statistics of a row are stored: with four pieces and no tanh a register spills
-// otherwise, on sm_90 and sm_120 if it is early, on sm_100 if it is late.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1200
-constexpr bool kStoresEarly = true;
-#else
-constexpr bool kStoresEarly = false;
-#endif
+constexpr int kSandwichNormChainRows = 2;  // at once in a forward
 
 // new_residual = residual + tanh(gate) * y * rstd * weight,
 // normed = new_residual * next_rstd * next_weight * (1 + next_scale)
-template <int kPieces, bool kWide, bool kTanh>
-__global__ void __launch_bounds__(row_threads(kPieces))
+template <RowKind kKind, bool kTanh>
+__global__ void __launch_bounds__(kForwardBounds<kKind>)
     sandwich_norm_chain_fwd_kernel(const SandwichNormChainFwdParams p) {
-  const int64_t row = row_number();
-  if (row >= p.B * p.L) return;
-  const int64_t b = divide(row, p.L), l = row - b * p.L;
-  const Spans spans = column_spans<kPieces, kWide>(p.D);
-  RowSum sum;
-  Float8 x[kPieces];
-  const auto load_y = [&](int base, Float8(&y)[kPieces]) {
-    load_span(p.y.values, p.y.row(b, l), base, p.D, y);
+  constexpr bool kWide = kKind == RowKind::kWide;
+  constexpr int kP = kPieces<kKind>, kRows = kPlain<kKind> ? kSandwichNormChainRows : 1;
+  const int64_t number = row_number(), groups = ceil_div(p.L, kRows), b = divide(number, groups);
+  if (b >= p.B) return;
+  const Rows rows = rows_at<kRows>(b, (number - b * groups) * kRows, p.L, p.L);
+  const Spans spans = column_spans<kKind>(p.D);
+  const ModulationView next = {p.next.weight, {}, p.next.scale, {}};
+  uint4 residual[kP][kRows];
+  Float8 factor[kP];
+  Affine a[kP];
+  const auto load_y = [&](int base, Float8(&y)[kP][kRows]) {
+    for_each<kP>([&](int j) {
+      const int column = column_of(base, j);
+      uint4 bits[kRows];
+      load_ahead<kKind>(p.y, rows, column, p.D, bits);
+      load_ahead<kKind>(p.sandwich.residual, rows, column, p.D, residual[j]);
+      const SandwichAhead ahead = load_ahead<kKind>(p.sandwich, b, column, p.D);
+      const AffineAhead next_ahead = load_ahead<kKind>(next, b, column, p.D);
+      factor[j] = sandwich_factor<kKind, kTanh>(p.sandwich, ahead, b, column, p.D);
+      a[j] = affine<kKind>(next, next_ahead, b, column, p.D);
+      with_rows<kKind>(p.y, bits, rows, column, p.D,
+                       [&](int r, const Float8& in) { y[j][r] = in; });
+    });
   };
-  const float rstd = norm_statistics<kWide>(load_y, p.D, p.eps, false, sum, x).y;
-  if (kStoresEarly && threadIdx.x == 0) p.rstd[row] = rstd;
-  const auto make_new_residual = [&](int base, Float8(&y)[kPieces]) {
+  RowSums sums;
+  Float8 x[kP][kRows];
+  float mean[kRows], rstd[kRows], next_rstd[kRows];
+  norm_statistics<kKind>(load_y, p.D, p.eps, false, sums, x, mean, rstd);
+  const auto make_new_residual = [&](int base, Float8(&y)[kP][kRows]) {
     if (kWide) load_y(base, y);  // otherwise it is still there
-    for_pieces<kPieces>([&](int j) { y[j] *= rstd; });
-    sandwich<kTanh, false>(p.sandwich, {}, b, l, base, p.D, y);
-    store_span(p.new_residual, row * p.D, base, p.D, y);
+    for_each<kP>([&](int j) {
+      const int column = column_of(base, j);
+      for_each<kRows>([&](int r) { y[j][r] *= rstd[r]; });
+      sandwich<kKind, kTanh>(p.sandwich, factor[j], residual[j], rows, column, p.D, y[j]);
+      store_rows<kKind>(p.new_residual, rows, column, p.D, y[j]);
+    });
   };
-  const float next_rstd = norm_statistics<kWide>(make_new_residual, p.D, p.eps, false, sum, x).y;
-  if (kStoresEarly && threadIdx.x == 0) p.next_rstd[row] = next_rstd;
+  norm_statistics<kKind>(make_new_residual, p.D, p.eps, false, sums, x, mean, next_rstd);
   for (int base = 0; base < spans.end; base += spans.size) {
     if (kWide) make_new_residual(base, x);
-    for_pieces<kPieces>([&](int j) { x[j] *= next_rstd; });
-    modulate(p.next, b, l, base, p.D, x);
-    store_span(p.normed, row * p.D, base, p.D, x);
+    for_each<kP>([&](int j) {
+      const int column = column_of(base, j);
+      for_each<kRows>([&](int r) { x[j][r] *= next_rstd[r]; });
+      modulate<kKind>(next, a[j], rows, column, p.D, x[j]);
+      store_rows<kKind>(p.normed, rows, column, p.D, x[j]);
+    });
   }
-  if (kStoresEarly || threadIdx.x != 0) return;
-  p.rstd[row] = rstd;
-  p.next_rstd[row] = next_rstd;
+  if (threadIdx.x != 0) return;
+  for_each<kRows>([&](int r) {
+    p.rstd[rows.number(r)] = rstd[r];
+    p.next_rstd[rows.number(r)] = next_rstd[r];
+  });
 }
 
 // dresidual is dnew_residual plus the gradient of the next norm's input, and dy follows from it as
 // in sandwich_norm. The rows of new_residual are recomputed: what the forward wrote was rounded.
-template <int kPieces, bool kWide, bool kTanh>
-__global__ void __launch_bounds__(row_threads(kPieces))
+template <RowKind kKind, bool kTanh>
+__global__ void __launch_bounds__(kBackwardBounds<kKind>)
     sandwich_norm_chain_bwd_kernel(const SandwichNormChainBwdParams p) {
-  const int64_t number = row_number();
-  if (number >= p.chunks.count()) return;
+  constexpr bool kWide = kKind == RowKind::kWide;
+  constexpr int kP = kPieces<kKind>;
+  const int64_t number = row_number(), b = divide(number, p.chunks.per_sample());
+  if (b >= p.chunks.B) return;
   const int D = p.chunks.D;
-  const Spans spans = column_spans<kPieces, kWide>(D);
-  const Global<float> partial = p.partial + number * 2 * D;
-  Float8 next_sum[kPieces], unused[kPieces], gate_sum[kPieces], d[kPieces], n[kPieces];
+  const Spans spans = column_spans<kKind>(D);
+  const ModulationView next = {p.next.weight, {}, p.next.scale, {}};
+  const int64_t partial = number * 2 * D;
+  bool add = false;  // to what an earlier row of the chunk has written
+  Float8 next_sum[kP], unused[kP], gate_sum[kP], held[kP], held_next[kP];
+  Float8 d[kP][1], n[kP][1];
+  uint4 ys[kP][1], dnews[kP][1];
   clear(next_sum);
   clear(unused);
   clear(gate_sum);
-  const auto flush_next = [&](int base) { flush_sums(partial, base, D, next_sum); };
-  const auto flush_gate = [&](int base) { flush_sums(partial + D, base, D, gate_sum); };
-  RowSum sum;
-  for_rows_of_chunk(p.chunks, number, [&](int64_t b, int64_t l, int64_t row) {
-    const float rstd = p.rstd[row], next_rstd = p.next_rstd[row];
-    const auto load_n = [&](int base) {
-      load_span(p.y.values, p.y.row(b, l), base, D, n);
-      for_pieces<kPieces>([&](int j) { n[j] *= rstd; });
+  const auto load_factor = [&](int column) {
+    const SandwichAhead ahead = load_ahead<kKind>(p.sandwich, b, column, D);
+    return sandwich_factor<kKind, kTanh>(p.sandwich, ahead, b, column, D);
+  };
+  const auto load_next_factor = [&](int column) {
+    const AffineAhead ahead = load_ahead<kKind>(next, b, column, D);
+    return affine<kKind>(next, ahead, b, column, D).factor;
+  };
+  if (kPlain<kKind>) {
+    held[0] = load_factor(column_of(0, 0));
+    held_next[0] = load_next_factor(column_of(0, 0));
+  }
+  const auto flush_next = [&](int base) { flush_sums(p.partial, partial, base, D, add, next_sum); };
+  const auto flush_gate = [&](int base) {
+    flush_sums(p.partial, partial + D, base, D, add, gate_sum);
+  };
+  RowSums sums;
+  for_rows_of_chunk<1>(p.chunks, b, number, [&](const Rows& rows) {
+    if (kWide) {
+      clear(next_sum);
+      clear(unused);
+      clear(gate_sum);
+    }
+    const float rstd[] = {p.rstd[rows.row]}, next_rstd[] = {p.next_rstd[rows.row]};
+    const auto normalise = [&](int j, int column) {
+      with_rows<kKind>(p.y, ys[j], rows, column, D,
+                       [&](int, const Float8& y) { n[j][0] = y * rstd[0]; });
     };
     const auto next_gradient = [&](int base) {
-      load_n(base);
-      sandwich<kTanh, false>(p.sandwich, {}, b, l, base, D, n);
-      for_pieces<kPieces>([&](int j) { n[j] *= next_rstd; });
-      load_span(p.dnormed.values, p.dnormed.row(b, l), base, D, d);
-      modulate_bwd(p.next, p.dscale, b, l, row, base, D, n, d, next_sum, unused);
+      for_each<kP>([&](int j) {
+        const int column = column_of(base, j);
+        uint4 residual[1], dnormed[1];
+        load_ahead<kKind>(p.y, rows, column, D, ys[j]);
+        load_ahead<kKind>(p.sandwich.residual, rows, column, D, residual);
+        load_ahead<kKind>(p.dnormed, rows, column, D, dnormed);
+        load_ahead<kKind>(p.dnew_residual, rows, column, D, dnews[j]);
+        normalise(j, column);
+        sandwich<kKind, kTanh>(p.sandwich, kPlain<kKind> ? held[j] : load_factor(column), residual,
+                               rows, column, D, n[j]);
+        n[j][0] *= next_rstd[0];
+        with_rows<kKind>(p.dnormed, dnormed, rows, column, D,
+                         [&](int, const Float8& x) { d[j][0] = x; });
+        modulate_bwd<kKind>(next, p.dscale, rows, column, D,
+                            kPlain<kKind> ? held_next[j] : load_next_factor(column), n[j], d[j],
+                            next_sum[j], unused[j]);
+      });
     };
-    const NormBwdMeans next_means =
-        norm_bwd_means<kWide>(next_gradient, flush_next, D, false, sum, d, n);
+    const auto next_means = norm_bwd_means<kKind>(next_gradient, flush_next, D, false, sums, d, n);
     const auto gradient = [&](int base) {
       if (kWide) next_gradient(base);
       norm_bwd(d, n, next_rstd, next_means);
-      load_span(p.dnew_residual.values, p.dnew_residual.row(b, l), base, D, n);
-      for_pieces<kPieces>([&](int j) { d[j] += n[j]; });
-      store_span(p.dresidual, row * D, base, D, d);
-      load_n(base);
-      sandwich_bwd<kTanh>(p.sandwich, p.dgate, b, l, row, base, D, n, d, gate_sum);
+      for_each<kP>([&](int j) {
+        const int column = column_of(base, j);
+        with_rows<kKind>(p.dnew_residual, dnews[j], rows, column, D,
+                         [&](int, const Float8& x) { d[j][0] += x; });
+        store_rows<kKind>(p.dresidual, rows, column, D, d[j]);
+        normalise(j, column);
+        sandwich_bwd<kKind, kTanh>(p.sandwich, p.dgate, rows, column, D,
+                                   kPlain<kKind> ? held[j] : load_factor(column), n[j], d[j],
+                                   gate_sum[j]);
+      });
     };
-    const NormBwdMeans means = norm_bwd_means<kWide>(gradient, flush_gate, D, false, sum, d, n);
+    const auto means = norm_bwd_means<kKind>(gradient, flush_gate, D, false, sums, d, n);
     for (int base = 0; base < spans.end; base += spans.size) {
       if (kWide) gradient(base);
       norm_bwd(d, n, rstd, means);
-      store_span(p.dy, row * D, base, D, d);
+      store_span<kKind>(p.dy, rows, base, D, d);
     }
+    add = kKind == RowKind::kWide;
   });
   if (kWide) return;
   flush_next(0);

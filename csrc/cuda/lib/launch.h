@@ -26,18 +26,6 @@
 #define LUMINA_LAUNCH(like, config, kernel, ...) \
   ::lumina_kernels::cuda::launch(#kernel, like, config, kernel, __VA_ARGS__)
 
-// The same for `count` rows, or chunks of rows, of D values (rows.cuh): a kernel<kPieces, kWide>,
-// with more template arguments after p.
-#define LUMINA_LAUNCH_ROWS(like, count, D, kernel, p, ...)                                       \
-  if (row_is_wide(D)) {                                                                          \
-    LUMINA_LAUNCH(like, row_config(count, D), (kernel<1, true __VA_OPT__(, ) __VA_ARGS__>), p);  \
-  } else if (row_pieces(D) == 1) {                                                               \
-    LUMINA_LAUNCH(like, row_config(count, D), (kernel<1, false __VA_OPT__(, ) __VA_ARGS__>), p); \
-  } else {                                                                                       \
-    LUMINA_LAUNCH(like, row_config(count, D),                                                    \
-                  (kernel<kManyPieces, false __VA_OPT__(, ) __VA_ARGS__>), p);                   \
-  }
-
 namespace lumina_kernels::cuda {
 
 #ifdef LUMINA_CUDA_HOST
@@ -49,6 +37,12 @@ void launch(const char* name, const Tensor&, const LaunchConfig& config,
   cuda_host::run(
       name, config.grid, config.block, config.shared_bytes,
       [](void* context) { (*static_cast<decltype(body)*>(context))(); }, &body);
+}
+
+// Blocks of a kernel that run at once on a device: some number here.
+template <class Kernel>
+int64_t blocks_at_once(const Tensor&, Kernel, const dim3&) {
+  return 6;
 }
 
 #else
@@ -88,6 +82,20 @@ void launch(const char* name, const Tensor& like, const LaunchConfig& config,
       static_cast<Parameters>(arguments)...);
   // clang-format on
   check_cuda(cudaGetLastError(), name);
+}
+
+// Blocks of a kernel that run at once on the tensor's device.
+template <class Kernel>
+int64_t blocks_at_once(const Tensor& like, Kernel kernel, const dim3& block) {
+  const int32_t device = like.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const int threads = static_cast<int>(block.x * block.y);
+  int processors = 0, blocks = 0;
+  check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
+             "processors");
+  check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, 0),
+             "occupancy");
+  return static_cast<int64_t>(processors) * blocks;
 }
 
 #endif

@@ -3,8 +3,8 @@
 
 #include <array>
 
-#include "cuda/lib/launch.h"
 #include "cuda/lib/modulation.cuh"
+#include "cuda/lib/rows_launch.h"
 
 namespace lumina_kernels::cuda {
 
@@ -42,14 +42,13 @@ std::array<Tensor, 4> modulation_grads(const Tensor& partial, const OptionalTens
 // The sums over chunks of partial sum number `which` + 1, in the shape (B, D) of `like`.
 Tensor sample_sums(const Tensor& partial, int64_t which, const Tensor& like);
 
-// A kernel<kPieces, kWide, kTanh> of a sandwich norm (sandwich.cuh), for whether its gate has a
-// tanh.
-#define LUMINA_LAUNCH_SANDWICH(like, count, D, kernel, has_tanh, p) \
-  if (has_tanh) {                                                   \
-    LUMINA_LAUNCH_ROWS(like, count, D, kernel, p, true);            \
-  } else {                                                          \
-    LUMINA_LAUNCH_ROWS(like, count, D, kernel, p, false);           \
-  }
+// The same for a sandwich norm (sandwich.cuh): f<kKind, kTanh>(), for whether its gate has a tanh.
+template <class F>
+auto with_kind(RowKind kind, bool tanh, F f) {
+  return with_kind(kind, [&]<RowKind kKind>() {
+    return tanh ? f.template operator()<kKind, true>() : f.template operator()<kKind, false>();
+  });
+}
 
 // dweight and dgate of a sandwich norm (`nothing` if the parameter is missing, or if the gate has a
 // row per token) from the partial sums (B, chunks, sums, D), whose sum number `which` is S

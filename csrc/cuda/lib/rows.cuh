@@ -1,8 +1,13 @@
 // Kernels over rows of D values: a row belongs to blockDim.x threads, a warp or a whole block.
 //
-// A thread keeps kPieces pieces of 8 columns in registers, as Float8[kPieces]. A row that does not
-// fit (D > 8192, kWide) takes several spans, columns [base, base + size): its loops over spans load
-// again what an earlier pass has read, while those of other rows run once.
+// A thread keeps its columns of kRows rows in registers, as Float8[kPieces][kRows]: kPieces pieces
+// of 8 neighbouring columns. There are three kinds of rows, each with its own kernel:
+//   - plain: D <= 4096, all tensors of one 16-bit dtype and aligned, one modulation a sample. Four
+//     rows at once (two in a backward) share what a thread does for them all: parameters that it
+//     loads and converts, the tanh of a gate, addresses, branches, barriers;
+//   - whole: whatever else fits the registers, D <= 6144;
+//   - wide: several spans, columns [base, base + size). Loops over spans load again what an earlier
+//     pass has read, while those of other rows run once.
 #pragma once
 
 #include "cuda/lib/float8.cuh"
@@ -12,35 +17,68 @@ namespace lumina_kernels::cuda {
 // --- launch configuration ---
 
 constexpr int kRowThreads = 512, kRowWarps = kRowThreads / 32, kRowsPerBlock = 4;
-constexpr int kManyPieces = 4;  // for wider rows, which get half as many threads
+constexpr int kWholeThreads = 384;  // of whole rows, whose backward needs more registers
 
-constexpr int row_threads(int pieces) { return pieces == 1 ? kRowThreads : kRowThreads / 2; }
+enum class RowKind { kPlain, kWhole, kWide };
 
-// More than a block holds in registers.
-inline bool row_is_wide(int64_t D) { return D > 8 * kManyPieces * row_threads(kManyPieces); }
+template <RowKind kKind>
+constexpr bool kPlain = kKind == RowKind::kPlain;
+template <RowKind kKind>
+constexpr int kPieces = kKind == RowKind::kWhole ? 2 : 1;
 
-inline int row_pieces(int64_t D) {
-  return D <= 8 * kRowThreads || row_is_wide(D) ? 1 : kManyPieces;
-}
+// Bounds that ptxas takes for a limit of registers: in plain rows 80 in a forward, so that 24 warps
+// are on a processor, and 96 in a backward, for 20.
+template <RowKind kKind>
+constexpr int kForwardBounds = kPlain<kKind> ? 768 : kRowThreads;
+template <RowKind kKind>
+constexpr int kBackwardBounds = kPlain<kKind>              ? 640
+                                : kKind == RowKind::kWhole ? kWholeThreads
+                                                           : kRowThreads;
 
-// Threads of a row, and rows of a block: one warp takes a row of up to 256 columns.
-inline dim3 row_block(int64_t D) {
+// Threads of a row, and rows (or groups, or chunks of rows) of a block: one warp takes a narrow
+// row.
+inline dim3 row_block(int64_t D, int pieces) {
   if (D <= 256) return dim3(32, kRowsPerBlock);
-  const int64_t warps = ceil_div(D, 8 * 32 * row_pieces(D));
+  const int64_t warps = ceil_div(D, 8 * 32 * pieces);
   return dim3(static_cast<unsigned>(32 * (warps < kRowWarps ? warps : kRowWarps)));
 }
 
-// For `count` rows, or chunks of rows.
-inline LaunchConfig row_config(int64_t count, int64_t D) {
-  const dim3 block = row_block(D);
+// For `count` groups or chunks of rows.
+inline LaunchConfig row_config(int64_t count, int64_t D, int pieces) {
+  const dim3 block = row_block(D, pieces);
   return {dim3(static_cast<unsigned>(ceil_div(count, block.y))), block};
 }
 
 // --- in a kernel ---
 
-// The number of this thread's row, or chunk of rows.
+// The number of this thread's group or chunk of rows.
 __device__ __forceinline__ int64_t row_number() {
   return static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+}
+
+// Rows l, l + 1, ... of sample b, that is, number `row`, row + 1, ... of all. After row l + last
+// they repeat it: what is computed and stored twice is the same.
+struct Rows {
+  int64_t b, l, row;
+  int last;
+
+  __device__ __forceinline__ int64_t of(const RowsView& x, int r) const {
+    return x.row(b, l) + after(r) * static_cast<int>(x.step_l);
+  }
+  // In a tensor without gaps.
+  __device__ __forceinline__ int64_t of(int D, int r) const { return row * D + after(r) * D; }
+  __device__ __forceinline__ int64_t number(int r) const { return row + after(r); }
+
+ private:
+  // Steps are below 2^31 where there are several rows.
+  __device__ __forceinline__ int64_t after(int r) const { return r == 0 ? 0 : min(r, last); }
+};
+
+// kRows rows of L from l on, up to `end`.
+template <int kRows>
+__device__ __forceinline__ Rows rows_at(int64_t b, int64_t l, int64_t L, int64_t end) {
+  const int64_t left = end - 1 - l;
+  return {b, l, b * L + l, left < kRows ? static_cast<int>(left) : kRows - 1};
 }
 
 // A loop over the columns of a row, a span at a time: for (base = 0; base < spans.end; base +=
@@ -49,9 +87,9 @@ struct Spans {
   int end, size;
 };
 
-template <int kPieces, bool kWide>
+template <RowKind kKind>
 __device__ __forceinline__ Spans column_spans(int D) {
-  return kWide ? Spans{D, 8 * kPieces * static_cast<int>(blockDim.x)} : Spans{1, 1};
+  return kKind == RowKind::kWide ? Spans{D, 8 * static_cast<int>(blockDim.x)} : Spans{1, 1};
 }
 
 // First column of a piece in the span at `base`.
@@ -60,100 +98,144 @@ __device__ __forceinline__ int column_of(int base, int piece) {
   return base + 8 * (piece * static_cast<int>(blockDim.x) + thread);
 }
 
-// f(j) for every piece. Unrolled: only a constant index keeps an array in registers.
-template <int kPieces, class F>
-__device__ __forceinline__ void for_pieces(F f) {
+// f(i) for every piece, or every row. Unrolled: only a constant index keeps an array in registers.
+template <int kCount, class F>
+__device__ __forceinline__ void for_each(F f) {
 #pragma unroll
-  for (int j = 0; j < kPieces; ++j) f(j);
+  for (int i = 0; i < kCount; ++i) f(i);
 }
 
-// This thread's columns of the span at `base`, in a row that starts at element `first`.
-template <int kPieces>
-__device__ __forceinline__ void load_span(const Values& x, int64_t first, int base, int D,
-                                          Float8 (&out)[kPieces]) {
-  for_pieces<kPieces>([&](int j) {
-    const int column = column_of(base, j);
-    out[j] = load8(x, first + column, D - column);
-  });
+// --- 8 columns of kRows rows ---
+
+// Plain rows are loaded before anything is converted, since a conversion waits for its load, and
+// with it what follows in the code. Others are loaded where they are used, which takes fewer
+// registers.
+template <RowKind kKind>
+__device__ __forceinline__ uint4 load_ahead(const Values& x, int64_t i, int count) {
+  return kPlain<kKind> && count > 0 ? load_global<uint4>(x.data + 2 * i) : uint4{};
 }
 
-template <int kPieces>
-__device__ __forceinline__ void store_span(const Values& x, int64_t first, int base, int D,
-                                           const Float8 (&in)[kPieces]) {
-  for_pieces<kPieces>([&](int j) {
-    const int column = column_of(base, j);
-    store8(x, first + column, D - column, in[j]);
-  });
+template <RowKind kKind, int kRows>
+__device__ __forceinline__ void load_ahead(const RowsView& x, const Rows& rows, int column, int D,
+                                           uint4 (&ahead)[kRows]) {
+  for_each<kRows>(
+      [&](int r) { ahead[r] = load_ahead<kKind>(x.values, rows.of(x, r) + column, D - column); });
 }
 
-// Sums over the threads of a row; every one of them gets the result. Consecutive sums alternate
-// between two sets of slots, so that one barrier each is enough.
-class RowSum {
+// f(r, x) with the numbers of every row.
+template <RowKind kKind, int kRows, class F>
+__device__ __forceinline__ void with_rows(const RowsView& x, const uint4 (&ahead)[kRows],
+                                          const Rows& rows, int column, int D, F f) {
+  for_each<kPlain<kKind> ? 0 : kRows>(
+      [&](int r) { f(r, load8(x.values, rows.of(x, r) + column, D - column)); });
+  if (!kPlain<kKind>) return;
+  const auto unpack = [&](Dtype dtype) {  // a branch for all rows
+    for_each<kRows>([&](int r) { f(r, unpack8(ahead[r], dtype)); });
+  };
+  if (x.values.dtype == Dtype::kBFloat16) return unpack(Dtype::kBFloat16);
+  unpack(Dtype::kHalf);
+}
+
+// To rows without gaps.
+template <RowKind kKind, int kRows>
+__device__ __forceinline__ void store_rows(const Values& x, const Rows& rows, int column, int D,
+                                           const Float8 (&in)[kRows]) {
+  if constexpr (kPlain<kKind>) {
+    if (column >= D) return;
+    const auto store = [&](Dtype dtype) {
+      for_each<kRows>(
+          [&](int r) { store_global(x.data + 2 * (rows.of(D, r) + column), pack8(in[r], dtype)); });
+    };
+    if (x.dtype == Dtype::kBFloat16) return store(Dtype::kBFloat16);
+    store(Dtype::kHalf);
+  } else {
+    for_each<kRows>([&](int r) { store8(x, rows.of(D, r) + column, D - column, in[r]); });
+  }
+}
+
+template <RowKind kKind, int kPieces, int kRows>
+__device__ __forceinline__ void store_span(const Values& x, const Rows& rows, int base, int D,
+                                           const Float8 (&in)[kPieces][kRows]) {
+  for_each<kPieces>([&](int j) { store_rows<kKind>(x, rows, column_of(base, j), D, in[j]); });
+}
+
+// --- sums over a row ---
+
+// kCount sums, a power of two, over the threads of a row; every one of them gets the results. The
+// lanes of a warp share the sums: a lane adds up warps of sum lane / (32 / kCount) alone.
+// Consecutive calls alternate between two sets of slots, so that one barrier each is enough.
+class RowSums {
  public:
-  __device__ __forceinline__ float operator()(float x) { return both(x, 0.0f, false).x; }
-
-  __device__ __forceinline__ float2 both(float x, float y, bool with_y = true) {
-    LUMINA_SHARED(float, slots, 4 * kRowWarps);
-    x = warp_sum(x);
-    if (with_y) y = warp_sum(y);
-    if (blockDim.x == 32) return make_float2(x, y);
-    const Shared<float> first = slots + set_ * 2 * kRowWarps, second = first + kRowWarps;
-    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-    const int warps = static_cast<int>(blockDim.x) / 32, unused = warps + lane;
-    if (lane == 0) {
-      first[warp] = x;
-      if (with_y) second[warp] = y;
+  template <int kCount>
+  __device__ __forceinline__ void operator()(float (&x)[kCount]) {
+    constexpr int kLanes = 32 / kCount;  // of a sum
+    LUMINA_SHARED(float, slots, 2 * kRowWarps * kCount);
+    const int lane = static_cast<int>(threadIdx.x) % 32, mine = lane / kLanes;
+    float sum = warp_sums(x, lane);
+    if (blockDim.x > 32) {
+      const int warps = static_cast<int>(blockDim.x) / 32, first = lane % kLanes;
+      const Shared<float> set = slots + (set_ * kRowWarps * kCount + mine);
+      if (first == 0) set[threadIdx.x / 32 * kCount] = sum;
+      __syncthreads();
+      sum = 0.0f;
+#pragma unroll
+      for (int warp = 0; warp < kRowWarps; warp += kLanes) {
+        if (first + warp < warps) sum += set[(first + warp) * kCount];
+      }
+#pragma unroll
+      for (int bits = kLanes < kRowWarps ? kLanes / 2 : kRowWarps / 2; bits > 0; bits /= 2) {
+        sum += __shfl_xor_sync(kAllLanes, sum, bits);
+      }
+      set_ ^= 1;
     }
-    if (warp == 0 && unused < kRowWarps) {
-      first[unused] = 0.0f;
-      if (with_y) second[unused] = 0.0f;
-    }
-    __syncthreads();
-    x = total(first);
-    if (with_y) y = total(second);
-    set_ ^= 1;
-    return make_float2(x, y);
+    for_each<kCount>([&](int i) { x[i] = __shfl_sync(kAllLanes, sum, i * kLanes); });
   }
 
  private:
-  // All slots, whatever the number of warps: a loop over these takes twice as many instructions.
-  __device__ __forceinline__ static float total(Shared<float> sums) {
-    float total = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kRowWarps; i += 4) {
-      const float4 four = load_shared<float4>(sums + i);
-      total += four.x, total += four.y, total += four.z, total += four.w;
-    }
-    return total;
-  }
-
   int set_ = 0;
 };
 
-// mean (0 unless `layer`) and 1 / sqrt(mean square + eps) of a row. load(base, x) gives this
-// thread's part of a span, zeros beyond D; a row of one span is left in x.
-template <bool kWide, int kPieces, class Load>
-__device__ __forceinline__ float2 norm_statistics(Load load, int D, float eps, bool layer,
-                                                  RowSum& sum, Float8 (&x)[kPieces]) {
-  const Spans spans = column_spans<kPieces, kWide>(D);
-  float total = 0.0f, squares = 0.0f;
-  if (layer || !kWide) {
+// x - mean, and 0 beyond the row.
+template <int kPieces, int kRows>
+__device__ __forceinline__ void subtract(const float (&mean)[kRows], int base, int D,
+                                         Float8 (&x)[kPieces][kRows]) {
+  for_each<kPieces>([&](int j) {
+    const int count = D - column_of(base, j);
+    for_each<kRows>([&](int r) { x[j][r] = x[j][r] - mean[r]; });
+    if (count >= 8) return;
+    for_each<kRows>(
+        [&](int r) { x[j][r] = by_column([&](int k) { return k < count ? x[j][r][k] : 0.0f; }); });
+  });
+}
+
+// Means (0 unless `layer`) and 1 / sqrt(mean square + eps) of rows. load(base, x) gives this
+// thread's part of a span, zeros beyond D; rows of one span are left in x, without their means.
+template <RowKind kKind, int kPieces, int kRows, class Load>
+__device__ __forceinline__ void norm_statistics(Load load, int D, float eps, bool layer,
+                                                RowSums& sums, Float8 (&x)[kPieces][kRows],
+                                                float (&mean)[kRows], float (&rstd)[kRows]) {
+  constexpr bool kWide = kKind == RowKind::kWide;
+  const Spans spans = column_spans<kKind>(D);
+  const float share = reciprocal_approx(static_cast<float>(D));
+  for_each<kRows>([&](int r) { mean[r] = rstd[r] = 0.0f; });
+  if (!kWide) load(0, x);
+  if (layer) {
     for (int base = 0; base < spans.end; base += spans.size) {
-      load(base, x);
-      for_pieces<kPieces>([&](int j) { add_columns(total, x[j]); });
+      if (kWide) load(base, x);
+      for_each<kPieces>(
+          [&](int j) { for_each<kRows>([&](int r) { add_columns(mean[r], x[j][r]); }); });
     }
+    sums(mean);
+    for_each<kRows>([&](int r) { mean[r] *= share; });
   }
-  const float mean = layer ? sum(total) / static_cast<float>(D) : 0.0f;
   for (int base = 0; base < spans.end; base += spans.size) {
     if (kWide) load(base, x);
-    for_pieces<kPieces>([&](int j) {
-      const int count = D - column_of(base, j);
-      Float8 away = x[j] - mean;
-      if (count < 8) away = by_column([&](int k) { return k < count ? away[k] : 0.0f; });
-      add_products(squares, away, away);
-    });
+    if (layer) subtract(mean, base, D, x);
+    for_each<kPieces>(
+        [&](int j) { for_each<kRows>([&](int r) { add_products(rstd[r], x[j][r], x[j][r]); }); });
   }
-  return make_float2(mean, rsqrtf(sum(squares) / static_cast<float>(D) + eps));
+  sums(rstd);
+  for_each<kRows>([&](int r) { rstd[r] = rsqrtf(rstd[r] * share + eps); });
 }
 
 }  // namespace lumina_kernels::cuda

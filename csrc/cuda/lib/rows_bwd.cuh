@@ -9,104 +9,105 @@
 
 namespace lumina_kernels::cuda {
 
-// Rows in a chunk: so many that partial sums are a small part of the traffic, unless there are too
-// few rows to keep a GPU busy. A row that does not fit the registers writes its sums at once.
-inline int64_t row_chunk(int64_t rows, int64_t D) {
-  return row_is_wide(D) ? 1 : rows >= 4096 ? 16 : 4;
-}
-
 // B samples of L rows of D values, in chunks of `rows` rows.
 struct RowChunks {
   int64_t B, L, rows;
   int D;
 
-  __device__ __forceinline__ int64_t per_sample() const { return ceil_div(L, rows); }
-  __device__ __forceinline__ int64_t count() const { return B * per_sample(); }
+  __host__ __device__ __forceinline__ int64_t per_sample() const { return ceil_div(L, rows); }
+  __host__ __device__ __forceinline__ int64_t count() const { return B * per_sample(); }
 };
 
-// f(b, l, row) for the rows of chunk `number`: row l of sample b, number `row` of all.
-template <class F>
-__device__ __forceinline__ void for_rows_of_chunk(const RowChunks& chunks, int64_t number, F f) {
-  const int64_t per_sample = chunks.per_sample(), sample = divide(number, per_sample);
-  const int64_t start = (number - sample * per_sample) * chunks.rows;
+// f(rows) for the rows of chunk `number`, kRows at once.
+template <int kRows, class F>
+__device__ __forceinline__ void for_rows_of_chunk(const RowChunks& chunks, int64_t b,
+                                                  int64_t number, F f) {
+  const int64_t start = (number - b * chunks.per_sample()) * chunks.rows;
   const int64_t end = min(start + chunks.rows, chunks.L);
 #pragma unroll 1
-  for (int64_t l = start; l < end; ++l) {
-    const int64_t b = opaque(sample);
-    f(b, l, b * chunks.L + l);
+  for (int64_t l = start; l < end; l += kRows) {
+    f(rows_at<kRows>(opaque(b), l, chunks.L, end));
   }
 }
 
 // --- the gradient of a norm's input ---
 
-// Over a row: mean(d * n) and, for a LayerNorm, mean(d), where n is the norm's output and d its
+// Over rows: mean(d * n) and, for a LayerNorm, mean(d), where n is the norm's output and d its
 // gradient.
+template <int kRows>
 struct NormBwdMeans {
-  float dn, d;
+  float dn[kRows], d[kRows];
 };
 
 // gradient(base) leaves d and n of a span in the arrays of these names, and adds to sums over rows;
 // flush(base) writes these sums where a row has several spans.
-template <bool kWide, int kPieces, class Gradient, class Flush>
-__device__ __forceinline__ NormBwdMeans norm_bwd_means(Gradient gradient, Flush flush, int D,
-                                                       bool layer, RowSum& sum,
-                                                       const Float8 (&d)[kPieces],
-                                                       const Float8 (&n)[kPieces]) {
-  const Spans spans = column_spans<kPieces, kWide>(D);
-  float dn_total = 0.0f, d_total = 0.0f;
+template <RowKind kKind, int kPieces, int kRows, class Gradient, class Flush>
+__device__ __forceinline__ NormBwdMeans<kRows> norm_bwd_means(Gradient gradient, Flush flush, int D,
+                                                              bool layer, RowSums& sums,
+                                                              const Float8 (&d)[kPieces][kRows],
+                                                              const Float8 (&n)[kPieces][kRows]) {
+  const Spans spans = column_spans<kKind>(D);
+  const float share = reciprocal_approx(static_cast<float>(D));
+  float totals[2 * kRows] = {};
   for (int base = 0; base < spans.end; base += spans.size) {
     gradient(base);
-    for_pieces<kPieces>([&](int j) {
-      add_products(dn_total, d[j], n[j]);
-      add_columns(d_total, d[j]);
+    for_each<kPieces>([&](int j) {
+      for_each<kRows>([&](int r) { add_products(totals[r], d[j][r], n[j][r]); });
+      if (!layer) return;
+      for_each<kRows>([&](int r) { add_columns(totals[kRows + r], d[j][r]); });
     });
-    if (kWide) flush(base);
+    if (kKind == RowKind::kWide) flush(base);
   }
-  const float2 totals = sum.both(dn_total, d_total, layer);
-  return {totals.x / static_cast<float>(D), layer ? totals.y / static_cast<float>(D) : 0.0f};
+  NormBwdMeans<kRows> means = {};
+  if (layer) {
+    sums(totals);
+    for_each<kRows>([&](int r) { means.d[r] = totals[kRows + r] * share; });
+  } else {
+    float rms[kRows];
+    for_each<kRows>([&](int r) { rms[r] = totals[r]; });
+    sums(rms);
+    for_each<kRows>([&](int r) { totals[r] = rms[r]; });
+  }
+  for_each<kRows>([&](int r) { means.dn[r] = totals[r] * share; });
+  return means;
 }
 
 // d becomes the gradient of the norm's input: rstd * (d - mean(d) - n * mean(d * n)).
-template <int kPieces>
-__device__ __forceinline__ void norm_bwd(Float8 (&d)[kPieces], const Float8 (&n)[kPieces],
-                                         float rstd, const NormBwdMeans& means) {
-  for_pieces<kPieces>([&](int j) { d[j] = rstd * (d[j] - means.d - n[j] * means.dn); });
+template <int kPieces, int kRows>
+__device__ __forceinline__ void norm_bwd(Float8 (&d)[kPieces][kRows],
+                                         const Float8 (&n)[kPieces][kRows],
+                                         const float (&rstd)[kRows],
+                                         const NormBwdMeans<kRows>& means) {
+  for_each<kPieces>([&](int j) {
+    for_each<kRows>(
+        [&](int r) { d[j][r] = rstd[r] * (d[j][r] - means.d[r] - n[j][r] * means.dn[r]); });
+  });
 }
 
 // --- sums over rows: the first stage ---
 
 template <int kPieces>
 __device__ __forceinline__ void clear(Float8 (&sums)[kPieces]) {
-  for_pieces<kPieces>([&](int j) { sums[j] = Float8{}; });
+  for_each<kPieces>([&](int j) { sums[j] = Float8{}; });
 }
 
-// Writes the sums of a span to D float32 numbers, and begins again.
+// Writes the sums of a span to the row of float32 numbers that starts at element `first`, or adds
+// them to what is there, and begins again.
 template <int kPieces>
-__device__ __forceinline__ void flush_sums(Global<float> to, int base, int D,
-                                           Float8 (&sums)[kPieces]) {
-  for_pieces<kPieces>([&](int j) {
+__device__ __forceinline__ void flush_sums(const Values& partial, int64_t first, int base, int D,
+                                           bool add, Float8 (&sums)[kPieces]) {
+  const Values to = {partial.data, Dtype::kFloat, partial.vectors};
+  for_each<kPieces>([&](int j) {
     const int column = column_of(base, j);
-    const Float8& sum = sums[j];
-    if (D % 4 == 0) {
-      if (column + 4 <= D) {
-        store_global(to + column, make_float4(sum[0], sum[1], sum[2], sum[3]));
-      }
-      if (column + 8 <= D) {
-        store_global(to + (column + 4), make_float4(sum[4], sum[5], sum[6], sum[7]));
-      }
-    } else {
-#pragma unroll
-      for (int k = 0; k < 8; ++k) {
-        if (column + k < D) store_global(to + (column + k), sum[k]);
-      }
-    }
+    if (add) sums[j] += load8(to, first + column, D - column);
+    store8(to, first + column, D - column, sums[j]);
   });
   clear(sums);
 }
 
 // --- the second stage: kSumColumns columns a block, kSumSlices threads for each ---
 
-constexpr int kSumColumns = 32, kSumSlices = 16;
+constexpr int kSumColumns = 16, kSumSlices = 32;
 
 inline LaunchConfig sums_config(int64_t D) {
   return {dim3(static_cast<unsigned>(ceil_div(D, kSumColumns))), dim3(kSumColumns, kSumSlices)};

@@ -12,59 +12,65 @@ struct Sandwich {
 };
 
 struct SandwichAhead {
-  uint4 residual, weight, gate;
+  uint4 weight, gate;
 };
 
-__device__ __forceinline__ SandwichAhead load_ahead(const Sandwich& s, int64_t b, int64_t l,
-                                                    int column, int D) {
-  return {load_ahead(s.residual, b, l, column, D), load_ahead(s.weight, b, l, column, D),
-          load_ahead(s.gate, b, l, column, D)};
+template <RowKind kKind>
+__device__ __forceinline__ SandwichAhead load_ahead(const Sandwich& s, int64_t b, int column,
+                                                    int D) {
+  return {load_ahead<kKind>(s.weight, b, column, D), load_ahead<kKind>(s.gate, b, column, D)};
 }
 
-// n becomes residual + tanh(gate) * n * weight in the span at `base` of row l of sample b.
-template <bool kTanh, bool kAhead, int kPieces>
-__device__ __forceinline__ void sandwich(const Sandwich& s, const SandwichAhead& ahead, int64_t b,
-                                         int64_t l, int base, int D, Float8 (&n)[kPieces]) {
-  for_pieces<kPieces>([&](int j) {
-    const int column = column_of(base, j);
-    with_parameter<kAhead>(s.weight, ahead.weight, b, l, column, D,
-                           [&](const Float8& weight) { n[j] *= weight; });
-    with_parameter<kAhead>(s.gate, ahead.gate, b, l, column, D, [&](const Float8& gate) {
+// What n is multiplied by: tanh(gate) * weight, or, if the gate has a row per token, weight.
+template <RowKind kKind, bool kTanh>
+__device__ __forceinline__ Float8 sandwich_factor(const Sandwich& s, const SandwichAhead& ahead,
+                                                  int64_t b, int column, int D) {
+  Float8 factor = by_column([](int) { return 1.0f; });
+  with_ahead<kKind>(s.weight, ahead.weight, b, column, D,
+                    [&](const Float8& weight) { factor = weight; });
+  if (!kPlain<kKind> && s.gate.per_token) return factor;
+  with_ahead<kKind>(s.gate, ahead.gate, b, column, D, [&](const Float8& gate) {
 #pragma unroll  // a column at a time: with 8 results of tanh at once ptxas spills on sm_100
-      for (int k = 0; k < 8; ++k) n[j][k] *= kTanh ? tanh_of(gate[k]) : gate[k];
-    });
-    with_parameter<kAhead>(s.residual, ahead.residual, b, l, column, D,
-                           [&](const Float8& residual) { n[j] += residual; });
+    for (int k = 0; k < 8; ++k) factor[k] *= kTanh ? tanh_of(gate[k]) : gate[k];
   });
+  return factor;
+}
+
+// n becomes residual + tanh(gate) * n * weight.
+template <RowKind kKind, bool kTanh, int kRows>
+__device__ __forceinline__ void sandwich(const Sandwich& s, const Float8& factor,
+                                         const uint4 (&residual)[kRows], const Rows& rows,
+                                         int column, int D, Float8 (&n)[kRows]) {
+  for_each<kRows>([&](int r) { n[r] *= factor; });
+  if (!kPlain<kKind> && s.gate.per_token) {
+    with_parameter(s.gate, rows.b, rows.l, column, D,
+                   [&](const Float8& gate) { n[0] *= kTanh ? tanh(gate) : gate; });
+  }
+  with_rows<kKind>(s.residual, residual, rows, column, D,
+                   [&](int r, const Float8& x) { n[r] += x; });
 }
 
 // d, the gradient of the output, becomes that of n; the sum over rows gets f * d * n.
 //
 // If `gate` has a row per token, f is tanh(gate), and the gradient of the gate,
-// (1 - tanh²) * d * n * weight, is written to `dgate`, row `token`; without kTanh f is the gate
-// and its gradient d * n * weight. Otherwise f is 1, and the second stage applies the gate.
-template <bool kTanh, int kPieces>
-__device__ __forceinline__ void sandwich_bwd(const Sandwich& s, const Values& dgate, int64_t b,
-                                             int64_t l, int64_t token, int base, int D,
-                                             const Float8 (&n)[kPieces], Float8 (&d)[kPieces],
-                                             Float8 (&gate_sum)[kPieces]) {
-  for_pieces<kPieces>([&](int j) {
-    const int column = column_of(base, j);
-    Float8 g;
-    with_parameter(s.gate, b, l, column, D,
-                   [&](const Float8& gate) { g = kTanh ? tanh(gate) : gate; });
-    if (is_there(dgate)) {
-      Float8 dg = d[j];
-      if (kTanh) dg = (1.0f - g * g) * dg;
-      dg *= n[j];
-      gate_sum[j] += g * d[j] * n[j];
-      with_parameter(s.weight, b, l, column, D, [&](const Float8& weight) { dg *= weight; });
-      store8(dgate, token * D + column, D - column, dg);
-    } else {
-      gate_sum[j] += d[j] * n[j];
-    }
-    if (kTanh || is_there(s.gate)) d[j] *= g;
-    with_parameter(s.weight, b, l, column, D, [&](const Float8& weight) { d[j] *= weight; });
+// (1 - tanh²) * d * n * weight, is written to `dgate`; without kTanh f is the gate and its gradient
+// d * n * weight. Otherwise f is 1, and the second stage applies the gate.
+template <RowKind kKind, bool kTanh, int kRows>
+__device__ __forceinline__ void sandwich_bwd(const Sandwich& s, const Values& dgate,
+                                             const Rows& rows, int column, int D,
+                                             const Float8& factor, const Float8 (&n)[kRows],
+                                             Float8 (&d)[kRows], Float8& gate_sum) {
+  if (!kPlain<kKind> && is_there(dgate)) {
+    Float8 g = load8(s.gate.values, rows.of(s.gate, 0) + column, D - column);
+    if (kTanh) g = tanh(g);
+    Float8 dg = d[0] * n[0] * factor;
+    if (kTanh) dg *= 1.0f - g * g;
+    store8(dgate, rows.of(D, 0) + column, D - column, dg);
+    d[0] *= g;
+  }
+  for_each<kRows>([&](int r) {
+    if (r == 0 || r <= rows.last) gate_sum += d[r] * n[r];
+    d[r] *= factor;
   });
 }
 
