@@ -28,12 +28,10 @@ def is_split(cuda_host, inputs):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize(
-    "K, L_kv", ((72, 500), (24, 1500), (21, 1490), (64, 400), (96, 700), (128, 400), (256, 300))
-)
+@pytest.mark.parametrize("K, L_kv", ((72, 500), (21, 1490), (96, 700), (128, 400), (256, 300)))
 def test_head_dims(cuda_host, K, L_kv, dtype):
     """The last part cut, keys with holes, a sample without any; a text beside the parts."""
-    inputs = make_inputs(B=2, L=9, L_kv=L_kv, T=37, H=8, G=2, K=K)
+    inputs = make_inputs(B=2, L=9, L_kv=L_kv, T=37, H=3, G=1, K=K)
     assert_forward(inputs, dtype)
     assert cuda_host.latest() == LAST
     assert_forward(inputs | {"key_mask": None, "scale": -0.2}, dtype)
@@ -46,7 +44,7 @@ def test_head_dims(cuda_host, K, L_kv, dtype):
 @pytest.mark.parametrize("ranges", (((0, 2205),), ((1000, 1030), (2047, 2049)), ((2204, 2205),)))
 def test_parts_within_windows_of_masks(cuda_host, L_kv, ranges):
     """Parts without a valid key, and masks that are read in the middle of a window."""
-    inputs = make_inputs(B=2, L=3, L_kv=L_kv, T=70, H=4, G=2, K=72)
+    inputs = make_inputs(B=2, L=3, L_kv=L_kv, T=70, H=2, G=1, K=72)
     inputs |= {"key_mask": mask_of_ranges(L_kv, *ranges), "text_mask": mask_of_ranges(70, (3, 5))}
     assert_forward(inputs, torch.float16)
     assert cuda_host.latest() == LAST
@@ -65,7 +63,7 @@ def test_scores_that_rise_from_part_to_part():
 @pytest.mark.parametrize("dtype", HALVES)
 def test_gradients(dtype):
     """By what the parts kept together."""
-    inputs = make_inputs(B=2, L=5, L_kv=400, T=9, H=8, G=2, K=72)
+    inputs = make_inputs(B=2, L=5, L_kv=400, T=9, H=4, G=2, K=72)
     assert_accurate(op, eager, inputs, dtype)
 
 
@@ -93,7 +91,7 @@ def test_only_where_the_grid_is_small_and_the_keys_are_many(cuda_host):
 
 def test_nobody_depends_on_the_order_of_blocks():
     """The host takes blocks in the other order at every second launch."""
-    inputs = cast(make_inputs(B=2, L=9, L_kv=500, H=8, G=2, K=72), torch.bfloat16)
+    inputs = cast(make_inputs(B=2, L=9, L_kv=500, H=4, G=2, K=72), torch.bfloat16)
     first, second = saved(inputs), saved(inputs)
     assert all(map(torch.equal, first, second))
     odd, even = saved(inputs), saved(inputs)
@@ -102,7 +100,7 @@ def test_nobody_depends_on_the_order_of_blocks():
 
 def test_parts_of_parts():
     """Halves of the keys, each taken in parts, merged by their log-sum-exps."""
-    inputs = cast(make_inputs(B=2, L=5, L_kv=900, H=8, G=2, K=72, text=False), torch.float16)
+    inputs = cast(make_inputs(B=2, L=5, L_kv=900, H=4, G=2, K=72, text=False), torch.float16)
     q, k, v, mask, scale = inputs.values()
     call = partial(gqa_attention, return_lse=True, backend="cuda")
     halves = [

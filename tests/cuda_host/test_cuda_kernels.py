@@ -3,8 +3,9 @@
 from functools import partial
 
 import torch
-from common import run
+from common import cast, run
 from cuda_host.build import kernel_names
+from ops.attention import make_inputs
 
 import lumina_kernels
 from lumina_kernels.examples import Sizes, examples
@@ -28,5 +29,6 @@ def test_every_kernel_runs(cuda_host, monkeypatch):
     run_examples("gqa_attention", Sizes(K=72, dtype=torch.bfloat16))
     monkeypatch.delenv("LUMINA_KERNELS_HOPPER")
     with cuda_host.multiprocessors(132):
-        run_examples("gqa_attention", Sizes(B=1, grid=(1, 8, 64), K=72, dtype=torch.bfloat16))
+        few = make_inputs(B=1, L=3, L_kv=600, H=2, G=1, K=72, text=False)
+        lumina_kernels.gqa_attention(**cast(few, torch.bfloat16), backend="cuda")
     assert cuda_host.executed() == kernel_names()
