@@ -6,41 +6,40 @@ for huge angles; for spilled registers nvcc warns when the library is built (-wa
 
 The forward kernels of Lumina-Next at 1024 pixels (2 x 4096 tokens, bfloat16) come with the time
 that `lumina_kernels.prediction` has for them, the share of the rate of a copy or of the tensor
-cores, and what limits them.
+cores, and what limits them. So do the kernels over rows, forward and backward, at several widths;
+their share is that of a copy that is launched, too.
 """
 
 import argparse
 import re
 import tempfile
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks.harness.shapes import LUMINA_NEXT, Shape
 from lumina_kernels import sass
 from lumina_kernels.aot import tool
-from lumina_kernels.prediction import Launch, predicted
+from lumina_kernels.machine import MACHINES
+from lumina_kernels.prediction import Launch, predict, predicted, resident_blocks
 
 _FUNCTION = re.compile(r"_ZN14lumina_kernels4cuda\d+(\w+?_kernel)(I\w+?EE)?")
 
 
 def launches(shape: Shape) -> dict[tuple[str, str], tuple[int, int, int, int, int]]:
     """Forward kernel and template arguments -> blocks, threads, bytes of dynamic shared memory,
-    bytes that it must move and FLOPs of its products, as the launchers have it for a width of 513
-    to 4096 columns, heads of 72 channels and context drop by 2 x 2."""
-    B, L, D, H, G, K = shape.B, shape.L, shape.D, shape.H, shape.G, shape.K
-    rows, row = B * L, 32 * -(-D // 256)
+    bytes that it must move and FLOPs of its products, as the launchers have it for heads of 72
+    channels and context drop by 2 x 2."""
+    B, L, H, G, K = shape.B, shape.L, shape.H, shape.G, shape.K
+    rows = B * L
     numbers, windows = rows * (H + G) * K, rows // 4
     pieces = -(-K // 8) * -(-(H + G) // 2)  # of two heads a thread
     token = 32 * -(-pieces // 32)
-    norms, flat = rows * D * 2, rows * shape.F * 2
+    flat = rows * shape.F * 2
     attention = 4 * rows * L * H * K
     return {
         ("swiglu_fwd_kernel", ""): (flat // 4096, 256, 0, 3 * flat, 0),
         ("gelu_fwd_kernel", "1"): (flat // 4096, 256, 0, 2 * flat, 0),
-        ("norm_modulate_fwd_kernel", "1, 0"): (rows, row, 0, 2 * norms, 0),
-        ("sandwich_norm_fwd_kernel", "1, 0, 1"): (rows, row, 0, 3 * norms, 0),
-        ("sandwich_norm_chain_fwd_kernel", "1, 0, 1"): (rows, row, 0, 4 * norms, 0),
-        ("gate_residual_norm_fwd_kernel", "1, 0"): (rows, row, 0, 4 * norms, 0),
         ("rope3d_kernel", ""): (rows, token, 32 * 9, 4 * numbers, 0),
         ("rope_table_kernel", "1, 0"): (rows, token, 0, 4 * numbers + 8 * L * K, 0),
         ("qk_norm_rope3d_kernel", "2"): (rows, token, 576, 4 * numbers, 0),
@@ -69,6 +68,58 @@ def predictions(path: str, arch: str = "90") -> list[dict]:
         figures = predicted(launch, int(arch), useful)
         rows.append({"arch": arch, "kernel": name[0], "arguments": name[1]} | figures)
     return rows
+
+
+WIDTHS = (1152, 2304, 3072, 3840)
+# Kernel over plain rows (csrc/cuda/lib/rows.cuh) -> tensors of rows that it moves, rows at once in
+# a forward, sums over rows in a backward.
+_FORWARDS = {
+    "norm_modulate": (2, 4), "sandwich_norm": (3, 2), "sandwich_norm_chain": (4, 2),
+    "gate_residual_norm": (4, 2),
+}  # fmt: skip
+_BACKWARDS = {
+    "norm_modulate": (3, 2), "sandwich_norm": (3, 1), "sandwich_norm_chain": (6, 2),
+    "gate_residual_norm": (6, 3),
+}  # fmt: skip
+
+
+def row_predictions(path: str, arch: str, shape: Shape = LUMINA_NEXT) -> list[dict]:
+    """What the model says of the kernels over plain rows at `WIDTHS`, of 16 bits, on each GPU of an
+    architecture: `us`, and the `share` of a copy of the tensors. A backward kernel is followed by
+    the second stage of its sums, which is not in its figures."""
+    usage = {(r["kernel"], r["arguments"]): r for r in kernels(path) if r["arch"] == arch}
+    found = []
+    for name, function in sorted(_functions(path, arch).items(), key=lambda item: item[0]):
+        op, way = re.fullmatch(r"(\w+?)(?:_(fwd|bwd))?_kernel", name[0]).groups()
+        known = {"fwd": _FORWARDS, "bwd": _BACKWARDS}.get(way, {})
+        if op not in known or name[1] not in ("0", "0, 1"):
+            continue
+        tensors, count = known[op]
+        for machine in (z for z in MACHINES.values() if z.arch == int(arch)):
+            for D in WIDTHS:
+                size, warps = 2 * tensors * shape.B * shape.L * D, -(-D // 256)
+                registers, shared = usage[name]["registers"], usage[name]["shared"]
+                launch = Launch(
+                    function, shape.B * shape.L // count, warps, registers, shared, size
+                )
+                if way == "bwd":
+                    grid = _chunks(shape, resident_blocks(launch, machine) * machine.processors)
+                    launch = replace(launch, grid=grid, bytes=size + 4 * count * grid * D)
+                figures = predict(launch, machine)
+                copy = machine.launch + size / machine.copy_rate
+                found.append(
+                    {"gpu": machine.name, "kernel": name[0], "D": D, "us": figures.seconds * 1e6,
+                     "share": copy / figures.seconds, "limit": figures.limit,
+                     "resident": figures.resident, "in_flight": figures.in_flight,
+                     "per_copy": figures.per_copy, **usage[name]}
+                )  # fmt: skip
+    return found
+
+
+def _chunks(shape: Shape, at_once: int) -> int:
+    """Blocks of a backward kernel over rows, as `row_chunks` (csrc/cuda/lib/rows_launch.h)."""
+    rows = -(-shape.L // max(1, at_once // shape.B))
+    return shape.B * -(-shape.L // max(4, rows + rows % 2))
 
 
 def _functions(path: str, arch: str) -> dict[tuple[str, str], sass.Function]:
@@ -137,6 +188,11 @@ def main() -> None:
                 + f"{gpu:8}"
                 + "{us:8.1f} us{share:6.2f} {limit}".format(**found)
             )
+    for row in row_predictions(library(), "90"):
+        print(
+            "{kernel:32}{gpu:6}{D:5}{registers:4} registers{resident:3} blocks".format(**row)
+            + "{us:8.1f} us{share:6.2f} {limit}".format(**row)
+        )
     print("attention, useful:", {K: round(useful_fraction(K), 3) for K in (64, 72, 96, 128)})
 
 

@@ -14,9 +14,9 @@ std::tuple<Tensor, Tensor, Tensor> gate_residual_norm_fwd(
   Tensor new_residual = empty_as(residual), normed = empty_as(residual);
   Tensor statistics = empty(y, {1 + layer, B, L}, ScalarType::Float);
   if (new_residual.numel() == 0) return {new_residual, normed, statistics};
-  const Tensor ys = packed(y), residuals = packed(residual);
-  const OptionalTensor gates = packed(gate);
-  const PackedModulation modulation(weight, bias, scale, shift);
+  const Tensor ys = aligned(y), residuals = aligned(residual);
+  const OptionalTensor gates = aligned(gate);
+  const AlignedModulation modulation(weight, bias, scale, shift);
   const GateResidualNormFwdParams p{.y = rows_of(ys),
                                     .residual = rows_of(residuals),
                                     .gate = rows_of(gates),
@@ -56,10 +56,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate_residual
             zeros_as(shift, y)};
   }
   const OptionalTensor dgate = gradient_per_token(gate), dscale = gradient_per_token(scale);
-  const Tensor dnew_residuals = packed(dnew_residual), dnormeds = packed(dnormed), ys = packed(y);
-  const Tensor residuals = packed(residual);
-  const OptionalTensor gates = packed(gate);
-  const PackedModulation modulation(weight, bias, scale, shift);
+  const Tensor dnew_residuals = aligned(dnew_residual), dnormeds = aligned(dnormed),
+               ys = aligned(y);
+  const Tensor residuals = aligned(residual);
+  const OptionalTensor gates = aligned(gate);
+  const AlignedModulation modulation(weight, bias, scale, shift);
   GateResidualNormBwdParams p{.dnew_residual = rows_of(dnew_residuals),
                               .dnormed = rows_of(dnormeds),
                               .y = rows_of(ys),

@@ -15,8 +15,8 @@ std::tuple<Tensor, Tensor> norm_modulate_fwd(const Tensor& x, const OptionalTens
   Tensor out = empty_as(x);
   Tensor statistics = empty(x, {1 + layer, B, L}, ScalarType::Float);
   if (out.numel() == 0) return {out, statistics};
-  const Tensor xs = packed(x);
-  const PackedModulation modulation(weight, bias, scale, shift);
+  const Tensor xs = aligned(x);
+  const AlignedModulation modulation(weight, bias, scale, shift);
   const NormModulateFwdParams p{.x = rows_of(xs),
                                 .modulation = modulation.rows(),
                                 .out = values_of(out),
@@ -45,8 +45,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_modulate_bwd(
     return {dx, zeros_as(weight, x), zeros_as(bias, x), zeros_as(scale, x), zeros_as(shift, x)};
   }
   const OptionalTensor dscale = gradient_per_token(scale);
-  const Tensor douts = packed(dout), xs = packed(x);
-  const PackedModulation modulation(weight, bias, scale, shift);
+  const Tensor douts = aligned(dout), xs = aligned(x);
+  const AlignedModulation modulation(weight, bias, scale, shift);
   NormModulateBwdParams p{.dout = rows_of(douts),
                           .x = rows_of(xs),
                           .modulation = modulation.rows(),

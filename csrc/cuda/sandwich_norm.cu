@@ -35,8 +35,8 @@ std::tuple<Tensor, Tensor> sandwich_norm_fwd(const Tensor& y, const Tensor& resi
   const int64_t B = y.size(0), L = y.size(1), D = y.size(2);
   Tensor out = empty_as(residual), rstd = empty(y, {B, L}, ScalarType::Float);
   if (out.numel() == 0) return {out, rstd};
-  const Tensor ys = packed(y), residuals = packed(residual);
-  const OptionalTensor weights = packed(weight), gates = packed(gate);
+  const Tensor ys = aligned(y), residuals = aligned(residual);
+  const OptionalTensor weights = aligned(weight), gates = aligned(gate);
   const SandwichNormFwdParams p{.y = rows_of(ys),
                                 .sandwich = {.residual = rows_of(residuals),
                                              .weight = rows_of(weights),
@@ -64,8 +64,8 @@ std::tuple<Tensor, Tensor, Tensor> sandwich_norm_bwd(const Tensor& dout, const T
   Tensor dy = empty_as(y);
   if (dy.numel() == 0) return {dy, zeros_as(weight, y), zeros_as(gate, y)};
   const OptionalTensor per_token = gradient_per_token(gate);
-  const Tensor douts = packed(dout), ys = packed(y);
-  const OptionalTensor weights = packed(weight), gates = packed(gate);
+  const Tensor douts = aligned(dout), ys = aligned(y);
+  const OptionalTensor weights = aligned(weight), gates = aligned(gate);
   SandwichNormBwdParams p{.dout = rows_of(douts),
                           .y = rows_of(ys),
                           .sandwich = {.weight = rows_of(weights), .gate = rows_of(gates)},

@@ -13,9 +13,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sandwich_norm_chain_fwd(
   Tensor new_residual = empty_as(residual), normed = empty_as(residual);
   Tensor rstd = empty(y, {B, L}, ScalarType::Float), next_rstd = empty_as(rstd);
   if (new_residual.numel() == 0) return {new_residual, normed, rstd, next_rstd};
-  const Tensor ys = packed(y), residuals = packed(residual);
-  const OptionalTensor weights = packed(weight), gates = packed(gate);
-  const OptionalTensor next_weights = packed(next_weight), next_scales = packed(next_scale);
+  const Tensor ys = aligned(y), residuals = aligned(residual);
+  const OptionalTensor weights = aligned(weight), gates = aligned(gate);
+  const OptionalTensor next_weights = aligned(next_weight), next_scales = aligned(next_scale);
   const SandwichNormChainFwdParams p{
       .y = rows_of(ys),
       .sandwich = {.residual = rows_of(residuals),
@@ -55,10 +55,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sandwich_norm_chain_b
             zeros_as(next_scale, y)};
   }
   const OptionalTensor dgate = gradient_per_token(gate), dscale = gradient_per_token(next_scale);
-  const Tensor dnew_residuals = packed(dnew_residual), dnormeds = packed(dnormed), ys = packed(y);
-  const Tensor residuals = packed(residual);
-  const OptionalTensor weights = packed(weight), gates = packed(gate);
-  const OptionalTensor next_weights = packed(next_weight), next_scales = packed(next_scale);
+  const Tensor dnew_residuals = aligned(dnew_residual), dnormeds = aligned(dnormed),
+               ys = aligned(y);
+  const Tensor residuals = aligned(residual);
+  const OptionalTensor weights = aligned(weight), gates = aligned(gate);
+  const OptionalTensor next_weights = aligned(next_weight), next_scales = aligned(next_scale);
   SandwichNormChainBwdParams p{
       .dnew_residual = rows_of(dnew_residuals),
       .dnormed = rows_of(dnormeds),

@@ -150,6 +150,19 @@ inline OptionalTensor packed(const OptionalTensor& tensor) {
   return tensor ? OptionalTensor(packed(*tensor)) : tensor;
 }
 
+// The tensor, or a copy whose rows are aligned if they can be.
+inline Tensor aligned(const Tensor& tensor) {
+  const Tensor x = packed(tensor);
+  const int64_t width = tensor.dim() == 0 ? 1 : tensor.size(tensor.dim() - 1);
+  if (takes_vectors(x) || width * static_cast<int64_t>(x.element_size()) % 16 != 0) return x;
+  return torch::stable::to(x, x.scalar_type(), {}, {}, {}, false, /*copy=*/true,
+                           torch::headeronly::MemoryFormat::Contiguous);
+}
+
+inline OptionalTensor aligned(const OptionalTensor& tensor) {
+  return tensor ? OptionalTensor(aligned(*tensor)) : tensor;
+}
+
 // The rows of a packed tensor (D,), (B, D) or (B, L, D), which the caller keeps alive until the
 // launch.
 inline RowsView rows_of(const Tensor& tensor) {

@@ -8,15 +8,15 @@
 
 namespace lumina_kernels::cuda {
 
-// The parameters without gaps, kept alive until the launch.
-class PackedModulation {
+// The parameters with aligned rows, kept alive until the launch.
+class AlignedModulation {
  public:
-  PackedModulation(const OptionalTensor& weight, const OptionalTensor& bias,
-                   const OptionalTensor& scale, const OptionalTensor& shift)
-      : weight_(packed(weight)),
-        bias_(packed(bias)),
-        scale_(packed(scale)),
-        shift_(packed(shift)) {}
+  AlignedModulation(const OptionalTensor& weight, const OptionalTensor& bias,
+                    const OptionalTensor& scale, const OptionalTensor& shift)
+      : weight_(aligned(weight)),
+        bias_(aligned(bias)),
+        scale_(aligned(scale)),
+        shift_(aligned(shift)) {}
 
   ModulationView rows() const {
     return {rows_of(weight_), rows_of(bias_), rows_of(scale_), rows_of(shift_)};
