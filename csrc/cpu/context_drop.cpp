@@ -33,11 +33,14 @@ namespace {
 // The means of k and of v over the valid tokens of windows [first, end) of a line, 0 if there are
 // none, and their number. First all of k, then all of v: fewer rows are read in turn.
 void context_drop_fwd(const ContextDropFwd& op, int64_t b, int64_t first, int64_t end) {
+  std::vector<int64_t> tokens;
+  std::vector<Row> rows;
+  const int64_t before = b * op.windows.count();
   const auto means = [&](const Rows& x, const Rows& out) {
     for (int64_t window = first; window < end; ++window) {
-      const std::vector<int64_t>& tokens = valid_tokens(op.windows, op.mask, b, window);
-      window_mean(x, b, tokens, op.windows.ahead(window), op.G, op.K, out(b, window));
-      const int64_t at = b * op.windows.count() + window;
+      find_valid(op.windows, op.mask, b, window, tokens);
+      window_mean(x, b, tokens, op.windows.ahead(window), op.G, op.K, out(b, window), rows);
+      const int64_t at = before + window;
       op.mask_out[at] = !tokens.empty();
       op.counts[at] = static_cast<float>(tokens.size());
     }

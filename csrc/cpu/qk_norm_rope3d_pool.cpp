@@ -55,15 +55,17 @@ void qk_norm_rope3d_pool_fwd(const QkNormRope3dPoolFwd& op, int64_t first, int64
       for (int64_t i = 0; i < G * K; i += kWidth) store(sums + i, load(sums + i) + load(key + i));
     }
   });
+  std::vector<int64_t> tokens;
+  std::vector<Row> rows;
   for (int64_t b = first; b < first + samples; ++b) {
-    const std::vector<int64_t>& tokens = valid_tokens(op.windows, op.mask, b, window);
+    find_valid(op.windows, op.mask, b, window, tokens);
     const float* sums = all_sums + (b - first) * room;
     const float number = static_cast<float>(tokens.size());
     const Vec size = broadcast(std::max(number, 1.f));
     const Row k_out = op.k_out(b, window);
     for_whole_vectors(
         G * K, [&](int64_t i, int64_t count) { store(k_out, i, load(sums + i) / size, count); });
-    window_mean(op.v, b, tokens, ahead, G, K, op.v_out(b, window));
+    window_mean(op.v, b, tokens, ahead, G, K, op.v_out(b, window), rows);
     op.mask_out[b * op.windows.count() + window] = !tokens.empty();
     op.counts[b * op.windows.count() + window] = number;
   }

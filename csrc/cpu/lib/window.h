@@ -58,15 +58,13 @@ struct Windows {
   int64_t work(int64_t width) const { return std::min(factor, H) * std::min(factor, W) * width; }
 };
 
-// The valid tokens of a window, in memory that this thread's next call reuses.
-inline const std::vector<int64_t>& valid_tokens(const Windows& windows, const Mask& mask, int64_t b,
-                                                int64_t window) {
-  thread_local std::vector<int64_t> tokens;
+// The valid tokens of a window, in place of what `tokens` held.
+inline void find_valid(const Windows& windows, const Mask& mask, int64_t b, int64_t window,
+                       std::vector<int64_t>& tokens) {
   tokens.clear();
   windows.for_tokens(window, [&](int64_t l) {
     if (mask(b, l)) tokens.push_back(l);
   });
-  return tokens;
 }
 
 // The gradient of x, (B, L, G, K), from the gradient of its means over windows.
@@ -104,10 +102,10 @@ LUMINA_INLINE void mean_of(const std::vector<Row>& rows, Dtype dtype, Row out, i
 
 // The mean over `tokens` of sample b, for all heads; 0 if there are none. Meanwhile the tokens that
 // are `ahead` further on are fetched, unless it is 0: processors do so by themselves along one row,
-// but not along several at once.
+// but not along several at once. `rows` is a buffer.
 LUMINA_INLINE void window_mean(const Rows& x, int64_t b, const std::vector<int64_t>& tokens,
-                               int64_t ahead, int64_t G, int64_t K, Row out) {
-  thread_local std::vector<Row> rows;
+                               int64_t ahead, int64_t G, int64_t K, Row out,
+                               std::vector<Row>& rows) {
   const TokenHeads heads = heads_at(x, b, 0, G, K);
   if (ahead > 0)
     for (int64_t l : tokens) prefetch(heads_at(x, b, l + ahead, G, K));
