@@ -26,6 +26,8 @@ namespace {
 
 float value_of(const OptionalTensor& tensor, double value) {
   if (!tensor) return static_cast<float>(value);
+  if (tensor->scalar_type() == ScalarType::Float)
+    return *static_cast<const float*>(tensor->const_data_ptr());
   return *static_cast<const float*>(torch::stable::to(*tensor, ScalarType::Float).const_data_ptr());
 }
 

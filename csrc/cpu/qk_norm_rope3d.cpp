@@ -41,23 +41,25 @@ struct QkNormRope3dBwd {
 namespace lumina_kernels::cpu::LUMINA_LEVEL {
 namespace {
 
-// x -> rotate(norm(x) * weight + bias) for q and k, for token l of `count` samples from b on, which
-// share the angles.
-void qk_norm_rope3d_fwd(const QkNormRope3dFwd& op, int64_t b, int64_t l, int64_t count) {
-  const int64_t L = op.L, K = op.K, H = op.q.heads, G = op.k.heads;
-  float* memory = scratch(rotation_size(K) + padded(std::max(H, G) * K));
-  const Rotation rotation = rotation_in(memory, K);
-  float* row = memory + rotation_size(K);
-  make_rotation(op.angles, b, l, rotation);
-  const auto rotate_token = [&](const Normed& from, Row out) {
-    const int64_t size = from.heads * K, at = (b * L + l) * size;
-    if (l + 1 < L) prefetch(heads_at(from.x, b, l + 1, from.heads, K), out + (at + size));
-    norm_rotate(heads_at(from.x, b, l, from.heads, K), from.weight(), from.bias(), op.norm,
-                rotation, K, out + at, row);
+// x -> rotate(norm(x) * weight + bias) for q and k.
+void qk_norm_rope3d_fwd(const QkNormRope3dFwd& op, const Tokens& tokens) {
+  const int64_t L = op.L, K = op.K, most = std::max(op.q.heads, op.k.heads);
+  float* row = scratch(padded(most * K) + kChunk * rotation_size(K));
+  float* memory = row + padded(most * K);
+  make_rotations(op.angles, tokens, memory, K);
+  const auto rotate_tokens = [&](const Normed& from, int64_t b, Row out) {
+    const int64_t size = from.heads * K;
+    float* at = memory;
+    for (int64_t l = tokens.l; l < tokens.end; ++l, at += rotation_size(K)) {
+      const Row to = out + (b * L + l) * size;
+      if (l + 1 < L) prefetch(heads_at(from.x, b, l + 1, from.heads, K), to + size);
+      norm_rotate(heads_at(from.x, b, l, from.heads, K), from.weight(), from.bias(), op.norm,
+                  rotation_in(at, K), K, to, row);
+    }
   };
-  for (const int64_t end = b + count; b < end; ++b) {
-    rotate_token(op.q, op.q_out);
-    rotate_token(op.k, op.k_out);
+  for (int64_t b = tokens.b; b < tokens.b + tokens.samples; ++b) {
+    rotate_tokens(op.q, b, op.q_out);
+    rotate_tokens(op.k, b, op.k_out);
   }
 }
 
@@ -203,9 +205,8 @@ std::tuple<Tensor, Tensor> qk_norm_rope3d_fwd(
                            .L = q.size(1),
                            .K = q.size(3)};
   const int64_t work = 2 * (q.size(2) + k.size(2)) * op.K;
-  for_tokens(op.angles.shared(), q.size(0), op.L, work, [&](int64_t b, int64_t l, int64_t count) {
-    LUMINA_CALL(qk_norm_rope3d_fwd, op, b, l, count);
-  });
+  for_token_chunks(op.angles.shared(), q.size(0), op.L, work,
+                   [&](const Tokens& tokens) { LUMINA_CALL(qk_norm_rope3d_fwd, op, tokens); });
   return {q_out, k_out};
 }
 

@@ -28,32 +28,47 @@ namespace lumina_kernels::cpu::LUMINA_LEVEL {
 namespace {
 
 // rotate(norm(q)) for the tokens of a window; the means of rotate(norm(k)) and of v over its valid
-// tokens, 0 if there are none; and their number.
-void qk_norm_rope3d_pool_fwd(const QkNormRope3dPoolFwd& op, int64_t b, int64_t window) {
+// tokens, 0 if there are none; and their number. For `samples` samples from `first` on, which share
+// the angles.
+void qk_norm_rope3d_pool_fwd(const QkNormRope3dPoolFwd& op, int64_t first, int64_t samples,
+                             int64_t window) {
   const int64_t K = op.K, H = op.q.heads, G = op.k.heads, room = padded(std::max(H, G) * K);
-  float* memory = scratch(rotation_size(K) + 3 * room);
+  float* memory = scratch(rotation_size(K) + (2 + samples) * room);
   const Rotation rotation = rotation_in(memory, K);
-  float *row = memory + rotation_size(K), *key = row + room, *sums = key + room;
+  float *row = memory + rotation_size(K), *key = row + room, *all_sums = key + room;
   const Row key_row{reinterpret_cast<char*>(key), Dtype::kFloat};
-  for (int64_t i = 0; i < G * K; i += kWidth) store(sums + i, Vec{});
+  std::fill(all_sums, all_sums + samples * room, 0.f);
+  const int64_t ahead = op.windows.ahead(window);
   op.windows.for_tokens(window, [&](int64_t l) {
-    make_rotation(op.angles, b, l, rotation);
-    norm_rotate(heads_at(op.q.x, b, l, H, K), op.q.weight(), op.q.bias(), op.norm, rotation, K,
-                op.q_out(b, l), row);
-    if (!op.mask(b, l)) return;
-    norm_rotate(heads_at(op.k.x, b, l, G, K), op.k.weight(), op.k.bias(), op.norm, rotation, K,
-                key_row, row);
-    for (int64_t i = 0; i < G * K; i += kWidth) store(sums + i, load(sums + i) + load(key + i));
+    make_rotation(op.angles, first, l, rotation);
+    for (int64_t b = first; b < first + samples; ++b) {
+      if (ahead > 0) {
+        prefetch(heads_at(op.q.x, b, l + ahead, H, K), op.q_out(b, l + ahead));
+        prefetch(heads_at(op.k.x, b, l + ahead, G, K));
+      }
+      norm_rotate(heads_at(op.q.x, b, l, H, K), op.q.weight(), op.q.bias(), op.norm, rotation, K,
+                  op.q_out(b, l), row);
+      if (!op.mask(b, l)) continue;
+      norm_rotate(heads_at(op.k.x, b, l, G, K), op.k.weight(), op.k.bias(), op.norm, rotation, K,
+                  key_row, row);
+      float* sums = all_sums + (b - first) * room;
+      for (int64_t i = 0; i < G * K; i += kWidth) store(sums + i, load(sums + i) + load(key + i));
+    }
   });
-  const std::vector<int64_t>& tokens = valid_tokens(op.windows, op.mask, b, window);
-  const float count = static_cast<float>(tokens.size());
-  const Vec size = broadcast(std::max(count, 1.f));
-  const Row k_out = op.k_out(b, window);
-  for_whole_vectors(
-      G * K, [&](int64_t i, int64_t count) { store(k_out, i, load(sums + i) / size, count); });
-  window_mean(op.v, b, tokens, G, K, op.v_out(b, window));
-  op.mask_out[b * op.windows.count() + window] = !tokens.empty();
-  op.counts[b * op.windows.count() + window] = count;
+  std::vector<int64_t> tokens;
+  std::vector<Row> rows;
+  for (int64_t b = first; b < first + samples; ++b) {
+    find_valid(op.windows, op.mask, b, window, tokens);
+    const float* sums = all_sums + (b - first) * room;
+    const float number = static_cast<float>(tokens.size());
+    const Vec size = broadcast(std::max(number, 1.f));
+    const Row k_out = op.k_out(b, window);
+    for_whole_vectors(
+        G * K, [&](int64_t i, int64_t count) { store(k_out, i, load(sums + i) / size, count); });
+    window_mean(op.v, b, tokens, ahead, G, K, op.v_out(b, window), rows);
+    op.mask_out[b * op.windows.count() + window] = !tokens.empty();
+    op.counts[b * op.windows.count() + window] = number;
+  }
 }
 
 }  // namespace
@@ -89,8 +104,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> qk_norm_rope3d_pool_fwd(
                                .mask_out = static_cast<bool*>(mask.data_ptr()),
                                .counts = static_cast<float*>(counts.data_ptr()),
                                .K = K};
-  parallel_rows(B * count, 2 * windows.work((H + 2 * G) * K),
-                [&](int64_t n) { LUMINA_CALL(qk_norm_rope3d_pool_fwd, op, n / count, n % count); });
+  const int64_t samples = op.angles.shared() ? B : 1;
+  parallel_rows(
+      B / std::max<int64_t>(samples, 1) * count, samples * 2 * windows.work((H + 2 * G) * K),
+      [&](int64_t n) { LUMINA_CALL(qk_norm_rope3d_pool_fwd, op, n / count, samples, n % count); });
   return {q_out, k_out, v_out, mask, counts};
 }
 

@@ -1,5 +1,5 @@
 // CPU kernels of rope3d: a token's cosines and sines are computed once, for all its heads of q and
-// k.
+// k, in all samples that share its position.
 #define LUMINA_FILE "cpu/rope3d.cpp"
 #include "cpu/lib/rope.h"
 
@@ -21,20 +21,23 @@ struct Rope3d {
 namespace lumina_kernels::cpu::LUMINA_LEVEL {
 namespace {
 
-// (a, b) -> (a cos - b sin, a sin + b cos) with the angle sign * position[axis] * inv_freq, for
-// token l of `count` samples from b on, which share the angles.
-void rope3d(const Rope3d& op, int64_t b, int64_t l, int64_t count) {
+// (a, b) -> (a cos - b sin, a sin + b cos) with the angle sign * position[axis] * inv_freq.
+void rope3d(const Rope3d& op, const Tokens& tokens) {
   const auto [L, H, G, K] = std::tuple{op.L, op.H, op.G, op.K};
-  const Rotation rotation = rotation_in(scratch(rotation_size(K)), K);
-  make_rotation(op.angles, b, l, rotation);
-  const auto rotate_token = [&](const Rows& x, int64_t heads, Row out) {
-    const int64_t at = (b * L + l) * (heads * K);
-    if (l + 1 < L) prefetch(heads_at(x, b, l + 1, heads, K), out + (at + heads * K));
-    rotate_heads(heads_at(x, b, l, heads, K), rotation, K, out + at);
+  float* memory = scratch(kChunk * rotation_size(K));
+  make_rotations(op.angles, tokens, memory, K);
+  const auto rotate_tokens = [&](const Rows& x, int64_t b, int64_t heads, Row out) {
+    const int64_t size = heads * K;
+    float* at = memory;
+    for (int64_t l = tokens.l; l < tokens.end; ++l, at += rotation_size(K)) {
+      const Row to = out + (b * L + l) * size;
+      if (l + 1 < L) prefetch(heads_at(x, b, l + 1, heads, K), to + size);
+      rotate_heads(heads_at(x, b, l, heads, K), rotation_in(at, K), K, to);
+    }
   };
-  for (const int64_t end = b + count; b < end; ++b) {
-    rotate_token(op.q, H, op.q_out);
-    rotate_token(op.k, G, op.k_out);
+  for (int64_t b = tokens.b; b < tokens.b + tokens.samples; ++b) {
+    rotate_tokens(op.q, b, H, op.q_out);
+    rotate_tokens(op.k, b, G, op.k_out);
   }
 }
 
@@ -57,8 +60,8 @@ std::tuple<Tensor, Tensor> rotate(const Tensor& q, const Tensor& k, const Angles
                   .H = H,
                   .G = G,
                   .K = K};
-  for_tokens(angles.shared(), B, L, (H + G) * K,
-             [&](int64_t b, int64_t l, int64_t count) { LUMINA_CALL(rope3d, op, b, l, count); });
+  for_token_chunks(angles.shared(), B, L, (H + G) * K,
+                   [&](const Tokens& tokens) { LUMINA_CALL(rope3d, op, tokens); });
   return {q_out, k_out};
 }
 

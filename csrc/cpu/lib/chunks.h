@@ -33,7 +33,7 @@ struct Chunks {
 // `width` values, 0 beyond D.
 template <class F>
 void parallel_chunks(const Chunks& chunks, int64_t buffers, const F& f) {
-  constexpr int64_t kValuesPerTask = 8192;
+  constexpr int64_t kValuesPerTask = 16384;  // less is finished before another thread wakes up
   const int64_t grain = std::max<int64_t>(1, kValuesPerTask / (chunks.rows * chunks.D));
   const int64_t total = chunks.B * chunks.count;
   torch::stable::parallel_for(0, total, grain, [&](int64_t begin, int64_t end) {

@@ -92,6 +92,15 @@ LUMINA_INLINE Moments moments_of(const float* row, int64_t length, Norm norm) {
   return {mean, 1.f / std::sqrt(squares / size + norm.eps)};
 }
 
+// The heads of a token in float32 without gaps: where they lie, if all vectors of `length` values
+// are whole ones there, or in `row`.
+LUMINA_INLINE const float* staged(const TokenHeads& x, int64_t length, float* row) {
+  if (x.count == 1 && x.row.dtype == Dtype::kFloat && length % kWidth == 0)
+    return reinterpret_cast<const float*>(x.row.data);
+  stage(x, row);
+  return row;
+}
+
 // row = norm(x) * weight + bias, for the padded token
 LUMINA_INLINE void norm_row(const TokenHeads& x, const float* weight, const float* bias, Norm norm,
                             int64_t K, float* row) {
@@ -113,11 +122,11 @@ LUMINA_INLINE void norm_row(const TokenHeads& x, const float* weight, const floa
 // out = rotate(norm(x) * weight + bias); `row` is a buffer for the padded token
 LUMINA_INLINE void norm_rotate(const TokenHeads& x, const float* weight, const float* bias,
                                Norm norm, Rotation rotation, int64_t K, Row out, float* row) {
-  stage(x, row);
   const int64_t size = x.size(), length = norm.per_head ? K : size;
+  const float* raw = staged(x, length, row);
   for (int64_t at = 0; at < size; at += length) {
-    const auto [mean, rstd] = moments_of(row + at, length, norm);
-    const float* part = row + at;
+    const float* part = raw + at;
+    const auto [mean, rstd] = moments_of(part, length, norm);
     for_channels(length, K, [&, mean = mean, rstd = rstd](int64_t i, int64_t c, int64_t count) {
       Vec y = (load(part + i) - mean) * rstd;
       if (weight != nullptr) y = y * load(weight + at + i);
