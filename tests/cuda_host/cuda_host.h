@@ -78,8 +78,8 @@ struct Site {
 
 [[noreturn]] void fail(const std::string& what);  // adds kernel, block and thread
 
-// Of the device, which decides how launchers divide work. Of 0, unless a test says other, every grid
-// is large.
+// Of the device, which decides how launchers divide work. Of 0, unless a test says other, every
+// grid is large.
 extern int multiprocessors;
 
 // Runs body() once for every thread of the grid. `name` is the kernel as written at the launch.
