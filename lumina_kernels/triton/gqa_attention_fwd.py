@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from lumina_kernels.triton._arguments import COUNTS
 from lumina_kernels.triton._tiles import (
     add,
     add_dot,
@@ -25,7 +26,7 @@ from lumina_kernels.triton.gqa_attention_walk import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def gqa_attention_fwd_kernel(
     q,  # heads: (pointer, stride of b, of l, of h)
     tokens, text,  # branches, see gqa_attention_walk, with |scale|; text or None

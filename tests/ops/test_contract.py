@@ -200,9 +200,7 @@ def test_a_call_is_dispatched_where_something_asks_for_it(backend, learned):
     names = {event.name for event in profile.events()}
     assert "lumina_kernels::swiglu_fwd" in names
     assert out.requires_grad == learned
-    negative = torch._neg_view(
-        x
-    )  # -x for who reads it, x in memory, as the imaginary part of conj()
+    negative = torch._neg_view(x)  # -x for who reads it, x in memory
     assert torch.equal(swiglu(a, negative, backend=backend), -out)
     with Calls() as calls, torch.no_grad():
         swiglu(a, x, backend=backend)
