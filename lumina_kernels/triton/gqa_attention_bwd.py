@@ -18,6 +18,7 @@ Kept besides inputs and output: those 8 bits a value (16-bit dtypes only) and fo
 import triton
 import triton.language as tl
 
+from lumina_kernels.triton._arguments import COUNTS
 from lumina_kernels.triton._tiles import (
     add_dot,
     dot_rows,
@@ -46,7 +47,7 @@ from lumina_kernels.triton.gqa_attention_walk import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def gqa_attention_dq_kernel(
     dout, q, tokens, text, text_gate_ptr, bias,  # as in the forward, but with the sign of the scale
     out_ptr, error_ptr, stats_ptr, text_stats_ptr,
@@ -191,7 +192,7 @@ def _add_dq(
     return add_dot(acc, ds, k)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def gqa_attention_dkv_kernel(
     dout, q, branch, bias,  # as for dq; of one branch
     stats_ptr, delta_ptr, weight_ptr,  # that branch's; the weight of the text or None

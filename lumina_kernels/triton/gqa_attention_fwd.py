@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from lumina_kernels.ops.gqa_attention import LSE_FLOOR
+from lumina_kernels.triton._arguments import COUNTS
 from lumina_kernels.triton._tiles import (
     add,
     add_dot,
@@ -28,7 +29,7 @@ from lumina_kernels.triton.gqa_attention_walk import (
 LN2, FLOOR = tl.constexpr(0.6931471805599453), tl.constexpr(LSE_FLOOR)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def gqa_attention_fwd_kernel(
     q,  # heads: (pointer, stride of b, of l, of h)
     tokens, text,  # branches, see gqa_attention_walk, with |scale|; text or None

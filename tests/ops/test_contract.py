@@ -36,6 +36,7 @@ from contract import (
 )
 from torch.utils.flop_counter import FlopCounterMode
 
+from lumina_kernels import swiglu
 from lumina_kernels.examples import Sizes
 
 
@@ -200,3 +201,21 @@ def test_flops_are_those_of_the_definition(op, name, backend):
         counts[each] = counter.get_total_flops()
     assert counts[backend] == counts["torch"]
     assert (counts["torch"] > 0) == (op == "gqa_attention")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("learned", (False, True))
+def test_a_call_is_dispatched_where_something_asks_for_it(backend, learned):
+    """Elsewhere it is not, for the host's sake."""
+    x = torch.randn(2, 8, device=DEVICE)
+    a = x.clone().requires_grad_(learned)
+    with torch.profiler.profile() as profile:
+        out = swiglu(a, x, backend=backend)
+    names = {event.name for event in profile.events()}
+    assert "lumina_kernels::swiglu_fwd" in names
+    assert out.requires_grad == learned
+    negative = torch._neg_view(x)  # -x for who reads it, x in memory
+    assert torch.equal(swiglu(a, negative, backend=backend), -out)
+    with Calls() as calls, torch.no_grad():
+        swiglu(a, x, backend=backend)
+    assert len(calls.made) == 1
