@@ -24,8 +24,8 @@ struct GateResidualNormBwdParams {
   ModulationView modulation;
   Global<const float> statistics;
   Values dy, dresidual;
-  Values dgate, dscale;   // only if gate or scale has a row per token
-  Values partial;  // float32 (B, chunks, 3, D): two sums of modulate_bwd, then dresidual * y
+  Values dgate, dscale;  // only if gate or scale has a row per token
+  Values partial;        // float32 (B, chunks, 3, D): two sums of modulate_bwd, then dresidual * y
   RowChunks chunks;
   bool layer;
 };
@@ -76,7 +76,8 @@ __global__ void __launch_bounds__(kForwardBounds<kKind>)
       const uint4 gate = load_ahead<kKind>(p.gate, b, column, p.D);
       const AffineAhead ahead = load_ahead<kKind>(p.modulation, b, column, p.D);
       const Float8 factor = shared_gate<kKind>(p.gate, gate, b, column, p.D);
-      with_rows<kKind>(p.y, bits, rows, column, p.D, [&](int r, const Float8& in) { y[j][r] = in; });
+      with_rows<kKind>(p.y, bits, rows, column, p.D,
+                       [&](int r, const Float8& in) { y[j][r] = in; });
       gate_residual<kKind>(p.residual, p.gate, factor, residual, rows, column, p.D, y[j]);
       store_rows<kKind>(p.new_residual, rows, column, p.D, y[j]);
       a[j] = affine<kKind>(p.modulation, ahead, b, column, p.D);
@@ -155,7 +156,9 @@ __global__ void __launch_bounds__(kBackwardBounds<kKind>)
     flush_sums(p.partial, partial, base, D, add, dn_sum);
     flush_sums(p.partial, partial + D, base, D, add, d_sum);
   };
-  const auto flush_gate = [&](int base) { flush_sums(p.partial, partial + 2 * D, base, D, add, gate_sum); };
+  const auto flush_gate = [&](int base) {
+    flush_sums(p.partial, partial + 2 * D, base, D, add, gate_sum);
+  };
   RowSums sums;
   for_rows_of_chunk<1>(p.chunks, b, number, [&](const Rows& rows) {
     if (kWide) {
@@ -174,10 +177,13 @@ __global__ void __launch_bounds__(kBackwardBounds<kKind>)
         load_ahead<kKind>(p.dnormed, rows, column, D, dnormed);
         load_ahead<kKind>(p.dnew_residual, rows, column, D, dnews[j]);
         with_rows<kKind>(p.y, ys[j], rows, column, D, [&](int, const Float8& y) { n[j][0] = y; });
-        gate_residual<kKind>(p.residual, p.gate, kPlain<kKind> ? held_gate[j] : load_gate(column), residual, rows, column, D, n[j]);
+        gate_residual<kKind>(p.residual, p.gate, kPlain<kKind> ? held_gate[j] : load_gate(column),
+                             residual, rows, column, D, n[j]);
         n[j][0] = (n[j][0] - mean) * rstd[0];
-        with_rows<kKind>(p.dnormed, dnormed, rows, column, D, [&](int, const Float8& x) { d[j][0] = x; });
-        modulate_bwd<kKind>(p.modulation, p.dscale, rows, column, D, kPlain<kKind> ? held_factor[j] : load_factor(column), n[j], d[j],
+        with_rows<kKind>(p.dnormed, dnormed, rows, column, D,
+                         [&](int, const Float8& x) { d[j][0] = x; });
+        modulate_bwd<kKind>(p.modulation, p.dscale, rows, column, D,
+                            kPlain<kKind> ? held_factor[j] : load_factor(column), n[j], d[j],
                             dn_sum[j], d_sum[j]);
       });
     };
@@ -188,9 +194,10 @@ __global__ void __launch_bounds__(kBackwardBounds<kKind>)
       for_each<kP>([&](int j) {
         const int column = column_of(base, j);
         with_rows<kKind>(p.dnew_residual, dnews[j], rows, column, D,
-                      [&](int, const Float8& x) { d[j][0] += x; });
+                         [&](int, const Float8& x) { d[j][0] += x; });
         store_rows<kKind>(p.dresidual, rows, column, D, d[j]);
-        gate_bwd<kKind>(p, ys[j], kPlain<kKind> ? held_gate[j] : load_gate(column), rows, column, d[j][0], gate_sum[j]);
+        gate_bwd<kKind>(p, ys[j], kPlain<kKind> ? held_gate[j] : load_gate(column), rows, column,
+                        d[j][0], gate_sum[j]);
         store_rows<kKind>(p.dy, rows, column, D, d[j]);
       });
       if (kWide) flush_gate(base);
