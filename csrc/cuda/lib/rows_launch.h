@@ -12,7 +12,7 @@ inline RowKind row_kind(int64_t D, std::initializer_list<RowsView> rows,
                         std::initializer_list<Values> outputs) {
   const Dtype dtype = rows.begin()->values.dtype;
   const auto is_plain = [&](const Values& x) {
-    return !is_there(x) || (x.dtype == dtype && x.vectors);
+    return x.data == nullptr || (x.dtype == dtype && x.vectors);
   };
   bool plain = D <= 8 * kRowThreads && D % 8 == 0 && dtype != Dtype::kFloat;
   for (const RowsView& x : rows) plain &= is_plain(x.values) && x.step_l < int64_t{1} << 31;
