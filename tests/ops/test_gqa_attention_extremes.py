@@ -1,5 +1,6 @@
 """gqa_attention with scores, scales, biases and keys up to the largest finite numbers."""
 
+import math
 from functools import partial
 
 import pytest
@@ -28,13 +29,22 @@ def assert_finite(backend, inputs, dtype):
         assert all(x.isfinite().all() for x in results.values())
 
 
+def exact(x, largest, integers):
+    """x as a power of two times integers, which go up to `integers`: products of such tensors have
+    the same sum in any order of the terms, so that forward and backward, and keys that are equal,
+    have equal scores also where a matrix product depends on the place in its tile (the
+    interpreter's)."""
+    whole = (x * (integers / x.abs().max())).round()
+    return whole * 2.0 ** math.floor(math.log2(largest / integers))
+
+
 def with_ties(inputs, **largest):
     """Every key twice, so that two share the largest score, and tensors of given magnitudes."""
     inputs = dict(inputs)
     for name in ("k", "text_k"):
         inputs[name] = inputs[name].repeat_interleave(2, 1)[:, : inputs[name].shape[1]]
     for name, most in largest.items():
-        inputs[name] = inputs[name] * (most / inputs[name].abs().max())
+        inputs[name] = exact(inputs[name], most, integers=100)
     return inputs
 
 
@@ -79,13 +89,13 @@ def test_small_scales(backend, q, k, biased):
 @every_implementation
 @pytest.mark.parametrize("scale", (1e-45, 1e-30, 2e38, 3.4e38, -3.4e38))
 def test_scales(backend, scale, dtype):
-    """With scores of about 1. In 16 bits the products would be smaller than the least normal number
+    """With scores of about 10. In 16 bits the products would be smaller than the least normal number
     of float16 squared, or of float32, which is 0 where processors multiply bfloat16."""
     most = {torch.float32: 3.4e38, torch.bfloat16: 1e30, torch.float16: 1e8}[dtype]
     scale = max(-most, min(scale, most))
     inputs = make_inputs(B=2, L=5, L_kv=37, H=4, G=2, K=24, text=False)
-    magnitude = min(1.0, (4 / abs(scale)) ** 0.5)
-    inputs = {n: x * magnitude if n in ("q", "k") else x for n, x in inputs.items()}
+    for name in "qk":
+        inputs[name] = exact(inputs[name], 8 * min(1.0, abs(scale) ** -0.5), integers=8)
     assert_attention(backend, inputs | {"scale": scale}, dtype, {"v"})
 
 
