@@ -78,7 +78,12 @@ template <RowKind kKind>
 __global__ void __launch_bounds__(kBackwardBounds<kKind>)
     norm_modulate_bwd_kernel(const NormModulateBwdParams p) {
   constexpr bool kWide = kKind == RowKind::kWide;
-  constexpr int kP = kPieces<kKind>, kRows = kPlain<kKind> ? 2 : 1;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+  constexpr int kRows = 1;  // with two, ptxas spills there
+#else
+  constexpr int kRows = kPlain<kKind> ? 2 : 1;
+#endif
+  constexpr int kP = kPieces<kKind>;
   const int64_t number = row_number(), b = divide(number, p.chunks.per_sample());
   if (b >= p.chunks.B) return;
   const int D = p.chunks.D;

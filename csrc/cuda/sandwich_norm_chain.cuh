@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kForwardBounds<kKind>)
 template <RowKind kKind, bool kTanh>
 __global__ void __launch_bounds__(kBackwardBounds<kKind>)
     sandwich_norm_chain_bwd_kernel(const SandwichNormChainBwdParams p) {
-  constexpr bool kWide = kKind == RowKind::kWide;
+  constexpr bool kWide = kKind == RowKind::kWide, kWhole = kKind == RowKind::kWhole;
   constexpr int kP = kPieces<kKind>;
   const int64_t number = row_number(), b = divide(number, p.chunks.per_sample());
   if (b >= p.chunks.B) return;
@@ -145,8 +145,9 @@ __global__ void __launch_bounds__(kBackwardBounds<kKind>)
         load_ahead<kKind>(p.dnormed, rows, column, D, dnormed);
         load_ahead<kKind>(p.dnew_residual, rows, column, D, dnews[j]);
         normalise(j, column);
-        sandwich<kKind, kTanh>(p.sandwich, kPlain<kKind> ? held[j] : load_factor(column), residual,
-                               rows, column, D, n[j]);
+        if (kWide) held[j] = load_factor(column);
+        sandwich<kKind, kTanh>(p.sandwich, kWhole ? load_factor(column) : held[j], residual, rows,
+                               column, D, n[j]);
         n[j][0] *= next_rstd[0];
         with_rows<kKind>(p.dnormed, dnormed, rows, column, D,
                          [&](int, const Float8& x) { d[j][0] = x; });
@@ -166,8 +167,7 @@ __global__ void __launch_bounds__(kBackwardBounds<kKind>)
         store_rows<kKind>(p.dresidual, rows, column, D, d[j]);
         normalise(j, column);
         sandwich_bwd<kKind, kTanh>(p.sandwich, p.dgate, rows, column, D,
-                                   kPlain<kKind> ? held[j] : load_factor(column), n[j], d[j],
-                                   gate_sum[j]);
+                                   kWhole ? load_factor(column) : held[j], n[j], d[j], gate_sum[j]);
       });
     };
     const auto means = norm_bwd_means<kKind>(gradient, flush_gate, D, false, sums, d, n);

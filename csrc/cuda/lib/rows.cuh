@@ -27,13 +27,16 @@ template <RowKind kKind>
 constexpr int kPieces = kKind == RowKind::kWhole ? 2 : 1;
 
 // Bounds that ptxas takes for a limit of registers: in plain rows 80 in a forward, so that 24 warps
-// are on a processor, and 96 in a backward, for 20.
+// are on a processor, and 96 in a backward, for 20. Others have one block there; with the bounds of
+// their blocks ptxas would spill a few registers to have two.
 template <RowKind kKind>
-constexpr int kForwardBounds = kPlain<kKind> ? 768 : kRowThreads;
+constexpr int kForwardBounds = kPlain<kKind>              ? 768
+                               : kKind == RowKind::kWhole ? kWholeThreads
+                                                          : kRowThreads;
 template <RowKind kKind>
 constexpr int kBackwardBounds = kPlain<kKind>              ? 640
                                 : kKind == RowKind::kWhole ? kWholeThreads
-                                                           : kRowThreads;
+                                                           : kRowThreads + 64;
 
 // Threads of a row, and rows (or groups, or chunks of rows) of a block: one warp takes a narrow
 // row.
