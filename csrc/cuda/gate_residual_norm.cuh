@@ -44,7 +44,7 @@ __device__ __forceinline__ Float8 shared_gate(const RowsView& gate, const uint4&
 template <RowKind kKind, int kRows>
 __device__ __forceinline__ void gate_residual(const RowsView& residual, const RowsView& gate,
                                               const Float8& factor, const uint4 (&bits)[kRows],
-                                              const Rows& rows, int column, int D,
+                                              const RowGroup& rows, int column, int D,
                                               Float8 (&y)[kRows]) {
   for_each<kRows>([&](int r) { y[r] *= factor; });
   if (!kPlain<kKind> && gate.per_token) {
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kForwardBounds<kKind>)
   constexpr int kP = kPieces<kKind>, kRows = kPlain<kKind> ? kGateResidualNormRows : 1;
   const int64_t number = row_number(), groups = ceil_div(p.L, kRows), b = divide(number, groups);
   if (b >= p.B) return;
-  const Rows rows = rows_at<kRows>(b, (number - b * groups) * kRows, p.L, p.L);
+  const RowGroup rows = rows_at<kRows>(b, (number - b * groups) * kRows, p.L, p.L);
   const Spans spans = column_spans<kKind>(p.D);
   Affine a[kP];
   const auto make_new_residual = [&](int base, Float8(&y)[kP][kRows]) {
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kForwardBounds<kKind>)
 // gradient of the gate, is added to gate_sum, or written to dgate if the gate has a row per token.
 template <RowKind kKind>
 __device__ __forceinline__ void gate_bwd(const GateResidualNormBwdParams& p, const uint4 (&ys)[1],
-                                         const Float8& factor, const Rows& rows, int column,
+                                         const Float8& factor, const RowGroup& rows, int column,
                                          Float8& d, Float8& gate_sum) {
   if (!is_there(p.gate)) return;
   const int D = p.chunks.D;
@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kBackwardBounds<kKind>)
     flush_sums(p.partial, partial + 2 * D, base, D, add, gate_sum);
   };
   RowSums sums;
-  for_rows_of_chunk<1>(p.chunks, b, number, [&](const Rows& rows) {
+  for_rows_of_chunk<1>(p.chunks, b, number, [&](const RowGroup& rows) {
     if (kWide) {
       clear(dn_sum);
       clear(d_sum);

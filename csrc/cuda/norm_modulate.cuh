@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kForwardBounds<kKind>)
   constexpr int kP = kPieces<kKind>, kRows = kPlain<kKind> ? kNormModulateRows : 1;
   const int64_t number = row_number(), groups = ceil_div(p.L, kRows), b = divide(number, groups);
   if (b >= p.B) return;
-  const Rows rows = rows_at<kRows>(b, (number - b * groups) * kRows, p.L, p.L);
+  const RowGroup rows = rows_at<kRows>(b, (number - b * groups) * kRows, p.L, p.L);
   const Spans spans = column_spans<kKind>(p.D);
   Affine a[kP];
   const auto load = [&](int base, Float8(&x)[kP][kRows]) {
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kBackwardBounds<kKind>)
     flush_sums(p.partial, partial + D, base, D, add, d_sum);
   };
   RowSums sums;
-  for_rows_of_chunk<kRows>(p.chunks, b, number, [&](const Rows& rows) {
+  for_rows_of_chunk<kRows>(p.chunks, b, number, [&](const RowGroup& rows) {
     if (kWide) {
       clear(dn_sum);
       clear(d_sum);

@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kForwardBounds<kKind>)
   constexpr int kP = kPieces<kKind>, kRows = kPlain<kKind> ? kSandwichNormRows : 1;
   const int64_t number = row_number(), groups = ceil_div(p.L, kRows), b = divide(number, groups);
   if (b >= p.B) return;
-  const Rows rows = rows_at<kRows>(b, (number - b * groups) * kRows, p.L, p.L);
+  const RowGroup rows = rows_at<kRows>(b, (number - b * groups) * kRows, p.L, p.L);
   const Spans spans = column_spans<kKind>(p.D);
   uint4 residual[kP][kRows];
   Float8 factor[kP];
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kBackwardBounds<kKind>)
   if (kPlain<kKind>) held[0] = load_factor(column_of(0, 0));
   const auto flush = [&](int base) { flush_sums(p.partial, partial, base, D, add, gate_sum); };
   RowSums sums;
-  for_rows_of_chunk<kRows>(p.chunks, b, number, [&](const Rows& rows) {
+  for_rows_of_chunk<kRows>(p.chunks, b, number, [&](const RowGroup& rows) {
     if (kKind == RowKind::kWide) {
       clear(gate_sum);
     }

@@ -89,8 +89,8 @@ def test_small_scales(backend, q, k, biased):
 @every_implementation
 @pytest.mark.parametrize("scale", (1e-45, 1e-30, 2e38, 3.4e38, -3.4e38))
 def test_scales(backend, scale, dtype):
-    """With scores of about 10. In 16 bits the products would be smaller than the least normal number
-    of float16 squared, or of float32, which is 0 where processors multiply bfloat16."""
+    """With scores of about 10. In 16 bits the products would be smaller than the least normal
+    number of float16 squared, or of float32, which is 0 where processors multiply bfloat16."""
     most = {torch.float32: 3.4e38, torch.bfloat16: 1e30, torch.float16: 1e8}[dtype]
     scale = max(-most, min(scale, most))
     inputs = make_inputs(B=2, L=5, L_kv=37, H=4, G=2, K=24, text=False)

@@ -74,8 +74,9 @@ __device__ __forceinline__ Affine affine(const ModulationView& m, const AffineAh
 
 // n becomes y.
 template <RowKind kKind, int kRows>
-__device__ __forceinline__ void modulate(const ModulationView& m, const Affine& a, const Rows& rows,
-                                         int column, int D, Float8 (&n)[kRows]) {
+__device__ __forceinline__ void modulate(const ModulationView& m, const Affine& a,
+                                         const RowGroup& rows, int column, int D,
+                                         Float8 (&n)[kRows]) {
   for_each<kRows>(
       [&](int r) { n[r] = by_column([&](int k) { return n[r][k] * a.factor[k] + a.offset[k]; }); });
   if (kPlain<kKind>) return;
@@ -95,7 +96,7 @@ __device__ __forceinline__ void modulate(const ModulationView& m, const Affine& 
 // that of `Affine`.
 template <RowKind kKind, int kRows>
 __device__ __forceinline__ void modulate_bwd(const ModulationView& m, const Values& dscale,
-                                             const Rows& rows, int column, int D,
+                                             const RowGroup& rows, int column, int D,
                                              const Float8& factor, const Float8 (&n)[kRows],
                                              Float8 (&d)[kRows], Float8& dn_sum, Float8& d_sum) {
   const int count = D - column;

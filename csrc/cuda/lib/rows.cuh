@@ -61,7 +61,7 @@ __device__ __forceinline__ int64_t row_number() {
 
 // Rows l, l + 1, ... of sample b, that is, number `row`, row + 1, ... of all. After row l + last
 // they repeat it: what is computed and stored twice is the same.
-struct Rows {
+struct RowGroup {
   int64_t b, l, row;
   int last;
 
@@ -79,7 +79,7 @@ struct Rows {
 
 // kRows rows of L from l on, up to `end`.
 template <int kRows>
-__device__ __forceinline__ Rows rows_at(int64_t b, int64_t l, int64_t L, int64_t end) {
+__device__ __forceinline__ RowGroup rows_at(int64_t b, int64_t l, int64_t L, int64_t end) {
   const int64_t left = end - 1 - l;
   return {b, l, b * L + l, left < kRows ? static_cast<int>(left) : kRows - 1};
 }
@@ -119,8 +119,8 @@ __device__ __forceinline__ uint4 load_ahead(const Values& x, int64_t i, int coun
 }
 
 template <RowKind kKind, int kRows>
-__device__ __forceinline__ void load_ahead(const RowsView& x, const Rows& rows, int column, int D,
-                                           uint4 (&ahead)[kRows]) {
+__device__ __forceinline__ void load_ahead(const RowsView& x, const RowGroup& rows, int column,
+                                           int D, uint4 (&ahead)[kRows]) {
   for_each<kRows>(
       [&](int r) { ahead[r] = load_ahead<kKind>(x.values, rows.of(x, r) + column, D - column); });
 }
@@ -128,7 +128,7 @@ __device__ __forceinline__ void load_ahead(const RowsView& x, const Rows& rows, 
 // f(r, x) with the numbers of every row.
 template <RowKind kKind, int kRows, class F>
 __device__ __forceinline__ void with_rows(const RowsView& x, const uint4 (&ahead)[kRows],
-                                          const Rows& rows, int column, int D, F f) {
+                                          const RowGroup& rows, int column, int D, F f) {
   for_each<kPlain<kKind> ? 0 : kRows>(
       [&](int r) { f(r, load8(x.values, rows.of(x, r) + column, D - column)); });
   if (!kPlain<kKind>) return;
@@ -141,7 +141,7 @@ __device__ __forceinline__ void with_rows(const RowsView& x, const uint4 (&ahead
 
 // To rows without gaps.
 template <RowKind kKind, int kRows>
-__device__ __forceinline__ void store_rows(const Values& x, const Rows& rows, int column, int D,
+__device__ __forceinline__ void store_rows(const Values& x, const RowGroup& rows, int column, int D,
                                            const Float8 (&in)[kRows]) {
   if constexpr (kPlain<kKind>) {
     if (column >= D) return;
@@ -157,7 +157,7 @@ __device__ __forceinline__ void store_rows(const Values& x, const Rows& rows, in
 }
 
 template <RowKind kKind, int kPieces, int kRows>
-__device__ __forceinline__ void store_span(const Values& x, const Rows& rows, int base, int D,
+__device__ __forceinline__ void store_span(const Values& x, const RowGroup& rows, int base, int D,
                                            const Float8 (&in)[kPieces][kRows]) {
   for_each<kPieces>([&](int j) { store_rows<kKind>(x, rows, column_of(base, j), D, in[j]); });
 }

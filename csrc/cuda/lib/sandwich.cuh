@@ -39,7 +39,7 @@ __device__ __forceinline__ Float8 sandwich_factor(const Sandwich& s, const Sandw
 // n becomes residual + tanh(gate) * n * weight.
 template <RowKind kKind, bool kTanh, int kRows>
 __device__ __forceinline__ void sandwich(const Sandwich& s, const Float8& factor,
-                                         const uint4 (&residual)[kRows], const Rows& rows,
+                                         const uint4 (&residual)[kRows], const RowGroup& rows,
                                          int column, int D, Float8 (&n)[kRows]) {
   for_each<kRows>([&](int r) { n[r] *= factor; });
   if (!kPlain<kKind> && s.gate.per_token) {
@@ -57,7 +57,7 @@ __device__ __forceinline__ void sandwich(const Sandwich& s, const Float8& factor
 // d * n * weight. Otherwise f is 1, and the second stage applies the gate.
 template <RowKind kKind, bool kTanh, int kRows>
 __device__ __forceinline__ void sandwich_bwd(const Sandwich& s, const Values& dgate,
-                                             const Rows& rows, int column, int D,
+                                             const RowGroup& rows, int column, int D,
                                              const Float8& factor, const Float8 (&n)[kRows],
                                              Float8 (&d)[kRows], Float8& gate_sum) {
   if (!kPlain<kKind> && is_there(dgate)) {
