@@ -123,7 +123,7 @@ class KernelOp:
         for x in args:
             kind = type(x)
             if kind is Tensor or kind is Parameter:
-                if x.is_neg():  # the dispatcher computes -x for the kernel
+                if x.is_neg() or x._is_zerotensor():  # the dispatcher computes -x for the kernel
                     return False
             elif kind not in self._silent and not (kind is list and {*map(type, x)} == {int}):
                 return False
@@ -247,7 +247,7 @@ _ABSENT = (0,)
 
 def _is_plain_call(args: tuple) -> bool:
     """Whether nothing looks at a call but autograd: no compiler, mode, transform or tracer."""
-    return not (
+    if (
         torch.compiler.is_dynamo_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
@@ -255,7 +255,12 @@ def _is_plain_call(args: tuple) -> bool:
         or torch._C._has_torch_function(args)
         or torch._C._get_tracing_state()
         or torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
-    )
+    ):
+        return False
+    for x in args:
+        if isinstance(x, Tensor) and not torch._C._has_storage(x):
+            return False
+    return True
 
 
 def _recorder(op: KernelOp) -> Callable:
@@ -269,7 +274,10 @@ def _recorder(op: KernelOp) -> Callable:
         op._keep(ctx, args, results)
         return results
 
-    members = {"forward": staticmethod(forward), "backward": staticmethod(op._backward)}
+    def backward(ctx, *douts):
+        return op._backward(ctx, *douts)
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     Recorded = type(f"{op.name}_backward", (torch.autograd.Function,), members)
     return super(torch.autograd.Function, Recorded).apply
 

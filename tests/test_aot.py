@@ -167,6 +167,31 @@ for row in aot.inspect("gqa_attention", 80, 24, "fp16"):
     assert int(re.fullmatch(message, done.stdout)[1]) > 8192
 
 
+def test_backwards_of_wide_rows_fit_small_gpus():
+    """Their loops have the next row come into shared memory where there is room for it."""
+    script = """
+import torch
+import lumina_kernels as lk
+from lumina_kernels import aot
+
+def zeros(*shape):
+    return torch.zeros(*shape, dtype=torch.float32, requires_grad=True)
+
+for D in (1024, 4096):
+    rows, sample, width = (zeros(1, 9, D), zeros(1, 9, D)), zeros(1, D), zeros(D)
+    with aot.offline(89) as (compiled, launches):
+        parameters = sample, width, width, sample, sample
+        results = lk.gate_residual_norm(*rows, *parameters, 1e-6, "layer", backend="triton")
+        sum(x.sum() for x in results).backward()
+        found = [row for row in aot.figures(compiled, launches, 89) if "norm_bwd" in row["kernel"]]
+    print(*[row["shared"] // (4 * D) for row in found])
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = (sys.executable, "-c", script)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stdout == "7\n0\n", done.stdout + done.stderr
+
+
 def test_the_limits_of_shared_memory_are_those_of_the_gpus():
     found = {
         arch: aot.OfflineDriver(arch).utils.get_device_properties(arch)["max_shared_mem"]

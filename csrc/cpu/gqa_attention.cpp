@@ -57,10 +57,10 @@ void attend(const Attention& a, const Keys& keys, bool biased, int64_t b, int64_
   }
 }
 
-// The largest score of a row as above, and log2 of the total of the weights. Without a valid key
-// they make P = 0.
+// The largest score of a row as above, and log2 of the total of the weights, which may be NaN.
+// Without a valid key they make P = 0.
 void keep_stats(float* stats, const Sums& sums, int64_t row) {
-  const bool any = sums.total[row] > 0.f;
+  const bool any = sums.total[row] != 0.f;
   stats[0] = any ? sums.top[row] : 0.f;
   stats[1] = any ? std::log2(sums.total[row]) : INFINITY;
 }

@@ -36,13 +36,14 @@ def launch(kernel, programs: int, arguments: tuple, options: dict, **constants) 
     key = (id(kernel), device, id(options), types, *constants.values())
     found = _compiled.get(key)
     runtime = knobs.runtime
-    if found is None or _is_watched(runtime.launch_enter_hook, runtime.launch_exit_hook):
+    watched = _is_watched(runtime.launch_enter_hook, runtime.launch_exit_hook)
+    if found is None or watched:
         compiled = kernel[(programs,)](*arguments, **constants, **options)
-        if isinstance(compiled, CompiledKernel):
+        if not watched and isinstance(compiled, CompiledKernel):
             known = constants | options
             rest = [known[name] for name in kernel.arg_names[len(arguments) :]]
             handles = compiled.function, compiled.packed_metadata, None, None, None
-            _compiled[key] = compiled.run, handles, rest, options, kernel
+            _compiled[key] = compiled.run, handles, rest, options, kernel, compiled
         return
     run, handles, rest, *_ = found
     run(programs, 1, 1, active.get_current_stream(device), *handles, *arguments, *rest)

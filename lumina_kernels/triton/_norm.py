@@ -30,7 +30,7 @@ from lumina_kernels.triton._tiles import (
     subtract,
     sum_columns,
 )
-from lumina_kernels.triton._tune import programs_at_once
+from lumina_kernels.triton._tune import loop_stages, programs_at_once
 
 # Columns that a program of the second stage adds up, and partial sums it reads at once.
 BLOCK_D, BLOCK_SUMS = 16, 128
@@ -81,9 +81,19 @@ def _cut_in_two(D: int) -> tuple[tuple[int, int], ...]:
 
 def rows_per_program(B: int, L: int, options: dict) -> int:
     """Rows that a program of a backward adds up before it writes its sums: so many that all of the
-    programs run at once, and at least LEAST_ROWS, so that the sums are a small part of the
-    traffic."""
-    return max(LEAST_ROWS, blocks(L, max(1, programs_at_once(options) // B)))
+    programs run at once, or fewer where samples are too many for that, and at least LEAST_ROWS, so
+    that the sums are a small part of the traffic."""
+    slots = programs_at_once(options)
+    programs = slots // B  # of a sample
+    if 20 * B * programs < 17 * slots:
+        programs = 4 * slots // B
+    return max(LEAST_ROWS, blocks(L, max(1, programs)))
+
+
+def row_stages(loads: int, options: dict, x: Tensor) -> int:
+    """`loop_stages` of a backward that loads so many rows like x for each of its rows."""
+    width = sum(cut[1] for cut in options["DS"])
+    return loop_stages(loads * width * x.itemsize)
 
 
 def rstd_and_mean(statistics: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -42,9 +42,23 @@ def programs_at_once(options: dict) -> int:
     return max(1, of_a_processor) * _processors_of(driver.active.get_current_device())
 
 
+def loop_stages(loaded: int) -> int:
+    """2, for a loop that loads so many bytes a pass and has them come into shared memory while it
+    works on the pass before; 1 where shared memory would not hold those of two programs."""
+    if "triton" in EMULATED:
+        return 2
+    return 2 if 2 * loaded <= _shared_of(driver.active.get_current_device()) else 1
+
+
 @cache
 def _processors_of(device: int) -> int:
     return driver.active.utils.get_device_properties(device)["multiprocessor_count"]
+
+
+@cache
+def _shared_of(device: int) -> int:
+    """Bytes of shared memory that a block may have."""
+    return driver.active.utils.get_device_properties(device)["max_shared_mem"]
 
 
 def tuned(kernel: str, size: int, x: Tensor, options: dict) -> dict:
@@ -53,9 +67,9 @@ def tuned(kernel: str, size: int, x: Tensor, options: dict) -> dict:
     changes = configuration(current_arch(), kernel, size, x.itemsize)
     if not changes:
         return options
-    key = id(options), id(changes)  # both are kept, options by what they have become
+    key = id(options), id(changes)  # both are kept, so that no other has their id
     if key not in _changed:
-        _changed[key] = options | changes, options
+        _changed[key] = options | changes, options, changes
     return _changed[key][0]
 
 

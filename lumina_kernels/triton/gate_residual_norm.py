@@ -16,6 +16,7 @@ from lumina_kernels.triton._norm import (
     norm_bwd,
     normalise,
     normalise_from_statistics,
+    row_stages,
     rows_per_program,
     rstd_and_mean,
     store_sums,
@@ -59,13 +60,14 @@ def gate_residual_norm_bwd_kernel(
     dnew_residual, dnormed, y, residual, gate, weight_ptr, bias_ptr, scale, rstd_ptr, mean_ptr,
     dy_ptr, dresidual_ptr, dgate_ptr, dscale_ptr, partial_ptr,
     L, chunk, D: tl.constexpr, DS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """dresidual = dnew_residual + the gradient of the norm's input, dy = gate * dresidual.
     `new_residual` is recomputed, because the stored value is rounded. partial: over `chunk` rows
     the sums of `modulate_bwd` and, if there is a gate, that of dresidual * y, which is dgate."""
     b, first = program_chunk(L, chunk)
     dn_sum, d_sum, gate_sum = zero_row(DS), zero_row(DS), zero_row(DS)
-    for row in tl.range(first, tl.minimum(first + chunk, L), num_stages=2):
+    for row in tl.range(first, tl.minimum(first + chunk, L), num_stages=STAGES):
         rows = row + tl.zeros((1, 1), tl.int64)
         y_row = load_rows(y, b, rows, L, D, DS)
         residual_row = load_rows(residual, b, rows, L, D, DS)
@@ -136,7 +138,8 @@ def gate_residual_norm_bwd(
         contiguous(weight), contiguous(bias), rows_of(scale), *rstd_and_mean(statistics),
         dy, dresidual, dgate, dscale, partial, L, chunk,
     )  # fmt: skip
-    launch(gate_residual_norm_bwd_kernel, B * chunks, arguments, options)
+    stages = row_stages(7, options, y)
+    launch(gate_residual_norm_bwd_kernel, B * chunks, arguments, options, STAGES=stages)
     if gate is not None and dgate is None:
         dgate = partial[:, :, 2].sum(1).to(gate.dtype)
     dweight, dbias, dscale_sum, dshift = modulation_grads(

@@ -16,6 +16,7 @@ from lumina_kernels.triton._norm import (
     norm_bwd,
     normalise,
     normalise_from_statistics,
+    row_stages,
     rows_per_program,
     rstd_and_mean,
     store_sums,
@@ -49,13 +50,14 @@ def norm_modulate_fwd_kernel(
 def norm_modulate_bwd_kernel(
     dout, x, weight_ptr, bias_ptr, scale, rstd_ptr, mean_ptr,
     dx_ptr, dscale_ptr, partial_ptr, L, chunk, D: tl.constexpr, DS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """With n = (x - mean) * rstd, d = dout * (1 + scale) * weight:
     dx = rstd * (d - mean(d) - n * mean(d * n)); partial: `modulate_bwd`'s sums over `chunk` rows.
     """
     b, first = program_chunk(L, chunk)
     dn_sum, d_sum = zero_row(DS), zero_row(DS)
-    for row in tl.range(first, tl.minimum(first + chunk, L), num_stages=2):
+    for row in tl.range(first, tl.minimum(first + chunk, L), num_stages=STAGES):
         rows = row + tl.zeros((1, 1), tl.int64)
         d = load_rows(dout, b, rows, L, D, DS)
         x_row = load_rows(x, b, rows, L, D, DS)
@@ -100,6 +102,7 @@ def norm_modulate_bwd(dout, x, weight, bias, scale, shift, statistics) -> tuple[
         rows_of(dout), rows_of(x), contiguous(weight), contiguous(bias), rows_of(scale),
         *rstd_and_mean(statistics), dx, dscale, partial, L, chunk,
     )  # fmt: skip
-    launch(norm_modulate_bwd_kernel, B * chunks, arguments, options)
+    stages = row_stages(4, options, x)
+    launch(norm_modulate_bwd_kernel, B * chunks, arguments, options, STAGES=stages)
     dweight, dbias, dscale_sum, dshift = modulation_grads(partial, weight, bias, scale, shift, dout)
     return dx, dweight, dbias, dscale if per_token else dscale_sum, dshift

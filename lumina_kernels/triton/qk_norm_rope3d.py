@@ -39,7 +39,7 @@ from lumina_kernels.triton._tiles import (
     sum_columns,
     zeros,
 )
-from lumina_kernels.triton._tune import tuned
+from lumina_kernels.triton._tune import loop_stages, tuned
 from lumina_kernels.triton.context_drop import window_of
 
 # Values of a token that a lane holds, in the forward and in the backward, which has sums, too.
@@ -182,6 +182,7 @@ def qk_norm_rope3d_bwd_kernel(
     key_mask, L, tokens, chunk,
     UNIT: tl.constexpr, H: tl.constexpr, K: tl.constexpr, HS: tl.constexpr, KS: tl.constexpr,
     NORM: tl.constexpr, SUMS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """dx of `chunk` tokens, and the sums of their terms in dweight and dbias. SUMS: 0 for no
     parameter, 1 for the weight alone, 2 for weight and bias.
@@ -190,7 +191,7 @@ def qk_norm_rope3d_bwd_kernel(
     its share of it, others get 0."""
     first = tl.program_id(0) * chunk
     dweight, dbias = zeros(HS, KS), zeros(HS, KS)
-    for step in tl.range(tl.minimum(chunk, tokens - first), num_stages=2):
+    for step in tl.range(tl.minimum(chunk, tokens - first), num_stages=STAGES):
         number, b, index = split_token(first + step, L)
         valid = None if key_mask is None else load_valid(key_mask, b, index)
         tile = load_token(x, b, index, UNIT, H, K, HS, KS, valid)
@@ -258,6 +259,7 @@ def heads_bwd(
     launch(
         qk_norm_rope3d_bwd_kernel, partial.shape[0], arguments, options,
         UNIT=unit, H=H, K=K, HS=cut(H), KS=cut(K), NORM=norm, SUMS=sums,
+        STAGES=loop_stages(4 * H * K * x.itemsize),
     )  # fmt: skip
     return dx, partial
 

@@ -39,7 +39,7 @@ from lumina_kernels.triton._tiles import (
     store_token,
     zeros,
 )
-from lumina_kernels.triton._tune import tuned
+from lumina_kernels.triton._tune import loop_stages, tuned
 from lumina_kernels.triton.qk_norm_rope3d import (
     BWD_PER_LANE,
     norm_bwd,
@@ -124,12 +124,13 @@ def qk_norm_rope_table_bwd_kernel(
     UNIT: tl.constexpr, TABLE_UNIT: tl.constexpr, HALF: tl.constexpr, H: tl.constexpr,
     T: tl.constexpr, K: tl.constexpr, C: tl.constexpr, W: tl.constexpr, HS: tl.constexpr,
     TS: tl.constexpr, KS: tl.constexpr, WS: tl.constexpr, NORM: tl.constexpr, SUMS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """dx of `chunk` tokens, and the sums of their terms in dweight and dbias. SUMS: 0 for no
     parameter, 1 for the weight alone, 2 for weight and bias."""
     first = tl.program_id(0) * chunk
     dweight, dbias = zeros(HS, KS), zeros(HS, KS)
-    for step in tl.range(tl.minimum(chunk, tokens - first), num_stages=2):
+    for step in tl.range(tl.minimum(chunk, tokens - first), num_stages=STAGES):
         number, b, index = split_token(first + step, L)
         tile = load_token(x, b, index, UNIT, H, K, HS, KS)
         d = load_token(dout, b, index, UNIT, H, K, HS, KS)
@@ -219,7 +220,8 @@ def _heads_bwd(
     arguments = dout, x, contiguous(weight), cos, sin, dx, partial, eps, L, B * L, chunk
     launch(
         qk_norm_rope_table_bwd_kernel, partial.shape[0], arguments, options,
-        UNIT=unit, H=H, HS=cut(H), NORM=norm, SUMS=sums, **constants,
+        UNIT=unit, H=H, HS=cut(H), NORM=norm, SUMS=sums,
+        STAGES=loop_stages(4 * H * K * x.itemsize), **constants,
     )  # fmt: skip
     return dx, partial
 

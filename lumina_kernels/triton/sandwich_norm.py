@@ -13,6 +13,7 @@ from lumina_kernels.triton._norm import (
     backward_options,
     forward_options,
     norm_bwd,
+    row_stages,
     rows_per_program,
     rstd_of,
     store_sums,
@@ -171,6 +172,7 @@ def sandwich_norm_fwd_kernel(
 def sandwich_norm_bwd_kernel(
     dout, y, weight_ptr, gate, rstd_ptr, dy_ptr, dgate_ptr, partial_ptr,
     L, chunk, TANH: tl.constexpr, D: tl.constexpr, DS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """With n = y * rstd, d = dout * tanh(gate) * weight: dy = rstd * (d - n * mean(d * n));
     partial: `sandwich_bwd`'s sums over `chunk` rows."""
@@ -178,7 +180,7 @@ def sandwich_norm_bwd_kernel(
     gate_sum = zero_row(DS)
     if dgate_ptr is None:
         factor = sandwich_factor(weight_ptr, gate, b, first, L, TANH, D, DS)
-    for row in tl.range(first, tl.minimum(first + chunk, L), num_stages=2):
+    for row in tl.range(first, tl.minimum(first + chunk, L), num_stages=STAGES):
         rows = row + tl.zeros((1, 1), tl.int64)
         d = load_rows(dout, b, rows, L, D, DS)
         y_row = load_rows(y, b, rows, L, D, DS)
@@ -283,6 +285,7 @@ def sandwich_norm_bwd(dout, y, weight, gate, tanh, rstd) -> tuple[Tensor | None,
         rows_of(dout), rows_of(y), contiguous(weight), rows_of(gate), rstd, dy, dgate, partial,
         L, chunk,
     )  # fmt: skip
-    launch(sandwich_norm_bwd_kernel, B * chunks, arguments, options, TANH=tanh)
+    stages = row_stages(4, options, y)
+    launch(sandwich_norm_bwd_kernel, B * chunks, arguments, options, TANH=tanh, STAGES=stages)
     dweight, dgate_sum = gate_grads(partial, weight, gate, tanh)
     return dy, dweight, dgate_sum if dgate is None else dgate

@@ -16,6 +16,7 @@ from lumina_kernels.triton._norm import (
     norm_bwd,
     normalise,
     normalise_from_statistics,
+    row_stages,
     rows_per_program,
     store_sums,
     zeros_of,
@@ -69,6 +70,7 @@ def sandwich_norm_chain_bwd_kernel(
     dnew_residual, dnormed, y, residual, weight_ptr, gate, next_weight_ptr, next_scale,
     rstd_ptr, next_rstd_ptr, dy_ptr, dresidual_ptr, dgate_ptr, dscale_ptr, partial_ptr,
     L, chunk, TANH: tl.constexpr, D: tl.constexpr, DS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """dresidual = dnew_residual + the gradient of the next norm's input; dy from it as in
     sandwich_norm. `new_residual` is recomputed, because the stored value is rounded. partial:
@@ -77,7 +79,7 @@ def sandwich_norm_chain_bwd_kernel(
     next_sum, unused, gate_sum = zero_row(DS), zero_row(DS), zero_row(DS)
     if dgate_ptr is None:
         factor = sandwich_factor(weight_ptr, gate, b, first, L, TANH, D, DS)
-    for row in tl.range(first, tl.minimum(first + chunk, L), num_stages=2):
+    for row in tl.range(first, tl.minimum(first + chunk, L), num_stages=STAGES):
         rows = row + tl.zeros((1, 1), tl.int64)
         y_row = load_rows(y, b, rows, L, D, DS)
         n, rstd = normalise_from_statistics(y_row, rstd_ptr, None, b, rows, L, D, DS)
@@ -147,7 +149,8 @@ def sandwich_norm_chain_bwd(
         next_weight, rows_of(next_scale), rstd, next_rstd, dy, dresidual, dgate, dscale, partial,
         L, chunk,
     )  # fmt: skip
-    launch(sandwich_norm_chain_bwd_kernel, B * chunks, arguments, options, TANH=tanh)
+    stages = row_stages(7, options, y)
+    launch(sandwich_norm_chain_bwd_kernel, B * chunks, arguments, options, TANH=tanh, STAGES=stages)
     dweight, dgate_sum = gate_grads(partial.select(2, 1), weight, gate, tanh)
     dnext_weight, _, dscale_sum, _ = modulation_grads(
         partial, next_weight, None, next_scale, None, dnormed

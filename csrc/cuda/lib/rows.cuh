@@ -211,6 +211,13 @@ __device__ __forceinline__ void subtract(const float (&mean)[kRows], int base, i
   });
 }
 
+// sum / D, with 1 / D or its neighbour at hand, rounded once: a row of equal values then has these
+// as its mean, and nothing is left of it where it is subtracted.
+__device__ __forceinline__ float mean_of(float sum, float D, float reciprocal) {
+  const float share = sum * reciprocal;
+  return fmaf(fmaf(-share, D, sum), reciprocal, share);
+}
+
 // Means (0 unless `layer`) and 1 / sqrt(mean square + eps) of rows. load(base, x) gives this
 // thread's part of a span, zeros beyond D; rows of one span are left in x, without their means.
 template <RowKind kKind, int kPieces, int kRows, class Load>
@@ -229,7 +236,7 @@ __device__ __forceinline__ void norm_statistics(Load load, int D, float eps, boo
           [&](int j) { for_each<kRows>([&](int r) { add_columns(mean[r], x[j][r]); }); });
     }
     sums(mean);
-    for_each<kRows>([&](int r) { mean[r] *= share; });
+    for_each<kRows>([&](int r) { mean[r] = mean_of(mean[r], static_cast<float>(D), share); });
   }
   for (int base = 0; base < spans.end; base += spans.size) {
     if (kWide) load(base, x);

@@ -61,7 +61,8 @@ __device__ __forceinline__ NormBwdMeans<kRows> norm_bwd_means(Gradient gradient,
   NormBwdMeans<kRows> means = {};
   if (layer) {
     sums(totals);
-    for_each<kRows>([&](int r) { means.d[r] = totals[kRows + r] * share; });
+    for_each<kRows>(
+        [&](int r) { means.d[r] = mean_of(totals[kRows + r], static_cast<float>(D), share); });
   } else {
     float rms[kRows];
     for_each<kRows>([&](int r) { rms[r] = totals[r]; });

@@ -42,11 +42,14 @@ LaunchConfig forward_config(int64_t B, int64_t L, int64_t D, int rows) {
 }
 
 // For a backward kernel: a chunk for each of the blocks that run at once, so that all of them end
-// together; at least 4 rows, so that partial sums are a small part of the traffic.
+// together, or where samples are too many for that, several shorter ones; at least 4 rows, so that
+// partial sums are a small part of the traffic.
 template <RowKind kKind, class Kernel>
 RowChunks row_chunks(const Tensor& like, Kernel kernel, int64_t B, int64_t L, int64_t D) {
   const dim3 block = row_block(D, kPieces<kKind>);
-  const int64_t chunks = blocks_at_once(like, kernel, block) * block.y / B;
+  const int64_t slots = blocks_at_once(like, kernel, block) * block.y;
+  int64_t chunks = slots / B;
+  if (20 * B * chunks < 17 * slots) chunks = 4 * slots / B;
   const int64_t rows = chunks > 1 ? ceil_div(L, chunks) : L;
   return {B, L, rows < 4 ? 4 : rows + rows % 2, static_cast<int>(D)};
 }
