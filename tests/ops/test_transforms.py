@@ -1,4 +1,4 @@
-"""Calls with tensors that are no plain ones, though their type is Tensor: PyTorch dispatches these."""
+"""Calls with tensors that are no plain ones, though their type is Tensor: they are dispatched."""
 
 import pytest
 import torch
