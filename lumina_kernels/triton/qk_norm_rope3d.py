@@ -259,7 +259,7 @@ def heads_bwd(
     launch(
         qk_norm_rope3d_bwd_kernel, partial.shape[0], arguments, options,
         UNIT=unit, H=H, K=K, HS=cut(H), KS=cut(K), NORM=norm, SUMS=sums,
-        STAGES=loop_stages(4 * H * K * x.itemsize),
+        STAGES=loop_stages(4 * H * K * dx.itemsize),
     )  # fmt: skip
     return dx, partial
 

@@ -221,7 +221,7 @@ def _heads_bwd(
     launch(
         qk_norm_rope_table_bwd_kernel, partial.shape[0], arguments, options,
         UNIT=unit, H=H, HS=cut(H), NORM=norm, SUMS=sums,
-        STAGES=loop_stages(4 * H * K * x.itemsize), **constants,
+        STAGES=loop_stages(4 * H * K * dx.itemsize), **constants,
     )  # fmt: skip
     return dx, partial
 
