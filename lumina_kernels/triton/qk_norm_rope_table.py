@@ -120,14 +120,15 @@ def qk_norm_rope_table_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def qk_norm_rope_table_bwd_kernel(
-    dout, x, weight_ptr, cos, sin, dx_ptr, partial_ptr, eps, L, tokens, chunk,
+    dout, x, weight_ptr, table, dx_ptr, partial_ptr, eps, L, tokens, chunk,
     UNIT: tl.constexpr, TABLE_UNIT: tl.constexpr, HALF: tl.constexpr, H: tl.constexpr,
     T: tl.constexpr, K: tl.constexpr, C: tl.constexpr, W: tl.constexpr, HS: tl.constexpr,
     TS: tl.constexpr, KS: tl.constexpr, WS: tl.constexpr, NORM: tl.constexpr, SUMS: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """dx of `chunk` tokens, and the sums of their terms in dweight and dbias. SUMS: 0 for no
-    parameter, 1 for the weight alone, 2 for weight and bias."""
+    parameter, 1 for the weight alone, 2 for weight and bias. `table`: cos and sin."""
+    cos, sin = table
     first = tl.program_id(0) * chunk
     dweight, dbias = zeros(HS, KS), zeros(HS, KS)
     for step in tl.range(tl.minimum(chunk, tokens - first), num_stages=STAGES):
@@ -217,7 +218,7 @@ def _heads_bwd(
     options = tuned("qk_norm_rope_table_bwd", H * K, dx, options)
     partial, chunk, sums = partial_sums(x, weight, bias, norm, options)
     (dout, x), unit = in_units(heads_of(dout), heads_of(x))
-    arguments = dout, x, contiguous(weight), cos, sin, dx, partial, eps, L, B * L, chunk
+    arguments = dout, x, contiguous(weight), (cos, sin), dx, partial, eps, L, B * L, chunk
     launch(
         qk_norm_rope_table_bwd_kernel, partial.shape[0], arguments, options,
         UNIT=unit, H=H, HS=cut(H), NORM=norm, SUMS=sums,

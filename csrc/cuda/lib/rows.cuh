@@ -32,7 +32,7 @@ constexpr int kPieces = kKind == RowKind::kWhole ? 2 : 1;
 template <RowKind kKind>
 constexpr int kForwardBounds = kPlain<kKind>              ? 768
                                : kKind == RowKind::kWhole ? kWholeThreads
-                                                          : kRowThreads;
+                                                          : kRowThreads + 64;
 template <RowKind kKind>
 constexpr int kBackwardBounds = kPlain<kKind>              ? 640
                                 : kKind == RowKind::kWhole ? kWholeThreads
