@@ -245,6 +245,10 @@ class KernelOp:
 _ABSENT = (0,)
 
 
+# Types of arguments that are looked at no further.
+_NO_TENSORS = {type(None), str, float, int, bool, list}
+
+
 def _is_plain_call(args: tuple) -> bool:
     """Whether nothing looks at a call but autograd: no compiler, mode, transform or tracer."""
     if (
@@ -258,7 +262,7 @@ def _is_plain_call(args: tuple) -> bool:
     ):
         return False
     for x in args:
-        if isinstance(x, Tensor) and not torch._C._has_storage(x):
+        if type(x) not in _NO_TENSORS and isinstance(x, Tensor) and not torch._C._has_storage(x):
             return False
     return True
 

@@ -32,7 +32,8 @@ constexpr int kSandwichNormChainRows = 2;  // at once in a forward
 // new_residual = residual + tanh(gate) * y * rstd * weight,
 // normed = new_residual * next_rstd * next_weight * (1 + next_scale)
 template <RowKind kKind, bool kTanh>
-__global__ void __launch_bounds__(kForwardBounds<kKind>)
+__global__ void __launch_bounds__(kKind == RowKind::kWide ? kRowThreads + 64
+                                                          : kForwardBounds<kKind>)
     sandwich_norm_chain_fwd_kernel(const SandwichNormChainFwdParams p) {
   constexpr bool kWide = kKind == RowKind::kWide;
   constexpr int kP = kPieces<kKind>, kRows = kPlain<kKind> ? kSandwichNormChainRows : 1;

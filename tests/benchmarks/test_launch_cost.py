@@ -55,9 +55,10 @@ def functions_called(call) -> int:
 @pytest.mark.skipif("cpu" not in NATIVE, reason="needs the C++ kernels")
 @pytest.mark.parametrize("op", OPS)
 def test_a_call_stays_cheap_for_the_host(op):
-    """Each function takes 0.1 to 1 us. A dispatch more is five of them, and 25 with autograd."""
+    """Each function takes 0.1 to 1 us. A dispatch more is five of them, and 25 with autograd. Three
+    of a tensor's nine ask whether it is a plain one."""
     call = launch_cost.call_of(op, "cpu")
-    most = 24 + 6 * sum(isinstance(x, torch.Tensor) for x in call.keywords.values())
+    most = 24 + 9 * sum(isinstance(x, torch.Tensor) for x in call.keywords.values())
     with torch.no_grad():
         assert functions_called(call) <= most
     if op != "guided_step":

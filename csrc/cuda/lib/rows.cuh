@@ -32,7 +32,7 @@ constexpr int kPieces = kKind == RowKind::kWhole ? 2 : 1;
 template <RowKind kKind>
 constexpr int kForwardBounds = kPlain<kKind>              ? 768
                                : kKind == RowKind::kWhole ? kWholeThreads
-                                                          : kRowThreads + 64;
+                                                          : kRowThreads;
 template <RowKind kKind>
 constexpr int kBackwardBounds = kPlain<kKind>              ? 640
                                 : kKind == RowKind::kWhole ? kWholeThreads
