@@ -88,7 +88,7 @@ class KernelOp:
         when_imported("torch.distributed.tensor", partial(sharding.declare, self))
 
     def __call__(self, *args):
-        if not _is_plain_call(args):
+        if not self._is_plain_call(args):
             return self.overload(*args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return self._record(*args)
@@ -117,13 +117,33 @@ class KernelOp:
         with torch._C._AutoDispatchBelowAutograd():
             return self._run(*args) if unseen else self.overload(*args)
 
+    def _is_plain_call(self, args: tuple) -> bool:
+        """Whether nothing looks at a call but autograd: no compiler, mode, transform or tracer."""
+        if (
+            torch.compiler.is_dynamo_compiling()
+            or torch._C._len_torch_dispatch_stack()
+            or torch._C._are_functorch_transforms_active()
+            or forward_ad._current_level >= 0
+            or torch._C._has_torch_function(args)
+            or torch._C._get_tracing_state()
+            or torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
+        ):
+            return False
+        for x in args:  # wrappers of old and dead transforms have no memory of their own
+            kind = type(x)
+            is_tensor = kind is Tensor or kind not in self._silent and isinstance(x, Tensor)
+            if is_tensor and not torch._C._has_storage(x):
+                return False
+        return True
+
     def _is_unseen(self, args: tuple) -> bool:
         """Whether nothing looks for the op of a plain call, neither a tensor nor a profiler, and
         the arguments are what a dispatch makes of them."""
         for x in args:
             kind = type(x)
             if kind is Tensor or kind is Parameter:
-                if x.is_neg() or x._is_zerotensor():  # the dispatcher computes -x for the kernel
+                # The dispatcher computes -x for the kernel, or gives zeros memory.
+                if x.is_neg() or x._is_zerotensor():
                     return False
             elif kind not in self._silent and not (kind is list and {*map(type, x)} == {int}):
                 return False
@@ -243,28 +263,6 @@ class KernelOp:
 
 
 _ABSENT = (0,)
-
-
-# Types of arguments that are looked at no further.
-_NO_TENSORS = {type(None), str, float, int, bool, list}
-
-
-def _is_plain_call(args: tuple) -> bool:
-    """Whether nothing looks at a call but autograd: no compiler, mode, transform or tracer."""
-    if (
-        torch.compiler.is_dynamo_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch._C._has_torch_function(args)
-        or torch._C._get_tracing_state()
-        or torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
-    ):
-        return False
-    for x in args:
-        if type(x) not in _NO_TENSORS and isinstance(x, Tensor) and not torch._C._has_storage(x):
-            return False
-    return True
 
 
 def _recorder(op: KernelOp) -> Callable:

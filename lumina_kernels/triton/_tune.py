@@ -39,7 +39,7 @@ def programs_at_once(options: dict) -> int:
     if "triton" in EMULATED:
         return 2
     of_a_processor = 65536 // (32 * options["num_warps"] * options["maxnreg"])
-    return max(1, of_a_processor) * _processors_of(driver.active.get_current_device())
+    return max(1, of_a_processor) * _property("multiprocessor_count")
 
 
 def loop_stages(loaded: int) -> int:
@@ -47,18 +47,17 @@ def loop_stages(loaded: int) -> int:
     works on the pass before; 1 where shared memory would not hold those of two programs."""
     if "triton" in EMULATED:
         return 2
-    return 2 if 2 * loaded <= _shared_of(driver.active.get_current_device()) else 1
+    return 2 if 2 * loaded <= _property("max_shared_mem") else 1
+
+
+def _property(name: str) -> int:
+    """Of the current GPU, by Triton's name; `max_shared_mem` is the bytes that a block may have."""
+    return _properties_of(driver.active.get_current_device())[name]
 
 
 @cache
-def _processors_of(device: int) -> int:
-    return driver.active.utils.get_device_properties(device)["multiprocessor_count"]
-
-
-@cache
-def _shared_of(device: int) -> int:
-    """Bytes of shared memory that a block may have."""
-    return driver.active.utils.get_device_properties(device)["max_shared_mem"]
+def _properties_of(device: int) -> dict[str, int]:
+    return driver.active.utils.get_device_properties(device)
 
 
 def tuned(kernel: str, size: int, x: Tensor, options: dict) -> dict:
