@@ -1,6 +1,9 @@
 """What tests of the ops share: backends, the accuracy rule, gradients, the compile check."""
 
+import os
 import shutil
+import subprocess
+import sys
 from contextlib import contextmanager
 from importlib import import_module
 
@@ -159,6 +162,13 @@ def at_cpu_level(name):
         yield
     finally:
         _C.set_cpu_level(best)
+
+
+def run_compiling(*arguments, **options):
+    """Python with these arguments, in a process where Triton compiles and does not interpret."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, **options)
 
 
 def raises(error, match, fn, inputs, **changed):

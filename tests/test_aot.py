@@ -3,11 +3,10 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from common import run_compiling
 
 from lumina_kernels import aot, sass
 
@@ -40,14 +39,12 @@ open(path, "w").write(json.dumps(rows))
 def rows(tmp_path_factory):
     """Figures of a part of all variants, from processes without the interpreter."""
     folder = tmp_path_factory.mktemp("aot")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     commands = {folder / "all.json": ("-m", "lumina_kernels.aot", *ALL_OPS, "--json")}
     for number, variant in enumerate(ATTENTION):
         commands[folder / f"{number}.json"] = ("-c", INSPECT, *map(str, variant))
 
     def figures(path):
-        command = (sys.executable, *commands[path], str(path))
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        done = run_compiling(*commands[path], str(path))
         assert done.returncode == 0, done.stdout + done.stderr
         return json.loads(path.read_text())
 
@@ -156,9 +153,7 @@ aot.SHARED_KIB[80] = 8
 for row in aot.inspect("gqa_attention", 80, 24, "fp16"):
     print(row["call"], row["error"])
 """
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = (sys.executable, "-c", script)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = run_compiling("-c", script)
     assert done.returncode == 0, done.stderr
     message = (
         r"plain fwd backend 'triton' has no tiles of gqa_attention for a head_dim of 24 in "
@@ -186,9 +181,7 @@ for D in (1024, 4096):
         found = [row for row in aot.figures(compiled, launches, 89) if "norm_bwd" in row["kernel"]]
     print(*[row["shared"] // (4 * D) for row in found])
 """
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = (sys.executable, "-c", script)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = run_compiling("-c", script)
     assert done.stdout == "7\n0\n", done.stdout + done.stderr
 
 

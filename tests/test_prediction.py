@@ -1,13 +1,11 @@
 """The time that the model predicts: of code made by hand, and against what an H200 measured."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from common import run_compiling
 
 from lumina_kernels import sass
 from lumina_kernels.machine import A100, H200, MACHINES
@@ -190,9 +188,7 @@ def test_tensor_cores_of_unknown_sizes_are_not_predicted():
 def test_measured_times_are_predicted(tmp_path):
     """The ratios over all kernels are in benchmarks/results/machine-code.md."""
     root = Path(__file__).parents[1]
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = (sys.executable, "-c", PREDICT, str(tmp_path / "found.json"), *MEASURED)
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+    done = run_compiling("-c", PREDICT, str(tmp_path / "found.json"), *MEASURED, cwd=root)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
     report = json.loads((root / "benchmarks/results/h200/report.json").read_text())

@@ -1,8 +1,6 @@
 """Launches from our dictionary of compiled kernels, which must be those that Triton would make."""
 
-import os
-import subprocess
-import sys
+from common import run_compiling
 
 # Per call: launches, how many of them were Triton's own, and kernels compiled for them.
 CODE = """
@@ -48,10 +46,7 @@ with aot.offline(90) as (compiled, launches):
 
 
 def test_a_kernel_is_found_again_for_the_same_kind_of_arguments():
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", CODE], capture_output=True, text=True, env=environment
-    )
+    done = run_compiling("-c", CODE)
     found = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
     ours, theirs, new = (1, 0, 0), (1, 1, 0), (1, 1, 1)
     assert found == [new, ours, ours, new, ours, new, new, ours, theirs, ours], done.stderr

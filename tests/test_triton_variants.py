@@ -1,10 +1,7 @@
 """How many variants of a kernel Triton compiles: those that alignment asks for, and no more."""
 
-import os
-import subprocess
-import sys
-
 import pytest
+from common import run_compiling
 
 from lumina_kernels.ops import OPS
 
@@ -49,11 +46,8 @@ MOST = dict.fromkeys(OPS, 1) | {
 
 @pytest.mark.parametrize("B", (1, 2))
 def test_the_number_of_tokens_makes_no_variants(B):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     code = f"B, T = {B}, 33\n{COUNT}"
-    done = subprocess.run(
-        [sys.executable, "-c", code, *OPS], capture_output=True, text=True, env=environment
-    )
+    done = run_compiling("-c", code, *OPS)
     found = {name: int(count) for name, count in map(str.split, done.stdout.splitlines())}
     assert found.keys() == set(OPS), done.stderr
     assert {op: count for op, count in found.items() if count > MOST[op]} == {}
