@@ -141,23 +141,24 @@ struct KeyWalk {
   // Moves to the next tile of sample b; false after the last one.
   template <class T>
   __device__ __forceinline__ bool next(const AttentionKeys<T>& keys, int b) {
+    return next(keys, b, keys.count);
+  }
+  // The same up to key `end`.
+  template <class T>
+  __device__ __forceinline__ bool next(const AttentionKeys<T>& keys, int b, int end) {
     do {
       first += kKeys;
-      if (first >= keys.count) return false;
+      if (first >= end) return false;
       if (first % kWindow == 0) read_window(keys, b);
-      read_bits();
+      const int word = first / 32;
+      bits = __shfl_sync(kAllLanes, mine, word);
+      if (kKeys > 32) {
+        bits |= static_cast<uint64_t>(__shfl_sync(kAllLanes, mine, word | 1)) << 32;
+      } else {
+        bits = bits >> first % 32 & kFull;
+      }
     } while (bits == 0);
     return true;
-  }
-
-  __device__ __forceinline__ void read_bits() {
-    const int word = first / 32;
-    bits = __shfl_sync(kAllLanes, mine, word);
-    if (kKeys > 32) {
-      bits |= static_cast<uint64_t>(__shfl_sync(kAllLanes, mine, word | 1)) << 32;
-    } else {
-      bits = bits >> first % 32 & kFull;
-    }
   }
 
   template <class T>
@@ -196,13 +197,7 @@ struct KeyRangeWalk : KeyWalk<kKeys> {
   }
   template <class T>
   __device__ __forceinline__ bool next(const AttentionKeys<T>& keys, int b) {
-    do {
-      this->first += kKeys;
-      if (this->first >= end) return false;
-      if (this->first % Walk::kWindow == 0) this->read_window(keys, b);
-      this->read_bits();
-    } while (this->bits == 0);
-    return true;
+    return Walk::next(keys, b, end);
   }
 };
 

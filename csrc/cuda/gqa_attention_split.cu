@@ -6,22 +6,6 @@
 namespace lumina_kernels::cuda {
 namespace {
 
-#ifdef LUMINA_CUDA_HOST
-
-int processors(const Tensor&) { return cuda_host::multiprocessors; }
-
-#else
-
-int processors(const Tensor& like) {
-  int count = 0;
-  check_cuda(
-      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, like.get_device_index()),
-      "device");
-  return count;
-}
-
-#endif
-
 template <int kHeadDim>
 bool launch(const Tensor& q, const Tensor& out, const AttentionFwdParams<uint16_t>& fwd) {
   using Tile = AttentionTile<kHeadDim, false>;
@@ -33,7 +17,7 @@ bool launch(const Tensor& q, const Tensor& out, const AttentionFwdParams<uint16_
                            .text_tiles = text_tiles,
                            .tile_time = attention_tile_time<kHeadDim>(),
                            .sums = 4.0 * Tile::kRows * kHeadDim,
-                           .processors = processors(q)};
+                           .processors = processors_of(q)};
   int parts = attention_parts(grid);
   if (parts == 1) return false;
   const int64_t part_tiles = ceil_div(tiles, parts);

@@ -39,6 +39,8 @@ void launch(const char* name, const Tensor&, const LaunchConfig& config,
       [](void* context) { (*static_cast<decltype(body)*>(context))(); }, &body);
 }
 
+inline int processors_of(const Tensor&) { return cuda_host::multiprocessors; }
+
 // Blocks of a kernel that run at once on a device: some number here.
 template <class Kernel>
 int64_t blocks_at_once(const Tensor&, Kernel, const dim3&) {
@@ -84,18 +86,24 @@ void launch(const char* name, const Tensor& like, const LaunchConfig& config,
   check_cuda(cudaGetLastError(), name);
 }
 
+// Multiprocessors of the tensor's device.
+inline int processors_of(const Tensor& like) {
+  int count = 0;
+  check_cuda(
+      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, like.get_device_index()),
+      "processors");
+  return count;
+}
+
 // Blocks of a kernel that run at once on the tensor's device.
 template <class Kernel>
 int64_t blocks_at_once(const Tensor& like, Kernel kernel, const dim3& block) {
-  const int32_t device = like.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
+  const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
   const int threads = static_cast<int>(block.x * block.y);
-  int processors = 0, blocks = 0;
-  check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
-             "processors");
+  int blocks = 0;
   check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, 0),
              "occupancy");
-  return static_cast<int64_t>(processors) * blocks;
+  return int64_t{processors_of(like)} * blocks;
 }
 
 #endif

@@ -2,9 +2,9 @@
 //
 // A thread keeps its columns of kRows rows in registers, as Float8[kPieces][kRows]: kPieces pieces
 // of 8 neighbouring columns. There are three kinds of rows, each with its own kernel:
-//   - plain: D <= 4096, all tensors of one 16-bit dtype and aligned, one modulation a sample. Four
-//     rows at once (two in a backward) share what a thread does for them all: parameters that it
-//     loads and converts, the tanh of a gate, addresses, branches, barriers;
+//   - plain: D <= 4096, all tensors of one 16-bit dtype and aligned, one modulation a sample. Two
+//     or four rows at once (one or two in a backward) share what a thread does for them all:
+//     parameters that it loads and converts, the tanh of a gate, addresses, branches, barriers;
 //   - whole: whatever else fits the registers, D <= 6144;
 //   - wide: several spans, columns [base, base + size). Loops over spans load again what an earlier
 //     pass has read, while those of other rows run once.
@@ -27,8 +27,8 @@ template <RowKind kKind>
 constexpr int kPieces = kKind == RowKind::kWhole ? 2 : 1;
 
 // Bounds that ptxas takes for a limit of registers: in plain rows 80 in a forward, so that 24 warps
-// are on a processor, and 96 in a backward, for 20. Others have one block there; with the bounds of
-// their blocks ptxas would spill a few registers to have two.
+// are on a processor, and 96 in a backward, for 20. Wide rows have blocks of 512 threads, and some
+// kernels a bound of 64 more: ptxas would else spill a few registers to have two on a processor.
 template <RowKind kKind>
 constexpr int kForwardBounds = kPlain<kKind>              ? 768
                                : kKind == RowKind::kWhole ? kWholeThreads
