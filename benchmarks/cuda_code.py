@@ -117,7 +117,8 @@ def row_predictions(path: str, arch: str, shape: Shape = LUMINA_NEXT) -> list[di
 
 
 def _chunks(shape: Shape, at_once: int) -> int:
-    """Blocks of a backward kernel over rows, as `row_chunks` (csrc/cuda/lib/rows_launch.h)."""
+    """Blocks of a backward kernel over rows: `row_chunks` (csrc/cuda/lib/rows_launch.h), for few
+    samples."""
     rows = -(-shape.L // max(1, at_once // shape.B))
     return shape.B * -(-shape.L // max(4, rows + rows % 2))
 
