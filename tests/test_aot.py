@@ -120,13 +120,15 @@ def test_memory_moves_16_bytes_at_a_time(rows):
             numbers = row["call"] == "tensors fwd"  # reads two more
             assert row["stores"] == 1 and row["loads"] >= (0.85 if numbers else 1), row
         elif "bwd" in row["call"]:
-            # The backward of k has rows of 576 on one warp, and reads its tables for every token.
-            least = 0.49 if row["op"].startswith("qk_norm") else 0.59
-            assert row["loads"] > least and row["stores"] > 0.88, row
+            # The backward of k has rows of 576 on one warp, and reads its tables for every token. A
+            # weight that heads share has its sums over the heads stored once a program, in pieces.
+            least = (0.49, 0.65) if row["op"].startswith("qk_norm") else (0.59, 0.88)
+            assert row["loads"] > least[0] and row["stores"] > least[1], row
         elif row["op"] in norms:
             assert row["loads"] > 0.94 and row["stores"] > 0.94, row
         else:
-            least = 0.75 if "per sample" in row["call"] else 0.78  # frequencies for every sample
+            # Frequencies, for every sample or once a program, whose two warps share a token.
+            least = 0.75 if "per sample" in row["call"] else 0.77
             assert row["loads"] > least and row["stores"] > 0.82, row
 
 

@@ -28,6 +28,8 @@ from importlib import import_module
 import lumina_kernels
 from benchmarks.harness.shapes import LUMINA_NEXT
 from lumina_kernels import aot
+from lumina_kernels.triton import sandwich_norm
+sandwich_norm.loads_early = lambda *given: False  # as the kernel was when it was measured
 found = {}
 for op in sys.argv[2:]:
     inputs = import_module(f"benchmarks.ops.bench_{op}").case(LUMINA_NEXT, "cpu").inputs

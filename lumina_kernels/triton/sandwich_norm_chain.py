@@ -135,7 +135,9 @@ def sandwich_norm_chain_bwd(
     dy, dresidual = empty_as(y), empty_as(residual)
     if dy.numel() == 0:
         return dy, dresidual, *zeros_of(weight, gate, next_weight, next_scale)
-    options = tuned("sandwich_norm_chain_bwd", D, y, backward_options(D, most=16))
+    # A gate with a row per token leaves no factor to hold over the rows, hence registers for more.
+    most = 20 if gate is not None and gate.ndim == 3 else 16
+    options = tuned("sandwich_norm_chain_bwd", D, y, backward_options(D, most))
     chunk = rows_per_program(B, L, options)
     chunks = blocks(L, chunk)
     partial = y.new_empty(B, chunks, 2, D, dtype=torch.float32)
