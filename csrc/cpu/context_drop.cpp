@@ -33,20 +33,20 @@ namespace {
 // The means of k and of v over the valid tokens of windows [first, end) of a line, 0 if there are
 // none, and their number. First all of k, then all of v: fewer rows are read in turn.
 void context_drop_fwd(const ContextDropFwd& op, int64_t b, int64_t first, int64_t end) {
-  std::vector<int64_t> tokens;
-  std::vector<Row> rows;
-  const int64_t before = b * op.windows.count();
-  const auto means = [&](const Rows& x, const Rows& out) {
-    for (int64_t window = first; window < end; ++window) {
-      find_valid(op.windows, op.mask, b, window, tokens);
-      window_mean(x, b, tokens, op.windows.ahead(window), op.G, op.K, out(b, window), rows);
-      const int64_t at = before + window;
-      op.mask_out[at] = !tokens.empty();
-      op.counts[at] = static_cast<float>(tokens.size());
-    }
-  };
-  means(op.k, op.k_out);
-  means(op.v, op.v_out);
+  std::vector<int64_t> tokens, counts;
+  for (int64_t window = first; window < end; ++window) {
+    counts.push_back(find_valid(op.windows, op.mask, b, window, tokens));
+    const int64_t at = b * op.windows.count() + window;
+    op.mask_out[at] = counts.back() > 0;
+    op.counts[at] = static_cast<float>(counts.back());
+  }
+  const int64_t height = op.windows.height();
+  float* sums = scratch(padded(op.G * op.K));
+  for (const auto& [x, out] : {std::tie(op.k, op.k_out), std::tie(op.v, op.v_out)}) {
+    const int64_t* its = tokens.data();
+    for (int64_t window = first; window < end; its += counts[window++ - first])
+      window_mean(x, b, its, counts[window - first], height, op.G, op.K, out(b, window), sums);
+  }
 }
 
 // dx = dout / count for the valid tokens of a window, 0 for the others.

@@ -56,18 +56,18 @@ void qk_norm_rope3d_pool_fwd(const QkNormRope3dPoolFwd& op, int64_t first, int64
     }
   });
   std::vector<int64_t> tokens;
-  std::vector<Row> rows;
   for (int64_t b = first; b < first + samples; ++b) {
-    find_valid(op.windows, op.mask, b, window, tokens);
+    tokens.clear();
+    const int64_t number = find_valid(op.windows, op.mask, b, window, tokens);
     const float* sums = all_sums + (b - first) * room;
-    const float number = static_cast<float>(tokens.size());
-    const Vec size = broadcast(std::max(number, 1.f));
+    const Vec size = broadcast(static_cast<float>(std::max<int64_t>(number, 1)));
     const Row k_out = op.k_out(b, window);
     for_whole_vectors(
         G * K, [&](int64_t i, int64_t count) { store(k_out, i, load(sums + i) / size, count); });
-    window_mean(op.v, b, tokens, ahead, G, K, op.v_out(b, window), rows);
-    op.mask_out[b * op.windows.count() + window] = !tokens.empty();
-    op.counts[b * op.windows.count() + window] = number;
+    window_mean(op.v, b, tokens.data(), number, op.windows.height(), G, K, op.v_out(b, window),
+                row);
+    op.mask_out[b * op.windows.count() + window] = number > 0;
+    op.counts[b * op.windows.count() + window] = static_cast<float>(number);
   }
 }
 

@@ -40,31 +40,36 @@ struct Windows {
     return (line / H * rows + line % H / factor) * columns + token % W / factor;
   }
 
+  // The most tokens in a column of a window.
+  int64_t height() const { return std::min(factor, H); }
+
   // From the tokens of a window to those of the next one in its line, 0 if there is no other whole
   // one.
   int64_t ahead(int64_t window) const { return window % columns + 1 < W / factor ? factor : 0; }
 
-  // Calls f(l) for the tokens of a window, row by row.
+  // Calls f(l) for the tokens of a window, column by column: of windows of a line, every line of
+  // tokens is then read from one end to the other, which is what processors fetch ahead.
   template <class F>
   void for_tokens(int64_t window, const F& f) const {
     const int64_t line = window / columns, left = window % columns * factor;
     const int64_t top = line % rows * factor, height = std::min(factor, H - top);
     const int64_t first = (line / rows * H + top) * W + left, width = std::min(factor, W - left);
-    for (int64_t i = 0; i < height; ++i)
-      for (int64_t j = 0; j < width; ++j) f(first + i * W + j);
+    for (int64_t j = 0; j < width; ++j)
+      for (int64_t i = 0; i < height; ++i) f(first + i * W + j);
   }
 
   // The most values in a window, with `width` of them in a token.
   int64_t work(int64_t width) const { return std::min(factor, H) * std::min(factor, W) * width; }
 };
 
-// The valid tokens of a window, in place of what `tokens` held.
-inline void find_valid(const Windows& windows, const Mask& mask, int64_t b, int64_t window,
-                       std::vector<int64_t>& tokens) {
-  tokens.clear();
+// Appends the valid tokens of a window; returns their number.
+inline int64_t find_valid(const Windows& windows, const Mask& mask, int64_t b, int64_t window,
+                          std::vector<int64_t>& tokens) {
+  const size_t before = tokens.size();
   windows.for_tokens(window, [&](int64_t l) {
     if (mask(b, l)) tokens.push_back(l);
   });
+  return tokens.size() - before;
 }
 
 // The gradient of x, (B, L, G, K), from the gradient of its means over windows.
@@ -77,44 +82,66 @@ Tensor window_mean_bwd(const Tensor& dout, const Tensor& counts, const Windows& 
 #ifdef LUMINA_LEVEL
 namespace lumina_kernels::cpu::LUMINA_LEVEL {
 
-// out[i] = the mean of rows[n][i] over n, for the vectors of [0, length); 0 without rows. Four
-// vectors at a time are added up in registers.
-LUMINA_INLINE void mean_of(const std::vector<Row>& rows, Dtype dtype, Row out, int64_t length) {
-  const int64_t number = std::max<int64_t>(rows.size(), 1);
-  const Vec size = broadcast(static_cast<float>(number)), share = 1.f / size;
-  const bool exact = (number & (number - 1)) == 0;  // a division takes longer
-  const Row to{out.data, dtype};
-  int64_t i = 0;
-  for (; i + 4 * kWidth <= length; i += 4 * kWidth) {
-    Vec sums[4] = {};
-    for (const Row& row : rows)
-      for (int n = 0; n < 4; ++n) sums[n] += load(Row{row.data, dtype}, i + n * kWidth);
-    for (Vec& sum : sums) sum = exact ? sum * share : sum / size;
-    for (int n = 0; n < 4; ++n) store(to, i + n * kWidth, sums[n]);
+// Some of the rows that are averaged: those of the tokens [begin, end), `step` bytes apart. `sums`
+// has the sum of those before, or with `first` there are none; with `last` there are none after.
+struct TokenGroup {
+  const char* rows;
+  int64_t step;
+  const int64_t *begin, *end;
+  bool first, last;
+  float* sums;
+};
+
+// Adds kVectors vectors of the group's rows, from i on and of `count` values, to the sums, or the
+// last of them, times or divided by `size`, to `to`.
+template <int kVectors>
+LUMINA_INLINE void add_group(const TokenGroup& group, Row to, Vec size, bool exact, int64_t i,
+                             int64_t count) {
+  Vec total[kVectors] = {};
+  if (!group.first)
+    for (int n = 0; n < kVectors; ++n) total[n] = load(group.sums + i + n * kWidth, count);
+  for (const int64_t* token = group.begin; token < group.end; ++token) {
+    // Rows are read only, but the type that loads take has no const.
+    const Row row{const_cast<char*>(group.rows) + *token * group.step, to.dtype};
+    for (int n = 0; n < kVectors; ++n) total[n] += load(row, i + n * kWidth, count);
   }
-  for (; i < length; i += kWidth) {
-    const int64_t count = std::min(kWidth, length - i);
-    Vec sum{};
-    for (const Row& row : rows) sum += load(Row{row.data, dtype}, i, count);
-    store(to, i, sum / size, count);
+  for (int n = 0; n < kVectors; ++n) {
+    if (group.last)
+      store(to, i + n * kWidth, exact ? total[n] * size : total[n] / size, count);
+    else
+      store(group.sums + i + n * kWidth, total[n], count);
   }
 }
 
-// The mean over `tokens` of sample b, for all heads; 0 if there are none. Meanwhile the tokens that
-// are `ahead` further on are fetched, unless it is 0: processors do so by themselves along one row,
-// but not along several at once. `rows` is a buffer.
-LUMINA_INLINE void window_mean(const Rows& x, int64_t b, const std::vector<int64_t>& tokens,
-                               int64_t ahead, int64_t G, int64_t K, Row out,
-                               std::vector<Row>& rows) {
+// The mean over `number` tokens of sample b, for all heads; 0 if there are none. Those of a column
+// of the window, `height`, are read side by side. `sums` is a buffer.
+LUMINA_INLINE void window_mean(const Rows& x, int64_t b, const int64_t* tokens, int64_t number,
+                               int64_t height, int64_t G, int64_t K, Row out, float* sums) {
   const TokenHeads heads = heads_at(x, b, 0, G, K);
-  if (ahead > 0)
-    for (int64_t l : tokens) prefetch(heads_at(x, b, l + ahead, G, K));
-  for (int64_t n = 0; n < heads.count; ++n) {
-    rows.clear();
-    for (int64_t l : tokens) rows.push_back(x(b, l) + n * heads.step);
-    with_dtype(out.dtype,
-               [&](Dtype dtype) { mean_of(rows, dtype, out + n * heads.length, heads.length); });
-  }
+  const float size = static_cast<float>(std::max<int64_t>(number, 1));
+  const bool exact = (number & (number - 1)) == 0;  // 1 / size is; a division takes longer
+  const Vec factor = broadcast(exact ? 1.f / size : size);
+  const auto mean_of_piece = [&](Dtype dtype, int64_t n) {
+    const Row to{(out + n * heads.length).data, dtype};
+    for (int64_t first = 0; first == 0 || first < number; first += height) {
+      const int64_t end = std::min(first + height, number);
+      const TokenGroup group{(heads.row + n * heads.step).data,
+                             x.l * size_of(dtype),
+                             tokens + first,
+                             tokens + end,
+                             first == 0,
+                             end == number,
+                             sums};
+      int64_t i = 0;
+      for (; i + 4 * kWidth <= heads.length; i += 4 * kWidth)
+        add_group<4>(group, to, factor, exact, i, kWidth);
+      for (; i + kWidth <= heads.length; i += kWidth)
+        add_group<1>(group, to, factor, exact, i, kWidth);
+      if (i < heads.length) add_group<1>(group, to, factor, exact, i, heads.length - i);
+    }
+  };
+  for (int64_t n = 0; n < heads.count; ++n)
+    with_dtype(out.dtype, [&](Dtype dtype) { mean_of_piece(dtype, n); });
 }
 
 }  // namespace lumina_kernels::cpu::LUMINA_LEVEL
