@@ -111,9 +111,11 @@ def offline(arch: int):
         driver._active, backend.DEVICES["triton"] = before, device
 
 
-def inspect(op: str, arch: int, head_dim: int, dtype: str, side: int = 16) -> list[dict]:
+def inspect(
+    op: str, arch: int, head_dim: int, dtype: str, side: int = 16, first: bool = False
+) -> list[dict]:
     """Compile the kernels of one op, for pictures of side x side tokens, and return a row of
-    figures for each.
+    figures for each. `first`: of its examples only the first, which is what a model calls it with.
 
     registers, stack (bytes per thread; spilled values and arrays), shared (bytes per block), warps;
     loads and stores: share of the bytes of global memory in accesses of 16 bytes or more;
@@ -129,7 +131,7 @@ def inspect(op: str, arch: int, head_dim: int, dtype: str, side: int = 16) -> li
     sizes = Sizes(
         grid=(1, side, side), T=64, H=32, G=8, K=head_dim, F=96 * head_dim, dtype=DTYPES[dtype]
     )
-    for name, arguments in examples(op, sizes).items():
+    for name, arguments in list(examples(op, sizes).items())[: 1 if first else None]:
         for step, launch in _steps(op, arguments).items():
             call = f"{name} {step}".strip()
             with offline(arch) as (compiled, launches):
@@ -268,6 +270,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--head-dim", type=int, nargs="+", choices=HEAD_DIMS, default=HEAD_DIMS)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=tuple(DTYPES))
     parser.add_argument("--side", type=int, default=16, help="tokens along an edge of the picture")
+    parser.add_argument("--first", action="store_true", help="only what a model calls an op with")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     options = parser.parse_args(argv)
@@ -277,7 +280,7 @@ def main(argv: list[str] | None = None) -> int:
         except (OSError, ValueError) as error:
             parser.error(str(error))
     tasks = [
-        (op, arch, head_dim, dtype, options.side)
+        (op, arch, head_dim, dtype, options.side, options.first)
         for arch in options.arch
         for op in options.op
         for head_dim in options.head_dim
