@@ -220,8 +220,9 @@ struct RowSoftmax {
   // These two once `total` has been summed over threads. What is kept makes weights of 0 in a row
   // without a valid key.
   __device__ __forceinline__ void keep(Global<float> stats) const {
-    stats[0] = total > 0.0f ? top : 0.0f;
-    stats[1] = total > 0.0f ? log2f(total) : -kMinusInfinity;
+    const bool none = total == 0.0f;  // and NaN stays NaN
+    stats[0] = none ? 0.0f : top;
+    stats[1] = none ? -kMinusInfinity : log2f(total);
   }
   __device__ __forceinline__ float factor(float weight) const {
     return total > 0.0f ? weight / total : 0.0f;

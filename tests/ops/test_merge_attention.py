@@ -73,6 +73,16 @@ def test_parts_make_the_whole_in_float64(name):
 
 
 @pytest.mark.parametrize("backend", ("torch", *BACKENDS))
+def test_a_query_of_nan_has_a_log_sum_exp_of_nan(backend):
+    """The floor would hide it: a merge gives such a part no weight."""
+    inputs = cast(make_inputs(L=3, L_kv=7, text=False))
+    inputs["q"][0, 1] = torch.nan
+    for x in gqa_attention(**inputs, return_lse=True, backend=backend):
+        row = x[0].isnan().flatten(1).all(1)
+        assert row.tolist() == [False, True, False] and x.isnan().sum() == x[0, 1].numel()
+
+
+@pytest.mark.parametrize("backend", ("torch", *BACKENDS))
 @pytest.mark.parametrize("L_kv", (0, 7))
 def test_rows_without_a_key_have_the_floor(backend, L_kv):
     inputs = cast(make_inputs(L_kv=L_kv, text=False))
