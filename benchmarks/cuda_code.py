@@ -180,20 +180,22 @@ def useful_fraction(head_dim: int) -> float:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    for row in sorted(kernels(), key=lambda row: (row["kernel"], row["arguments"], row["arch"])):
+    built = sorted(kernels(), key=lambda row: (row["kernel"], row["arguments"], row["arch"]))
+    for row in built:
         print("{kernel:38}{arguments:10} sm_{arch:5}{registers:4}{stack:5}{shared:6}".format(**row))
-    for row in predictions(library()):
-        for gpu, found in row["predicted"].items():
+    for arch in sorted({row["arch"] for row in built} & {str(z.arch) for z in MACHINES.values()}):
+        for row in predictions(library(), arch):
+            for gpu, found in row["predicted"].items():
+                print(
+                    "{kernel:38}{arguments:10} ".format(**row)
+                    + f"{gpu:13}"
+                    + "{us:8.1f} us{share:6.2f} {limit}".format(**found)
+                )
+        for row in row_predictions(library(), arch):
             print(
-                "{kernel:38}{arguments:10} ".format(**row)
-                + f"{gpu:8}"
-                + "{us:8.1f} us{share:6.2f} {limit}".format(**found)
+                "{kernel:32}{gpu:13}{D:5}{registers:4} registers{resident:3} blocks".format(**row)
+                + "{us:8.1f} us{share:6.2f} {limit}".format(**row)
             )
-    for row in row_predictions(library(), "90"):
-        print(
-            "{kernel:32}{gpu:6}{D:5}{registers:4} registers{resident:3} blocks".format(**row)
-            + "{us:8.1f} us{share:6.2f} {limit}".format(**row)
-        )
     print("attention, useful:", {K: round(useful_fraction(K), 3) for K in (64, 72, 96, 128)})
 
 
