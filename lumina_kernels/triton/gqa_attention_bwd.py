@@ -192,7 +192,7 @@ def _add_dq(
     return add_dot(acc, ds, k)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit  # with COUNTS, too: 5 % faster on Hopper where 16 divides the number of rows
 def gqa_attention_dkv_kernel(
     dout, q, branch, bias,  # as for dq; of one branch
     stats_ptr, delta_ptr, weight_ptr,  # that branch's; the weight of the text or None

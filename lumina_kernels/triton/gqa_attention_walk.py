@@ -151,24 +151,40 @@ def _loop(
 
     The `if` keeps state that no product has written away from the wait that Hopper's asynchronous
     products need after the loop. Else ptxas may make each product wait for the one before (C7515).
+    It does not where tiles are named by bits, in whose loop the `if` has Triton compute the weights
+    three times, for three layouts.
     """
-    if count > 0:
-        for i in range(count):
-            if mask is None:
-                start = first + i * PART
-            elif len(mask) > 1:
-                start = first + i * PART
-            else:
-                # The lowest bit's index is the exponent of a float32.
-                low = bits & -bits
-                index = ((low.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 255) - 127
-                start = first + index * BLOCK
-                if PART < BLOCK:
-                    part = i % (BLOCK // PART)
-                    start += part * PART
-                    low = tl.where(part == BLOCK // PART - 1, low, 0)
-                bits ^= low
-            state = STEP(state, context, (mask, start, n_keys), K, KS, R, PART, MASKED)
+    if mask is not None and len(mask) == 1:
+        state = _steps(STEP, state, context, mask, n_keys, first, count, bits,
+                       K, KS, R, BLOCK, PART, MASKED)  # fmt: skip
+    elif count > 0:
+        state = _steps(STEP, state, context, mask, n_keys, first, count, bits,
+                       K, KS, R, BLOCK, PART, MASKED)  # fmt: skip
+    return state
+
+
+@triton.jit
+def _steps(
+    STEP: tl.constexpr, state, context, mask, n_keys, first, count, bits,
+    K: tl.constexpr, KS: tl.constexpr, R: tl.constexpr,
+    BLOCK: tl.constexpr, PART: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    for i in range(count):
+        if mask is None:
+            start = first + i * PART
+        elif len(mask) > 1:
+            start = first + i * PART
+        else:
+            # The lowest bit's index is the exponent of a float32.
+            low = bits & -bits
+            index = ((low.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 255) - 127
+            start = first + index * BLOCK
+            if PART < BLOCK:
+                part = i % (BLOCK // PART)
+                start += part * PART
+                low = tl.where(part == BLOCK // PART - 1, low, 0)
+            bits ^= low
+        state = STEP(state, context, (mask, start, n_keys), K, KS, R, PART, MASKED)
     return state
 
 
