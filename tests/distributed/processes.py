@@ -1,0 +1,59 @@
+"""Checks that run in several processes, all in the same ones: starting them takes seconds."""
+
+import tempfile
+import traceback
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run(world, checks):
+    """Name -> what each rank found: a dict of errors, or the text of an exception.
+
+    Args:
+        world: processes.
+        checks: name -> (function, arguments); the function returns name -> error.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_main, (world, folder, checks), nprocs=world)
+        each = [torch.load(f"{folder}/{rank}", weights_only=False) for rank in range(world)]
+    return {name: [found.get(name, "not reached") for found in each] for name in checks}
+
+
+def _main(rank, world, folder, checks):
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world,
+        timeout=timedelta(seconds=20),
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    found = {}
+    for name, (check, arguments) in checks.items():
+        torch.manual_seed(0)
+        try:
+            found[name] = check(*arguments)
+        except Exception:  # reported by the test of that check
+            found[name] = traceback.format_exc()
+            if isinstance(found[name], str) and "Timed out" in found[name]:
+                break  # the other ranks are elsewhere
+    torch.save(found, f"{folder}/{rank}")
+    dist.destroy_process_group()
+
+
+def mean_over(x, parallel):
+    """Over the ranks of a sequence, which here are all."""
+    out = x.detach().clone()
+    dist.all_reduce(out)
+    return out / parallel.size
+
+
+def error(found, expected, floor=0.0):
+    """The largest one, over the largest number that is expected."""
+    assert found.shape == expected.shape and found.dtype == expected.dtype
+    if not found.isfinite().all():
+        return float("inf")
+    if found.numel() == 0:
+        return 0.0
+    size = max(expected.abs().max().item(), floor, 1e-30)
+    return (found - expected).abs().max().item() / size

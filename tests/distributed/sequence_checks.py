@@ -1,0 +1,105 @@
+"""What each process computes twice: with the tokens of the others, and alone with all of them."""
+
+import sys
+from pathlib import Path
+
+import torch
+from processes import error, mean_over
+from torch.distributed.device_mesh import init_device_mesh
+
+from lumina.distributed.sequence import SequenceParallel
+from lumina_kernels import gqa_attention
+
+sys.path.append(str(Path(__file__).parent.parent / "ops"))  # for `eager`
+
+
+def over(ring, ulysses):
+    mesh = init_device_mesh("cpu", (ring, ulysses), mesh_dim_names=("ring", "ulysses"))
+    return SequenceParallel.from_mesh(mesh)
+
+
+def attention_inputs(
+    mesh, H=8, G=2, L=16, T=0, mask=None, text_mask="2d", bias=False, dtype=torch.float32
+):
+    """Of the whole sequence; two samples."""
+    B, K, parallel = 2, 8, over(*mesh)
+    C = -(-L // parallel.size)
+    inputs = {name: torch.randn(B, L, n, K).to(dtype) for name, n in (("q", H), ("k", G), ("v", G))}
+    if mask is not None:
+        valid = torch.rand(B, L) < 0.7
+        if mask == "a rank without keys":
+            valid[:, C : 2 * C] = False
+        elif mask == "ragged":
+            valid = torch.arange(L) < torch.tensor([[L], [L // 3]])
+        elif mask == "a sample without keys":
+            valid[1] = False
+        inputs["key_mask"] = valid
+    if bias:
+        inputs["bias"] = torch.randn(B, 1, 1, L).to(dtype)
+    if T:
+        inputs["text_k"], inputs["text_v"] = (torch.randn(B, T, G, K).to(dtype) for _ in range(2))
+        inputs["text_gate"] = torch.randn(H).to(dtype)
+        shape = (B, T) if text_mask == "2d" else (B, L, T)
+        inputs["text_mask"] = None if text_mask is None else torch.rand(shape) < 0.6
+    return inputs, parallel
+
+
+def leaves_of(inputs):
+    return {
+        name: x.detach().clone().requires_grad_() if x is not None and x.is_floating_point() else x
+        for name, x in inputs.items()
+    }
+
+
+def results(out, leaves):
+    """The output and the gradients of all floating inputs; different ones along every dimension."""
+    weights = torch.arange(out.numel()).mul(7).remainder(17).sub(8).div(8).view(out.shape)
+    (out * weights.to(out)).sum().backward()
+    grads = {f"d{name}": x.grad for name, x in leaves.items() if x is not None and x.requires_grad}
+    return {"out": out.detach(), **grads}
+
+
+def in_parts(inputs, parallel, backend):
+    leaves = leaves_of(inputs)
+    q, k, v = (parallel.shard(leaves[name], 1) for name in "qkv")
+    rest = {name: x for name, x in leaves.items() if name.startswith("text")}
+    if rest.get("text_mask") is not None and rest["text_mask"].ndim == 3:
+        rest["text_mask"] = parallel.shard(rest["text_mask"], 1)
+    if "bias" in leaves:
+        rest["bias"] = parallel.shard(leaves["bias"], 3)
+    mask = parallel.key_mask(inputs.get("key_mask"), leaves["q"])
+    out = parallel.attention(q, k, v, mask, **rest, backend=backend)
+    out = parallel.gather(out, 1, inputs["q"].shape[1])
+    found = results(out, leaves)
+    # As DDP and FSDP reduce gradients.
+    return {n: mean_over(x, parallel) if n.startswith("d") else x for n, x in found.items()}
+
+
+def attention_in_parts(mesh, changes):
+    backend = changes.pop("backend", None)
+    inputs, parallel = attention_inputs(mesh, **changes)
+    leaves = leaves_of(inputs)
+    expected = results(gqa_attention(**leaves, backend=backend), leaves)
+    found = in_parts(inputs, parallel, backend)
+    return {name: error(found[name], value, floor=1e-3) for name, value in expected.items()}
+
+
+def attention_in_16_bits(mesh, changes):
+    """Errors as multiples of what the accuracy rule allows, twice those of eager PyTorch."""
+    from attention import eager
+
+    inputs, parallel = attention_inputs(mesh, dtype=torch.bfloat16, **changes)
+    leaves = leaves_of(inputs)
+    low = results(eager(**leaves), leaves)
+    wide = leaves_of({n: x.double() if x.is_floating_point() else x for n, x in inputs.items()})
+    high, found = results(eager(**wide), wide), in_parts(inputs, parallel, None)
+    tiny = 8 * torch.finfo(torch.float32).eps
+    return {
+        name: max(
+            float(
+                norm(found[name].double() - x) / (2 * norm(low[name].double() - x) + tiny * norm(x))
+            )
+            for norm in (torch.linalg.vector_norm, lambda z: z.abs().max())
+        )
+        for name, x in high.items()
+    }

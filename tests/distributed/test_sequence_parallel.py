@@ -1,0 +1,67 @@
+"""Tokens spread over processes: outputs and gradients are those of one process.
+
+Started once with two processes and once with four, which run all checks; each check is a test.
+"""
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import run
+from sequence_checks import attention_in_16_bits, attention_in_parts
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+FP64 = {"dtype": torch.float64, "backend": "torch"}
+MESHES = ((2, 1), (1, 2), (4, 1), (1, 4), (2, 2))  # ring, Ulysses
+ATTENTIONS = {
+    "plain": {},
+    "28 heads on 7": {"H": 28, "G": 7},
+    "28 heads on 7, holes, text": {"H": 28, "G": 7, "mask": "holes", "L": 26, "T": 5},
+    "float64": {"L": 17, "T": 3, "bias": True, **FP64},
+    "one length for each": {"mask": "ragged", "T": 3, "text_mask": None},
+    "a rank without keys": {"mask": "a rank without keys", "T": 3},
+    "a sample without keys": {"mask": "a sample without keys", "L": 19},
+    "more ranks than tokens": {"L": 3},
+    "text of each token": {"T": 4, "L": 21, "text_mask": "3d", "mask": "holes"},
+    "bias": {"bias": True, "L": 18, "mask": "holes"},
+}
+IN_16_BITS = {
+    "bfloat16": {"mask": "holes", "L": 26, "T": 5},
+    "bfloat16, 28 heads on 7": {"H": 28, "G": 7, "L": 26},
+}
+CHECKS = {
+    f"{name}, ring {mesh[0]}, Ulysses {mesh[1]}": (mesh, check, changes)
+    for mesh in MESHES
+    for check, cases in (
+        (attention_in_parts, ATTENTIONS),
+        (attention_in_16_bits, IN_16_BITS),
+    )
+    for name, changes in cases.items()
+}
+
+
+@pytest.fixture(scope="module")
+def found():
+    results = {}
+    for world in (2, 4):
+        own = {
+            name: (check, (mesh, changes))
+            for name, (mesh, check, changes) in CHECKS.items()
+            if mesh[0] * mesh[1] == world
+        }
+        results |= run(world, own)
+    return results
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_many_processes_are_as_one(found, name):
+    _, check, changes = CHECKS[name]
+    for rank, errors in enumerate(found[name]):
+        assert isinstance(errors, dict), f"rank {rank}: {errors}"
+        for what, error in errors.items():
+            if check is attention_in_16_bits:
+                limit = 1.0
+            elif changes.get("dtype") is torch.float64:
+                limit = 1e-12
+            else:
+                limit = 1e-5 if what.startswith("out") else 1e-4
+            assert error <= limit, f"rank {rank}, {what}: {error:.3g} > {limit}"
