@@ -79,7 +79,6 @@ class SequenceParallel:
         """This process's number among them."""
         return _rank(self.ring) * _size(self.ulysses) + _rank(self.ulysses)
 
-    @torch.compiler.disable
     def shard(self, x: Tensor, dim: int) -> Tensor:
         """The rank's C = ceil(L / (U R)) of the L tokens along `dim`; zeros behind the last token.
 
@@ -87,7 +86,6 @@ class SequenceParallel:
         """
         return _Shard.apply(x, dim % x.ndim, self)
 
-    @torch.compiler.disable
     def gather(self, x: Tensor, dim: int, length: int) -> Tensor:
         """All `length` tokens along `dim` from the C of each rank: `shard` undone.
 
@@ -111,7 +109,6 @@ class SequenceParallel:
             mask = like.new_ones(like.shape[:2], dtype=torch.bool)
         return None if mask is None else self.shard(mask, 1)
 
-    @torch.compiler.disable
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, *,
         text_k: Tensor | None = None, text_v: Tensor | None = None, text_mask: Tensor | None = None,

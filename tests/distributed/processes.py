@@ -1,5 +1,6 @@
 """Checks that run in several processes, all in the same ones: starting them takes seconds."""
 
+import multiprocessing
 import tempfile
 import traceback
 from datetime import timedelta
@@ -7,6 +8,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+SLOW = ("sympy", "triton", "hypothesis")
 
 
 def run(world, checks):
@@ -17,7 +20,10 @@ def run(world, checks):
         checks: name -> (function, arguments); the function returns name -> error.
     """
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_main, (world, folder, checks), nprocs=world)
+        # Forked from a process that imported what takes long, and did nothing else.
+        multiprocessing.set_forkserver_preload(["pytest", "torch.distributed.device_mesh", *SLOW])
+        arguments = (world, folder, checks)
+        mp.start_processes(_main, arguments, nprocs=world, start_method="forkserver")
         each = [torch.load(f"{folder}/{rank}", weights_only=False) for rank in range(world)]
     return {name: [found.get(name, "not reached") for found in each] for name in checks}
 
@@ -35,17 +41,17 @@ def _main(rank, world, folder, checks):
             found[name] = check(*arguments)
         except Exception:  # reported by the test of that check
             found[name] = traceback.format_exc()
-            if isinstance(found[name], str) and "Timed out" in found[name]:
+            if "Timed out" in found[name]:
                 break  # the other ranks are elsewhere
     torch.save(found, f"{folder}/{rank}")
     dist.destroy_process_group()
 
 
-def mean_over(x, parallel):
-    """Over the ranks of a sequence, which here are all."""
+def mean(x):
+    """Over all processes, as DDP and FSDP reduce gradients."""
     out = x.detach().clone()
     dist.all_reduce(out)
-    return out / parallel.size
+    return out / dist.get_world_size()
 
 
 def error(found, expected, floor=0.0):

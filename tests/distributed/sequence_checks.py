@@ -1,10 +1,12 @@
 """What each process computes twice: with the tokens of the others, and alone with all of them."""
 
+import functools
 import sys
 from pathlib import Path
 
 import torch
-from processes import error, mean_over
+import torch.distributed as dist
+from processes import error, mean
 from torch.distributed.device_mesh import init_device_mesh
 
 from lumina.distributed.sequence import SequenceParallel
@@ -13,8 +15,11 @@ from lumina_kernels import gqa_attention
 sys.path.append(str(Path(__file__).parent.parent / "ops"))  # for `eager`
 
 
+@functools.cache
 def over(ring, ulysses):
-    mesh = init_device_mesh("cpu", (ring, ulysses), mesh_dim_names=("ring", "ulysses"))
+    """Of so many processes; the others do the same with the same sequence."""
+    shape = dist.get_world_size() // (ring * ulysses), ring, ulysses
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("data", "ring", "ulysses"))
     return SequenceParallel.from_mesh(mesh)
 
 
@@ -71,8 +76,7 @@ def in_parts(inputs, parallel, backend):
     out = parallel.attention(q, k, v, mask, **rest, backend=backend)
     out = parallel.gather(out, 1, inputs["q"].shape[1])
     found = results(out, leaves)
-    # As DDP and FSDP reduce gradients.
-    return {n: mean_over(x, parallel) if n.startswith("d") else x for n, x in found.items()}
+    return {n: mean(x) if n.startswith("d") else x for n, x in found.items()}
 
 
 def attention_in_parts(mesh, changes):
