@@ -17,7 +17,7 @@ def run(world, checks):
 
     Args:
         world: processes.
-        checks: name -> (function, arguments); the function returns name -> error.
+        checks: name -> (function, its argument, its keyword arguments); it returns name -> error.
     """
     with tempfile.TemporaryDirectory() as folder:
         # Forked from a process that imported what takes long, and did nothing else.
@@ -35,10 +35,10 @@ def _main(rank, world, folder, checks):
     )  # fmt: skip
     torch.set_num_threads(1)
     found = {}
-    for name, (check, arguments) in checks.items():
+    for name, (check, argument, others) in checks.items():
         torch.manual_seed(0)
         try:
-            found[name] = check(*arguments)
+            found[name] = check(argument, **others)
         except Exception:  # reported by the test of that check
             found[name] = traceback.format_exc()
             if "Timed out" in found[name]:

@@ -79,8 +79,7 @@ def in_parts(inputs, parallel, backend):
     return {n: mean(x) if n.startswith("d") else x for n, x in found.items()}
 
 
-def attention_in_parts(mesh, changes):
-    backend = changes.pop("backend", None)
+def attention_in_parts(mesh, backend=None, **changes):
     inputs, parallel = attention_inputs(mesh, **changes)
     leaves = leaves_of(inputs)
     expected = results(gqa_attention(**leaves, backend=backend), leaves)
@@ -88,7 +87,7 @@ def attention_in_parts(mesh, changes):
     return {name: error(found[name], value, floor=1e-3) for name, value in expected.items()}
 
 
-def attention_in_16_bits(mesh, changes):
+def attention_in_16_bits(mesh, **changes):
     """Errors as multiples of what the accuracy rule allows, twice those of eager PyTorch."""
     from attention import eager
 

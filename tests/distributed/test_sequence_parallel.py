@@ -6,8 +6,11 @@ Four processes, started once, run all checks, in pairs those of two processes; e
 import pytest
 import torch
 import torch.distributed as dist
+from network_checks import DROP, drawn_in_parts, network_in_parts
 from processes import run
 from sequence_checks import attention_in_16_bits, attention_in_parts
+
+from lumina import RopeScaling
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 FP64 = {"dtype": torch.float64, "backend": "torch"}
@@ -28,12 +31,27 @@ IN_16_BITS = {
     "bfloat16": {"mask": "holes", "L": 26, "T": 5},
     "bfloat16, 28 heads on 7": {"H": 28, "G": 7, "L": 26},
 }
+SCALING = RopeScaling("time_aware", base_size=2)
+LIST = ((3, 8, 6), (3, 4, 10), (3, 6, 6))  # 12, 10 and 9 tokens
+NETWORKS = {
+    "network": {"size": (3, 8, 8)},
+    "network of 28 heads on 7": {
+        "heads": dict(dim=112, n_heads=28, n_kv_heads=7),
+        "size": (3, 6, 10),
+    },
+    "network, list": {"size": LIST, "base_seqlen": 5, "rope_scaling": SCALING},
+    "network, regions, captions": {"size": (3, 6, 10), "regions": True, "captions": 2},
+    "network, drop": {"size": (3, 6, 10), "context_drop": DROP, "base_seqlen": 5},
+    "network, drop, list": {"size": LIST, "context_drop": DROP},
+}
 CHECKS = {
-    f"{name}, ring {mesh[0]}, Ulysses {mesh[1]}": (mesh, check, changes)
+    f"{name}, ring {mesh[0]}, Ulysses {mesh[1]}": (check, mesh, changes)
     for mesh in MESHES
     for check, cases in (
         (attention_in_parts, ATTENTIONS),
         (attention_in_16_bits, IN_16_BITS),
+        (network_in_parts, NETWORKS),
+        (drawn_in_parts, {"drawn": {}}),
     )
     for name, changes in cases.items()
 }
@@ -41,12 +59,12 @@ CHECKS = {
 
 @pytest.fixture(scope="module")
 def found():
-    return run(4, {n: (check, (mesh, changes)) for n, (mesh, check, changes) in CHECKS.items()})
+    return run(4, CHECKS)
 
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_many_processes_are_as_one(found, name):
-    _, check, changes = CHECKS[name]
+    check, _, changes = CHECKS[name]
     for rank, errors in enumerate(found[name]):
         assert isinstance(errors, dict), f"rank {rank}: {errors}"
         for what, error in errors.items():

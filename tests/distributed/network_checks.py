@@ -1,0 +1,70 @@
+"""A network of which each process has some tokens, compared with the same network by itself."""
+
+import torch
+from networks import cast, config, inputs, randomise
+from processes import error, mean
+from sequence_checks import over
+
+from lumina import ContextDrop, Guidance, NextDiT, RopeScaling, sample
+
+EIGHT_ON_TWO = dict(dim=64, n_heads=8, n_kv_heads=2)
+DROP = ContextDrop(factor=2).at(0.0, 2)
+
+
+def network(heads, backend=None):
+    return randomise(NextDiT(config(**heads), backend), torch.float32).float()
+
+
+def results(model, x, t, feats, mask, weights, **settings):
+    """The velocity, and the gradients of the parameters, of the picture and of the text."""
+    x = [z.clone().requires_grad_() for z in (x if isinstance(x, list) else [x])]
+    feats = feats.clone().requires_grad_()
+    model.zero_grad()
+    out = model(x if len(x) > 1 else x[0], t, feats, mask, **settings)
+    flat = torch.cat([z.flatten() for z in out])
+    (flat * weights[: flat.numel()]).sum().backward()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    grads |= {f"x {i}": z.grad for i, z in enumerate(x)} | {"text": feats.grad}
+    return flat.detach(), grads
+
+
+def network_in_parts(mesh, size, heads=EIGHT_ON_TWO, regions=False, captions=1, **settings):
+    model = network(heads)
+    x, t, feats, mask = cast(inputs(*size), torch.float32)
+    if captions > 1:
+        feats, mask = torch.cat([feats, feats.flip(0)]), torch.cat([mask, mask.flip(0)])
+    if regions:
+        tokens = size[1] // 2 * (size[2] // 2)
+        mask = torch.rand(mask.shape[0], tokens, mask.shape[1]) < 0.6
+    arguments = (x, t, feats, mask, torch.randn(10_000))
+    out, grads = results(model, *arguments, **settings)
+    model.sequence_parallel = over(*mesh)
+    found, found_grads = results(model, *arguments, **settings)
+    errors = {"out": error(found, out)}
+    # A bias of all keys shifts the scores of a query alike: its gradient is rounding alone.
+    sizes = {name: x.abs().max().item() for name, x in grads.items()}
+    floors = {name: sizes[name.replace("ky_norm.bias", "ky_norm.weight")] for name in sizes}
+    for name, value in grads.items():
+        errors[name] = error(mean(found_grads[name]), value, floors[name])
+    assert sizes["layers.0.attention.wk.weight"] > 1e-3 and sizes["x 0"] > 1e-3
+    return errors
+
+
+def drawn_in_parts(mesh):
+    """`lumina.sample` with all there is, and prepared captions."""
+    model = network(EIGHT_ON_TWO)
+    _, _, feats, mask = cast(inputs(3, 8, 8), torch.float32)
+    settings = dict(
+        size=(14, 10), steps=2, guidance=Guidance(3.0), context_drop=ContextDrop(),
+        rope_scaling=RopeScaling("time_aware", base_size=2), base_seqlen=9,
+    )  # fmt: skip
+
+    def drawn():
+        seed = torch.Generator().manual_seed(1)
+        texts = feats, mask, feats[:1] / 2, mask[:1]
+        return sample(model, *texts, **settings, generator=seed).latents
+
+    expected = drawn()
+    model.sequence_parallel = over(*mesh)
+    found = drawn()
+    return {"out": error(found, expected)}
