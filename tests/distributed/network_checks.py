@@ -44,8 +44,8 @@ def network_in_parts(mesh, size, heads=EIGHT_ON_TWO, regions=False, captions=1, 
     # A bias of all keys shifts the scores of a query alike: its gradient is rounding alone.
     sizes = {name: x.abs().max().item() for name, x in grads.items()}
     floors = {name: sizes[name.replace("ky_norm.bias", "ky_norm.weight")] for name in sizes}
-    for name, value in grads.items():
-        errors[name] = error(mean(found_grads[name]), value, floors[name])
+    found_grads = mean(found_grads)
+    errors |= {name: error(found_grads[name], x, floors[name]) for name, x in grads.items()}
     assert sizes["layers.0.attention.wk.weight"] > 1e-3 and sizes["x 0"] > 1e-3
     return errors
 

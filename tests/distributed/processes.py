@@ -47,11 +47,12 @@ def _main(rank, world, folder, checks):
     dist.destroy_process_group()
 
 
-def mean(x):
-    """Over all processes, as DDP and FSDP reduce gradients."""
-    out = x.detach().clone()
-    dist.all_reduce(out)
-    return out / dist.get_world_size()
+def mean(tensors):
+    """Of each, by name, over all processes, as DDP and FSDP reduce gradients; in one exchange."""
+    flat = torch.cat([x.detach().flatten() for x in tensors.values()])
+    dist.all_reduce(flat)
+    each = (flat / dist.get_world_size()).split([x.numel() for x in tensors.values()])
+    return {n: y.view(x.shape) for (n, x), y in zip(tensors.items(), each, strict=True)}
 
 
 def error(found, expected, floor=0.0):

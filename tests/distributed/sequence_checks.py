@@ -76,7 +76,7 @@ def in_parts(inputs, parallel, backend):
     out = parallel.attention(q, k, v, mask, **rest, backend=backend)
     out = parallel.gather(out, 1, inputs["q"].shape[1])
     found = results(out, leaves)
-    return {n: mean(x) if n.startswith("d") else x for n, x in found.items()}
+    return {"out": found.pop("out"), **mean(found)}
 
 
 def attention_in_parts(mesh, backend=None, **changes):
@@ -105,4 +105,32 @@ def attention_in_16_bits(mesh, **changes):
             for norm in (torch.linalg.vector_norm, lambda z: z.abs().max())
         )
         for name, x in high.items()
+    }
+
+
+def refused(mesh):
+    """What does not fit is an error that says what came, on all ranks and before any exchange."""
+    parallel, x = over(*mesh), torch.zeros(1, 2, 6, 8)
+    few, y, mask = x[:, :, :2], torch.cat([x, x[:, :, :2]], 2), torch.ones(1, 2, dtype=torch.bool)
+
+    def refuses(kind, text, call, *arguments, **others):
+        try:
+            call(*arguments, **others)
+        except kind as error:
+            return 0.0 if text in str(error) else 1.0
+        return 1.0
+
+    four = "the 4 ranks of a Ulysses group must divide the heads of q, got 6"
+    attention, other = parallel.attention, init_device_mesh("cpu", (4,), mesh_dim_names=("data",))
+    return {
+        "heads": refuses(ValueError, four, attention, x, few, few),
+        "groups": refuses(
+            ValueError, "divides the 6 of q, got 4", attention, x, *[x[:, :, :4]] * 2
+        ),
+        "tokens": refuses(ValueError, "k must have shape", attention, x, x[:, :1], x),
+        "dtype": refuses(TypeError, "k must have the dtype of q", attention, x, few.double(), few),
+        "mask": refuses(ValueError, "key_mask must have", attention, y, few, few, mask[:, :1]),
+        "bias": refuses(ValueError, "bias must have", attention, y, few, few, bias=x),
+        "length": refuses(ValueError, "9 tokens on 4 ranks are 3", parallel.gather, x, 1, 9),
+        "mesh": refuses(ValueError, "got ('data',)", SequenceParallel.from_mesh, other),
     }

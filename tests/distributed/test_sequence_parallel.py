@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from network_checks import DROP, drawn_in_parts, network_in_parts
 from processes import run
-from sequence_checks import attention_in_16_bits, attention_in_parts
+from sequence_checks import attention_in_16_bits, attention_in_parts, refused
 
 from lumina import RopeScaling
 
@@ -55,6 +55,7 @@ CHECKS = {
     )
     for name, changes in cases.items()
 }
+CHECKS["refused"] = refused, (1, 4), {}
 
 
 @pytest.fixture(scope="module")
