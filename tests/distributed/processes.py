@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-SLOW = ("sympy", "triton", "hypothesis")
+SLOW = ("torch._dynamo", "torch.distributed.fsdp", "triton", "hypothesis")
 
 
 def run(world, checks):
