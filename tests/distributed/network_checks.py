@@ -1,12 +1,22 @@
 """A network of which each process has some tokens, compared with the same network by itself."""
 
+import os
+import re
+import tempfile
+from pathlib import Path
+from unittest import mock
+from unittest.mock import DEFAULT
+
 import torch
+import torch.distributed as dist
 from networks import cast, config, inputs, randomise
 from processes import error, mean
 from sequence_checks import over
 
+import lumina
 from lumina import ContextDrop, Guidance, NextDiT, RopeScaling, sample
 
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "distributed.md"
 EIGHT_ON_TWO = dict(dim=64, n_heads=8, n_kv_heads=2)
 DROP = ContextDrop(factor=2).at(0.0, 2)
 
@@ -68,3 +78,24 @@ def drawn_in_parts(mesh):
     model.sequence_parallel = over(*mesh)
     found = drawn()
     return {"out": error(found, expected)}
+
+
+def documented(_):
+    """The first program of docs/distributed.md, among the processes that there are."""
+    program = re.search(r"^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)[1]
+    here, names = os.getcwd(), {}
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        try:
+            with mock.patch.multiple(
+                dist, init_process_group=DEFAULT, destroy_process_group=DEFAULT
+            ):
+                exec(compile(program, PAGE.name, "exec"), names)
+            assert os.listdir() == (["apple.png"] if dist.get_rank() == 0 else [])
+        finally:
+            os.chdir(here)
+    names["model"].sequence_parallel = None
+    noise = torch.Generator().manual_seed(0)
+    texts = *names["caption"], *names["nothing"]
+    alone = lumina.sample(names["model"], *texts, size=(32, 32), generator=noise).latents
+    return {"out": error(names["pictures"], alone)}

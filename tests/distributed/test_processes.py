@@ -6,7 +6,7 @@ Four processes, started once, run all checks, in pairs those of two processes; e
 import pytest
 import torch
 import torch.distributed as dist
-from network_checks import DROP, drawn_in_parts, network_in_parts
+from network_checks import DROP, documented, drawn_in_parts, network_in_parts
 from processes import run
 from sequence_checks import attention_in_16_bits, attention_in_parts, refused
 from training_checks import computes_in_16_bits, trained_in_parts
@@ -71,6 +71,7 @@ CHECKS |= {
         ("compiled", {"data": 2, "ring": 2}, {"compile": "eager", "steps": 3, "n_layers": 1}),
     )
 }
+CHECKS["documented"] = documented, None, {}
 CHECKS["bfloat16"] = computes_in_16_bits, None, {}
 
 
