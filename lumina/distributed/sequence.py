@@ -9,6 +9,7 @@ of a Ulysses group lie side by side, and together they are a chunk of the ring.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,21 @@ from lumina_kernels import gqa_attention
 from lumina_kernels.checks import check_axes, check_mask, check_same_dtype, check_shape
 
 Pool = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None, Tensor | None]]
+
+
+def _uncompiled(method):
+    """`torch.compiler.disable`, which takes seconds to import, only where there is a compiler.
+
+    It would trace the exchanges in part, by one graph for the piece between any two of them.
+    """
+
+    @functools.wraps(method)
+    def call(*args, **kwargs):
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(method)(*args, **kwargs)
+        return method(*args, **kwargs)
+
+    return call
 
 
 @dataclass(frozen=True)
@@ -79,6 +95,7 @@ class SequenceParallel:
         """This process's number among them."""
         return _rank(self.ring) * _size(self.ulysses) + _rank(self.ulysses)
 
+    @_uncompiled
     def shard(self, x: Tensor, dim: int) -> Tensor:
         """The rank's C = ceil(L / (U R)) of the L tokens along `dim`; zeros behind the last token.
 
@@ -86,6 +103,7 @@ class SequenceParallel:
         """
         return _Shard.apply(x, dim % x.ndim, self)
 
+    @_uncompiled
     def gather(self, x: Tensor, dim: int, length: int) -> Tensor:
         """All `length` tokens along `dim` from the C of each rank: `shard` undone.
 
@@ -109,6 +127,7 @@ class SequenceParallel:
             mask = like.new_ones(like.shape[:2], dtype=torch.bool)
         return None if mask is None else self.shard(mask, 1)
 
+    @_uncompiled
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, *,
         text_k: Tensor | None = None, text_v: Tensor | None = None, text_mask: Tensor | None = None,

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-SLOW = ("torch._dynamo", "torch.distributed.fsdp", "triton", "hypothesis")
+SLOW = ("torch._dynamo", "torch.distributed.fsdp", "networkx", "triton", "hypothesis")
 
 
 def run(world, checks):
