@@ -9,7 +9,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-SLOW = ("torch._dynamo", "torch.distributed.fsdp", "networkx", "triton", "hypothesis")
+SLOW = (
+    "torch._dynamo.testing", "torch._dynamo.backends.inductor", "torch.distributed.fsdp", "triton",
+    "hypothesis",
+)  # fmt: skip
 
 
 def run(world, checks):

@@ -66,9 +66,9 @@ CHECKS |= {
             {"data": 4},
             {"family": "lumina2", "steps": 3, "checkpoint_activations": True},
         ),
-        ("Ulysses", {"data": 2, "ulysses": 2}, {"checkpoint_activations": True}),
+        ("Ulysses", {"data": 2, "ulysses": 2}, {"steps": 5}),
         ("ring of Ulysses", {"ring": 2, "ulysses": 2}, {"checkpoint_activations": True}),
-        ("compiled", {"data": 2, "ring": 2}, {"compile": "eager", "steps": 3, "n_layers": 1}),
+        ("compiled", {"data": 2, "ring": 2}, {"compile": "eager", "steps": 2, "n_layers": 1}),
     )
 }
 CHECKS["documented"] = documented, None, {}
