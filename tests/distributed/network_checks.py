@@ -80,6 +80,32 @@ def drawn_in_parts(mesh):
     return {"out": error(found, expected)}
 
 
+def keeps_its_share(mesh):
+    """Of what a forward keeps for its backward: 1 / ranks, and at most 15 % of that besides."""
+    model, parallel = network(EIGHT_ON_TWO), over(*mesh)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    arguments = cast(inputs(3, 32, 30), torch.float32)
+
+    def kept():
+        sizes = {}
+
+        def pack(x):
+            storage = x.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            out = model(*arguments)
+        assert out.requires_grad  # and so what is kept is still there
+        return sum(size for place, size in sizes.items() if place not in own)
+
+    whole = kept()
+    model.sequence_parallel = parallel
+    share = kept() / whole
+    assert share > 0.9 / parallel.size
+    return {"kept": max(0.0, share * parallel.size - 1.15)}
+
+
 def documented(_):
     """The first program of docs/distributed.md, among the processes that there are."""
     program = re.search(r"^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)[1]
