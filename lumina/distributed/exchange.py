@@ -35,7 +35,7 @@ def all_to_all(x: Tensor, group: ProcessGroup) -> Tensor:
 def gathered(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
     """The tensors of all ranks, one after the other along `dim`. Each rank may use them for
     something else; the gradient is the sum over the ranks, always in the same order."""
-    if not x.requires_grad:
+    if not (x.requires_grad and torch.is_grad_enabled()):
         return all_gather(x, dim, group)
     parts = all_to_all(x.expand(group.size(), *x.shape), group)
     return parts.movedim(0, dim).flatten(dim, dim + 1)

@@ -164,7 +164,7 @@ class SequenceParallel:
         Raises:
             ValueError, TypeError: U does not divide H; a shape or dtype is not as above.
         """
-        self._check(q, k, v, key_mask, bias, text_mask)
+        self._check(q, k, v, key_mask, bias)
         text = {"text_k": text_k, "text_v": text_v, "text_mask": text_mask, "text_gate": text_gate}
         if bias is not None:
             bias = bias.expand(q.shape[0], 1, 1, q.shape[1])
@@ -195,17 +195,21 @@ class SequenceParallel:
         One exchange for q, k and v: a rank is sent its heads of all three.
         """
         group, U = self.ulysses, self.ulysses.size()
-        of_all = _kv_heads(q.shape[2], k.shape[2], U)
-        index = torch.tensor(of_all, device=q.device).flatten()
-        each = [q, *(x.index_select(2, index) for x in (k, v))]
-        x = torch.cat([z.unflatten(2, (U, -1)).movedim(2, 0) for z in each], 3)
+        index = _kv_heads(q.shape[2], k.shape[2], U, q.device)
+
+        def by_rank(x):  # (B, tokens, U, heads, K)
+            return (x if len(index) == x.shape[2] else x.index_select(2, index)).unflatten(
+                2, (U, -1)
+            )
+
+        each = q.unflatten(2, (U, -1)), by_rank(k), by_rank(v)
+        x = torch.cat([z.movedim(2, 0) for z in each], 3)
         x = all_to_all(x, group)  # (U, B, C, heads, K), the first dimension from heads to tokens
-        x, n = x.movedim(0, 1).flatten(1, 2), len(of_all[0])  # (B, U C, heads, K)
-        q, k, v = x.split([x.shape[2] - 2 * n, n, n], 2)
+        q, k, v = x.movedim(0, 1).flatten(1, 2).split([z.shape[3] for z in each], 2)
         if text["text_k"] is not None:
-            index = index.view(U, n)[group.rank()]
-            text_k, text_v = (text[name].index_select(2, index) for name in ("text_k", "text_v"))
-            gate = text["text_gate"].unflatten(0, (U, -1))[group.rank()]
+            rank = group.rank()
+            text_k, text_v = (by_rank(text[name])[:, :, rank] for name in ("text_k", "text_v"))
+            gate = text["text_gate"].unflatten(0, (U, -1))[rank]
             text = {**text, "text_k": text_k, "text_v": text_v, "text_gate": gate}
         if text["text_mask"] is not None and text["text_mask"].ndim == 3:
             text = {**text, "text_mask": all_gather(text["text_mask"], 1, group)}
@@ -214,7 +218,7 @@ class SequenceParallel:
     def _chunk(self, length: int) -> int:
         return -(-length // self.size)
 
-    def _check(self, q, k, v, key_mask, bias, text_mask) -> None:
+    def _check(self, q, k, v, key_mask, bias) -> None:
         check_axes("q", q, "B, C, H, K")
         check_axes("k", k, "B, C, G, K")
         (B, C, H, K), G, U, device = q.shape, k.shape[2], _size(self.ulysses), q.device
@@ -240,19 +244,15 @@ def _rank(group: ProcessGroup | None) -> int:
     return 0 if group is None else group.rank()
 
 
-def _kv_heads(H: int, G: int, U: int) -> list[list[int]]:
-    """For each of U ranks, with H / U query heads in turn, the key/value heads that it reads.
+def _kv_heads(H: int, G: int, U: int, device) -> Tensor:
+    """The key/value heads that the query heads of U ranks read, those of the first rank first.
 
     Grouped attention takes key/value heads of equally many query heads each. So a head comes once
-    for each `together` of its query heads: H / G of them end where a head's group ends, H / U where
-    the rank does.
+    for each `together` of its query heads: a group ends every H / G of them, and a rank's query
+    heads every H / U.
     """
-    group, on_rank = H // G, H // U
-    together = math.gcd(group, on_rank)
-    return [
-        [(rank * on_rank + first) // group for first in range(0, on_rank, together)]
-        for rank in range(U)
-    ]
+    together = math.gcd(H // G, H // U)
+    return torch.arange(0, H, together, device=device) // (H // G)
 
 
 def _to_tokens(out: Tensor, group: ProcessGroup) -> Tensor:
