@@ -67,3 +67,12 @@ def error(found, expected, floor=0.0):
         return 0.0
     size = max(expected.abs().max().item(), floor, 1e-30)
     return (found - expected).abs().max().item() / size
+
+
+def refuses(kind, text, call, *arguments, **others):
+    """0, where the call raises such an exception with this text; else 1."""
+    try:
+        call(*arguments, **others)
+    except kind as error:
+        return 0.0 if text in str(error) else 1.0
+    return 1.0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from processes import error, mean
+from processes import error, mean, refuses
 from torch.distributed.device_mesh import init_device_mesh
 
 from lumina.distributed.sequence import SequenceParallel
@@ -112,14 +112,6 @@ def refused(mesh):
     """What does not fit is an error that says what came, on all ranks and before any exchange."""
     parallel, x = over(*mesh), torch.zeros(1, 2, 6, 8)
     few, y, mask = x[:, :, :2], torch.cat([x, x[:, :, :2]], 2), torch.ones(1, 2, dtype=torch.bool)
-
-    def refuses(kind, text, call, *arguments, **others):
-        try:
-            call(*arguments, **others)
-        except kind as error:
-            return 0.0 if text in str(error) else 1.0
-        return 1.0
-
     four = "the 4 ranks of a Ulysses group must divide the heads of q, got 6"
     attention, other = parallel.attention, init_device_mesh("cpu", (4,), mesh_dim_names=("data",))
     return {

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from network_checks import DROP, documented, drawn_in_parts, keeps_its_share, network_in_parts
 from processes import run
 from sequence_checks import attention_in_16_bits, attention_in_parts, refused
-from training_checks import computes_in_16_bits, trained_in_parts
+from training_checks import computes_in_16_bits, refused_by_parallelize, trained_in_parts
 
 from lumina import RopeScaling
 
@@ -72,6 +72,7 @@ CHECKS |= {
         ("compiled", {"data": 2, "ring": 2}, {"compile": "eager", "steps": 2, "n_layers": 1}),
     )
 }
+CHECKS["refused by parallelize"] = refused_by_parallelize, None, {}
 CHECKS["documented"] = documented, None, {}
 CHECKS["bfloat16"] = computes_in_16_bits, None, {}
 

@@ -4,11 +4,11 @@ import copy
 
 import torch
 from network_checks import EIGHT_ON_TWO, network
-from networks import MASK
-from processes import error, mean
+from networks import MASK, config
+from processes import error, mean, refuses
 from torch.distributed.device_mesh import init_device_mesh
 
-from lumina import Lumina2, Lumina2Config
+from lumina import Lumina2, Lumina2Config, NextDiT
 from lumina.distributed.parallelize import parallelize
 
 
@@ -70,3 +70,17 @@ def computes_in_16_bits(_):
     for p in model.parameters():
         assert p.dtype == p.grad.dtype == torch.float32
     return {"out": error(found, expected)}
+
+
+def refused_by_parallelize(_):
+    shared = init_device_mesh("cpu", (4,), mesh_dim_names=("ulysses",))
+    other = init_device_mesh("cpu", (4,), mesh_dim_names=("tensor",))
+    with torch.device("meta"):
+        model, lumina2 = NextDiT(config()), Lumina2(Lumina2Config(n_layers=1))
+    return {
+        "mesh": refuses(ValueError, "got ('tensor',)", parallelize, model, other),
+        "network": refuses(ValueError, "Lumina2 has not", parallelize, lumina2, shared),
+        "dtype": refuses(
+            ValueError, "needs fsdp", parallelize, model, shared, fsdp=False, param_dtype=torch.half
+        ),
+    }
