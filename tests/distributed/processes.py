@@ -34,7 +34,7 @@ def run(world, checks):
 def _main(rank, world, folder, checks):
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world,
-        timeout=timedelta(seconds=20),
+        timeout=timedelta(seconds=60),
     )  # fmt: skip
     torch.set_num_threads(1)
     found = {}
