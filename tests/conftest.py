@@ -14,6 +14,7 @@ if not torch.cuda.is_available():
 LONGEST = (
     "test_dropin_models.py", "test_contract.py", "test_aot.py", "test_gpu_report.py",
     "test_readme.py", "test_model_triton.py", "test_cli.py", "test_joint_model.py",
+    "test_processes.py",
 )  # fmt: skip
 
 # A loaded machine is slow, which says nothing about the code.

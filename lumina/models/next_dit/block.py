@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -9,7 +11,7 @@ from lumina.models.next_dit.config import NextDiTConfig
 from lumina.models.parts import norms
 from lumina.models.parts.geometry import Geometry
 from lumina.models.parts.sandwich import SandwichBlock
-from lumina.models.parts.windows import Windows, pool
+from lumina.models.parts.windows import Windows, pool, pool_padded
 from lumina_kernels import gqa_attention, qk_norm_rope3d, qk_norm_rope3d_pool, rope3d
 
 
@@ -96,7 +98,8 @@ class Attention(nn.Module):
         if fused is None:
             q, k = self.q_norm(q).to(q.dtype), self.k_norm(k).to(k.dtype)
         q, k = self._heads(q), self._heads(k)
-        if fused is not None and windows is not None and windows.index is None:
+        parallel = geometry.parallel
+        if parallel is None and fused is not None and windows is not None and windows.index is None:
             q, k, v, _, counts = qk_norm_rope3d_pool(
                 q, k, v, *fused, *rope, windows.grid, windows.factor, eps=self.q_norm.eps,
                 backend=backend,
@@ -107,14 +110,16 @@ class Attention(nn.Module):
                 q, k = qk_norm_rope3d(q, k, *fused, *rope, self.q_norm.eps, backend=backend)
             else:
                 q, k = rope3d(q, k, *rope, backend=backend)
-            if windows is not None:
+            if parallel is None and windows is not None:
                 k, v, key_mask, bias = pool(k, v, windows, backend)
         if geometry.key_scale is not None:
             k = (k * geometry.key_scale).to(k.dtype)
-        out = gqa_attention(
-            q, k, v, key_mask, text_k=text[0], text_v=text[1], text_mask=text_mask,
-            text_gate=self.gate, bias=bias, backend=backend,
-        )  # fmt: skip
+        text = dict(text_k=text[0], text_v=text[1], text_mask=text_mask, text_gate=self.gate)
+        if parallel is None:
+            out = gqa_attention(q, k, v, key_mask, **text, bias=bias, backend=backend)
+        else:
+            means = windows and partial(pool_padded, windows=windows, backend=backend)
+            out = parallel.attention(q, k, v, key_mask, **text, pool=means, backend=backend)
         return self.wo(out.flatten(2))
 
     def _heads(self, z: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ A conditioning width, H query heads, G key/value heads, K head_dim, Y width of t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,9 @@ from lumina.models.parts.patches import Tokens, filled, repeated, to_images, to_
 from lumina.models.parts.rope import RopeScaling, rope_axes, rope_frequencies
 from lumina.models.parts.timestep import TimestepEmbedder
 from lumina.models.parts.windows import DroppedLayers, windows_of_layers
+
+if TYPE_CHECKING:
+    from lumina.distributed.sequence import SequenceParallel
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,14 @@ class NextDiT(nn.Module):
         config: sizes, see `NextDiTConfig`.
         backend: of every op: "torch", "triton", "cuda", "cpu"; None takes the best one for the
             tensors' device.
+
+    Attributes:
+        sequence_parallel: the processes that share the tokens of every image. All call the network
+            with the same arguments, and all get the whole result; docs/distributed.md has more.
+            None: this one has all tokens.
     """
+
+    sequence_parallel: SequenceParallel | None = None
 
     def __init__(self, config: NextDiTConfig, backend: str | None = None) -> None:
         super().__init__()
@@ -185,6 +196,15 @@ class NextDiT(nn.Module):
                 f"cap_mask must be (B, T) or (B, {tokens.patches.shape[1]}, T) for this image, "
                 f"got {tuple(mask.shape)}"
             )
+        parallel, length = self.sequence_parallel, tokens.patches.shape[1]
+        if parallel is not None:
+            mask = parallel.shard(mask, 1) if mask.ndim == 3 else mask
+            tokens = replace(
+                tokens,
+                patches=parallel.shard(tokens.patches, 1),
+                positions=parallel.shard(tokens.positions, -2),
+                mask=parallel.key_mask(tokens.mask, tokens.patches),
+            )
         h = self.x_embedder(tokens.patches)  # (B, L, D)
         c = self.t_embedder(t, tokens.patches.dtype) + pooled  # (B, A)
         if torch.is_grad_enabled():
@@ -195,6 +215,7 @@ class NextDiT(nn.Module):
             self._rope(tokens, t, rope_scaling),
             tokens.mask,
             key_scale(tokens.grids, base_seqlen, h),
+            parallel=parallel,
         )
         windows = windows_of_layers(tokens.grids, context_drop, len(self.layers), h.device)
 
@@ -202,7 +223,10 @@ class NextDiT(nn.Module):
         for layer, text, window in zip(self.layers, texts, windows, strict=True):
             carry = layer(text, mask, *carry, c, geometry, window)
         h = norms.residual_sum(carry, self.config.norm_eps, self.backend)
-        return to_images(self.final_layer(h, c), tokens.grids, x, self.config)
+        out = self.final_layer(h, c)
+        if parallel is not None:
+            out = parallel.gather(out, 1, length)
+        return to_images(out, tokens.grids, x, self.config)
 
     def encode_caption(self, cap_feats: Tensor, cap_mask: Tensor) -> Caption:
         """Do, once for a sampling run, the part of `forward` that depends on the captions alone."""

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lumina.models.parts.patches import Grid, filled
+
+if TYPE_CHECKING:
+    from lumina.distributed.sequence import SequenceParallel
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,7 @@ class Geometry:
     key_mask: Tensor | None  # (B, L) bool, False on padding
     key_scale: Tensor | None  # factor of the keys, see `key_scale`
     others: int = 0  # tokens behind the image's that context drop leaves alone
+    parallel: SequenceParallel | None = None  # the ranks that have the other tokens; None: none
 
 
 def key_scale(grids: list[Grid], base_seqlen: int | None, like: Tensor) -> Tensor | None:

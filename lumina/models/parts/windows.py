@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -116,3 +117,11 @@ def pool(
         k, v, windows.grid, windows.factor, windows.mask, backend=backend
     )
     return k, v, None if windows.index is None else mask, windows.bias(counts, k.dtype)
+
+
+def pool_padded(k: Tensor, v: Tensor, windows: Windows, backend: str | None):
+    """As `pool`, with any number of tokens behind those of the images."""
+    if windows.index is None:
+        tokens = math.prod(windows.grid)
+        k, v = k[:, :tokens], v[:, :tokens]
+    return pool(k, v, windows, backend)

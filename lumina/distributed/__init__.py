@@ -1,0 +1,1 @@
+"""One network on several processes: sequence parallelism and FSDP2 on PyTorch's own engine."""

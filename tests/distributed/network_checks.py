@@ -1,0 +1,129 @@
+"""A network of which each process has some tokens, compared with the same network by itself."""
+
+import copy
+import os
+import re
+import tempfile
+from pathlib import Path
+from unittest import mock
+from unittest.mock import DEFAULT
+
+import torch
+import torch.distributed as dist
+from networks import cast, config, inputs, randomise
+from processes import error, mean
+from sequence_checks import over
+
+import lumina
+from lumina import ContextDrop, Guidance, NextDiT, RopeScaling, sample
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "distributed.md"
+EIGHT_ON_TWO = dict(dim=64, n_heads=8, n_kv_heads=2)
+DROP = ContextDrop(factor=2).at(0.0, 2)
+
+
+def network(heads, backend=None):
+    return randomise(NextDiT(config(**heads), backend), torch.float32).float()
+
+
+def results(model, x, t, feats, mask, weights, **settings):
+    """The velocity, and the gradients of the parameters, of the picture and of the text."""
+    x = [z.clone().requires_grad_() for z in (x if isinstance(x, list) else [x])]
+    feats = feats.clone().requires_grad_()
+    model.zero_grad()
+    out = model(x if len(x) > 1 else x[0], t, feats, mask, **settings)
+    flat = torch.cat([z.flatten() for z in out])
+    (flat * weights[: flat.numel()]).sum().backward()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    grads |= {f"x {i}": z.grad for i, z in enumerate(x)} | {"text": feats.grad}
+    return flat.detach(), grads
+
+
+def network_in_parts(mesh, size, heads=EIGHT_ON_TWO, regions=False, captions=1, **settings):
+    model = network(heads)
+    x, t, feats, mask = cast(inputs(*size), torch.float32)
+    if captions > 1:
+        feats, mask = torch.cat([feats, feats.flip(0)]), torch.cat([mask, mask.flip(0)])
+    if regions:
+        tokens = size[1] // 2 * (size[2] // 2)
+        mask = torch.rand(mask.shape[0], tokens, mask.shape[1]) < 0.6
+    arguments = (x, t, feats, mask, torch.randn(10_000))
+    out, grads = results(model, *arguments, **settings)
+    model.sequence_parallel = over(*mesh)
+    found, found_grads = results(model, *arguments, **settings)
+    errors = {"out": error(found, out)}
+    # A bias of all keys shifts the scores of a query alike: its gradient is rounding alone.
+    sizes = {name: x.abs().max().item() for name, x in grads.items()}
+    floors = {name: sizes[name.replace("ky_norm.bias", "ky_norm.weight")] for name in sizes}
+    found_grads = mean(found_grads)
+    errors |= {name: error(found_grads[name], x, floors[name]) for name, x in grads.items()}
+    assert sizes["layers.0.attention.wk.weight"] > 1e-3 and sizes["x 0"] > 1e-3
+    return errors
+
+
+def drawn_in_parts(mesh):
+    """`lumina.sample` with all there is, and prepared captions."""
+    model = network(EIGHT_ON_TWO)
+    _, _, feats, mask = cast(inputs(3, 8, 8), torch.float32)
+    settings = dict(
+        size=(14, 10), steps=2, guidance=Guidance(3.0), context_drop=ContextDrop(),
+        rope_scaling=RopeScaling("time_aware", base_size=2), base_seqlen=9,
+    )  # fmt: skip
+
+    def drawn():
+        seed = torch.Generator().manual_seed(1)
+        texts = feats, mask, feats[:1] / 2, mask[:1]
+        return sample(model, *texts, **settings, generator=seed).latents
+
+    expected = drawn()
+    model.sequence_parallel = over(*mesh)
+    model = copy.deepcopy(model)  # as an EMA is made
+    found = drawn()
+    return {"out": error(found, expected)}
+
+
+def keeps_its_share(mesh):
+    """Of what a forward keeps for its backward: 1 / ranks, and at most 15 % of that besides."""
+    model, parallel = network(EIGHT_ON_TWO), over(*mesh)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    arguments = cast(inputs(3, 32, 30), torch.float32)
+
+    def kept():
+        sizes = {}
+
+        def pack(x):
+            storage = x.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            out = model(*arguments)
+        assert out.requires_grad  # and so what is kept is still there
+        return sum(size for place, size in sizes.items() if place not in own)
+
+    whole = kept()
+    model.sequence_parallel = parallel
+    share = kept() / whole
+    assert share > 0.9 / parallel.size
+    return {"kept": max(0.0, share * parallel.size - 1.15)}
+
+
+def documented(_):
+    """The first program of docs/distributed.md, among the processes that there are."""
+    program = re.search(r"^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)[1]
+    here, names = os.getcwd(), {}
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        try:
+            with mock.patch.multiple(
+                dist, init_process_group=DEFAULT, destroy_process_group=DEFAULT
+            ):
+                exec(compile(program, PAGE.name, "exec"), names)
+            assert os.listdir() == (["apple.png"] if dist.get_rank() == 0 else [])
+        finally:
+            os.chdir(here)
+    names["model"].sequence_parallel = None
+    noise = torch.Generator().manual_seed(0)
+    texts = *names["caption"], *names["nothing"]
+    alone = lumina.sample(names["model"], *texts, size=(32, 32), generator=noise).latents
+    return {"out": error(names["pictures"], alone)}
