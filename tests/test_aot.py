@@ -135,13 +135,15 @@ def test_memory_moves_16_bytes_at_a_time(rows):
         elif "bwd" in row["call"]:
             # The backward of k has rows of 576 on one warp, and reads its tables for every token. A
             # weight that heads share has its sums over the heads stored once a program, in pieces.
-            least = (0.49, 0.65) if row["op"].startswith("qk_norm") else (0.59, 0.88)
-            assert row["loads"] > least[0] and row["stores"] > least[1], row
+            least = 0.49 if row["op"].startswith("qk_norm") else 0.59
+            stores = 0.65 if "rms_per_head" in row["call"] else 0.88
+            assert row["loads"] > least and row["stores"] > stores, row
         elif row["op"] in norms:
             assert row["loads"] > 0.94 and row["stores"] > 0.94, row
         else:
-            # Frequencies, for every sample or once a program, whose two warps share a token.
-            least = 0.75 if "per sample" in row["call"] else 0.77
+            # Frequencies, for every sample, or those of a token that two warps share.
+            least = 0.77 if row["op"] == "qk_norm_rope3d" else 0.78
+            least = 0.75 if "per sample" in row["call"] else least
             assert row["loads"] > least and row["stores"] > 0.82, row
 
 
