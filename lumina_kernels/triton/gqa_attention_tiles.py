@@ -105,4 +105,6 @@ def _warp_tiles(kind: str, K: int, arch: int, bias: bool, more: bool) -> Tiles:
         return Tiles(128, 32, warps=8, stages=2, edge=16)
     if wide:
         return Tiles(64, 64, warps=8, stages=2) if K == 128 else Tiles(32, 32, warps=4, stages=2)
-    return Tiles(16, 64, warps=4, stages=1)
+    if bias:  # its tile leaves no registers for loads of the next one
+        return Tiles(16, 64, warps=4, stages=1)
+    return Tiles(32, 32, warps=8, stages=2)

@@ -51,11 +51,12 @@ def _main(rank, world, folder, checks):
 
 
 def mean(tensors):
-    """Of each, by name, over all processes, as DDP and FSDP reduce gradients; in one exchange."""
+    """Of each, by name, over all processes, as FSDP reduces gradients: not in 16 bits."""
     flat = torch.cat([x.detach().flatten() for x in tensors.values()])
+    flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
     dist.all_reduce(flat)
     each = (flat / dist.get_world_size()).split([x.numel() for x in tensors.values()])
-    return {n: y.view(x.shape) for (n, x), y in zip(tensors.items(), each, strict=True)}
+    return {n: y.view(x.shape).to(x.dtype) for (n, x), y in zip(tensors.items(), each, strict=True)}
 
 
 def error(found, expected, floor=0.0):
