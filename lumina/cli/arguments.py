@@ -70,6 +70,11 @@ def build_parser(name: str) -> argparse.ArgumentParser:
     _add_sampling(sub)
     _leave_to_pipelines(sub)
     _add_pipeline(sub)
+    _add_processes(sub).add_argument(
+        "--guidance-parallel",
+        action="store_true",
+        help="two processes share a picture's guidance, one runs the captions",
+    )
 
     sub = command(
         "demo", commands.demo, "draw the pictures of the README, checked against the reference"
@@ -108,6 +113,23 @@ def build_parser(name: str) -> argparse.ArgumentParser:
             sub.add_argument(option, action=action, default=field.default, help=text)
         else:
             sub.add_argument(option, type=kind, default=field.default, help=text)
+
+    group = _add_processes(sub)
+    group.add_argument(
+        "--fsdp", action="store_true", help="shard parameters, optimiser and average over all"
+    )
+    group.add_argument(
+        "--checkpoint-activations",
+        action="store_true",
+        help="keep the inputs of the blocks alone for the backward; also with one process",
+    )
+    group.add_argument(
+        "--accumulate",
+        type=_whole(1, 2**20),
+        default=1,
+        metavar="N",
+        help="take a step's pictures in N parts, one after the other; also with one process",
+    )
 
     sub = command("info", commands.info, "config, parameters and FLOPs of a checkpoint")
     sub.add_argument(
@@ -261,6 +283,21 @@ def _add_pipeline(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--verbose", action="store_const", const=True, help="tell times and the peak of memory"
     )
+
+
+def _add_processes(sub: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    group = sub.add_argument_group(
+        "with several processes",
+        "torchrun --nproc-per-node N -m lumina ... ; pictures are spread over them, but for those "
+        "that share the work on a picture",
+    )
+    group.add_argument(
+        "--ulysses", type=_whole(1), default=1, metavar="U", help="share tokens by their heads"
+    )
+    group.add_argument(
+        "--ring", type=_whole(1), default=1, metavar="R", help="share tokens, keys go round"
+    )
+    return group
 
 
 def _add_context_drop(sub: argparse.ArgumentParser) -> None:

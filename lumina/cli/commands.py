@@ -34,10 +34,10 @@ COMPACT_DEFAULTS = {
 LONG = 10**6  # pixels times steps; the shipped model takes some ten seconds for them on two cores
 
 
-def _load(args):
+def _load(args, device: str):
     backend = None if args.backend == "auto" else args.backend
-    encoder = lumina.load_caption_encoder(args.checkpoint, device=args.device)
-    model = lumina.load(args.checkpoint, backend=backend, device=args.device)
+    encoder = lumina.load_caption_encoder(args.checkpoint, device=device)
+    model = lumina.load(args.checkpoint, backend=backend, device=device)
     if model.config.in_channels != 3 or model.config.axes != ("h", "w"):
         raise ValueError(
             f"the command line draws RGB pixels; {args.checkpoint} makes "
@@ -72,9 +72,21 @@ def _base_size(checkpoint: Path) -> int:
 
 
 def sample(args) -> None:
-    if not has_own_encoder(args.checkpoint):
-        draw(args)
-        return
+    with _world(args, args.guidance_parallel) as world:
+        if has_own_encoder(args.checkpoint):
+            _sample(args, world)
+        else:
+            draw(args, world)
+
+
+def _world(args, guidance: bool = False):
+    # Here, because it takes a second to import.
+    from lumina.distributed.world import world
+
+    return world(args.device, ring=args.ring, ulysses=args.ulysses, guidance=guidance)
+
+
+def _sample(args, world) -> None:
     for name in ONLY_HERE:
         if getattr(args, name) is not None:
             option = "--" + name.replace("_", "-")
@@ -83,27 +95,33 @@ def sample(args) -> None:
         if getattr(args, name) is None:
             setattr(args, name, value)
     settings, extra, count = _settings(args), {}, len(args.prompts)
+    own = world.part(count)
     height, width = args.size
     check_picture(args.out, count * width, height)
     if args.image is not None:
-        extra["image"] = read_picture(args.image, args.size).expand(count, -1, -1, -1)
+        image = read_picture(args.image, args.size)
+        extra["image"] = image.expand(len(args.prompts[own]), -1, -1, -1)
     if args.strength is not None or args.image is not None:
         extra["strength"] = 0.8 if args.strength is None else args.strength
-    captions = _captions(args)
-    model, encoder = _load(args)
+    captions = _captions(args, world.first)
+    model, encoder = _load(args, world.device)
+    world.share(model)
     seeds = [(args.seed + i) % 2**64 for i in range(count)]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    if count * width * height * args.steps >= LONG:
+    if world.first and count * width * height * args.steps >= LONG:
         _announce(f"drawing {_pictures(count)} of {width}x{height} in {args.steps} steps")
     total = None if args.solver == "dopri5" or args.image is not None else args.steps
     start = time.perf_counter()
-    with progress(total, "steps") as bar:
+    with progress(total, "steps", shown=world.first) as bar:
         result = lumina.sample(
-            model, *encoder(captions), *encoder([""]), size=args.size, **settings, **extra,
-            generator=generators, callback=lambda *_: bar.update(),
+            model, *encoder(captions[own]), *encoder([""]), size=args.size, **settings, **extra,
+            generator=generators[own], callback=lambda *_: bar.update(),
         )  # fmt: skip
+    pictures = world.joined(result.latents)
+    if pictures is None:
+        return
     seconds = time.perf_counter() - start
-    save_picture(result.latents, args.out, text="\n".join(args.prompts))
+    save_picture(pictures, args.out, text="\n".join(args.prompts))
     print(f"{args.out}: {_pictures(count)}, {seconds:.1f} s, NFE {result.nfe}")
 
 
@@ -111,15 +129,16 @@ def _pictures(count: int) -> str:
     return "1 picture" if count == 1 else f"{count} pictures"
 
 
-def _captions(args) -> list[str]:
-    """The prompts as the shipped model was trained to read them, without case and punctuation; a
-    line on stderr for each that it cannot know. For another checkpoint, the prompts."""
+def _captions(args, said: bool) -> list[str]:
+    """The prompts as the shipped model was trained to read them, without case and punctuation;
+    where `said`, a line on stderr for each that it cannot know. For another checkpoint, the
+    prompts."""
     if args.checkpoint.resolve() != lumina.COMPACT.resolve():
         return args.prompts
     names = Names(load_emoji())
     captions = [names.caption(prompt) for prompt in args.prompts]
     for prompt, caption in zip(args.prompts, captions, strict=True):
-        if caption is None and plain(prompt):
+        if said and caption is None and plain(prompt):
             _announce(f"the model does not know {prompt!r}{_nearest(names, prompt)}")
     return [plain(p) if c is None else c for p, c in zip(args.prompts, captions, strict=True)]
 
@@ -190,7 +209,7 @@ def info(args) -> None:
 
 def evaluate(args) -> None:
     settings = _settings(args)
-    model, encoder = _load(args)
+    model, encoder = _load(args, args.device)
     data = load_emoji()
     english = len(data) if args.count is None else min(args.count, len(data))
     others = [language for language in data.captions if language != "en"] if args.others else []

@@ -7,6 +7,7 @@ import re
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,6 +16,9 @@ from lumina.checkpoints.files import read_safetensors
 from lumina.emoji.pictures import check_picture, read_picture, save_picture
 from lumina.progress import progress
 from lumina_kernels.output import check_output
+
+if TYPE_CHECKING:
+    from lumina.distributed.world import World
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Options of `sample` that only pipelines have, as argparse names them.
@@ -31,34 +35,42 @@ def has_own_encoder(checkpoint: Path) -> bool:
     return metadata.get("format") == "lumina" and "caption_encoder" in metadata
 
 
-def draw(args) -> None:
+def draw(args, world: World) -> None:
     """Draw with the pipeline of a checkpoint."""
     start = time.perf_counter()
-    check_output(args.out)
-    pipe = _pipeline(args)
+    if world.first:
+        check_output(args.out)
+    pipe = _pipeline(args, world.device)
+    world.share(pipe.transformer)
     height, width = args.size or (pipe.default_image_size,) * 2
     count = len(args.prompts)
     check_picture(args.out, count * width, height)
     options = _options(args, pipe, height, width)
     loaded = time.perf_counter()
-    if args.verbose:
+    verbose = args.verbose and world.first
+    if verbose:
         _say(f"loaded in {loaded - start:.1f} s")
     seeds = [(args.seed + i) % 2**64 for i in range(count)]
-    with progress(None, "steps") as bar:
-        images = pipe(
-            args.prompts, height=height, width=width, output_type="pt",
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            callback_on_step_end=lambda *_: bar.update(), **options,
-        ).images  # fmt: skip
+    prompts, images = args.prompts[own := world.part(count)], None
+    with progress(None, "steps", shown=world.first) as bar:
+        if prompts:
+            images = pipe(
+                prompts, height=height, width=width, output_type="pt",
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds[own]],
+                callback_on_step_end=lambda *_: bar.update(), **options,
+            ).images  # fmt: skip
+    images = world.joined(images)
+    if images is None:
+        return
     seconds = time.perf_counter() - loaded
     save_picture(2 * images.float() - 1, args.out, text="\n".join(args.prompts))
     pictures = "1 picture" if count == 1 else f"{count} pictures"
     print(f"{args.out}: {pictures} of {width}x{height}, {seconds:.1f} s, {type(pipe).__name__}")
-    if args.verbose:
-        _say(f"peak memory {_peak(args.device)}")
+    if verbose:
+        _say(f"peak memory {_peak(world.device)}")
 
 
-def _pipeline(args):
+def _pipeline(args, device: str):
     parts = {
         name: given
         for name in ("text_encoder", "tokenizer", "vae")
@@ -66,7 +78,7 @@ def _pipeline(args):
     }
     Pipeline = _import()
     pipe = Pipeline.from_pretrained(
-        args.checkpoint, dtype=DTYPES[args.dtype or "fp32"], device_map=args.device,
+        args.checkpoint, dtype=DTYPES[args.dtype or "fp32"], device_map=device,
         stages=bool(args.stages), backend=None if args.backend == "auto" else args.backend, **parts,
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)

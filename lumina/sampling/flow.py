@@ -90,9 +90,15 @@ class Flow:
         self.captions = captions
         # Memory of its own: a CUDA graph overwrites what it returned when it runs again.
         cloned = _map(torch.clone, self._prepared("cap"))
-        self.conditional = self.both = cloned
-        if self.guidance.needed:
-            self.both = _stack(cloned, self._prepared("neg"))
+        self.conditional = self.guided = cloned
+        if not self.guidance.needed:
+            return
+        negative, parallel = self._prepared("neg"), self.network.guidance_parallel
+        if parallel is None:
+            self.guided = _stack(cloned, negative)
+        elif parallel.negative:
+            B = len(captions.cap_feats)
+            self.guided = _map(lambda z: z.expand(B, *z.shape[1:]).clone(), negative)
 
     def _prepared(self, kind: str):
         # Offloaded parameters have no device; the hooks that load them move the inputs as well.
@@ -122,8 +128,12 @@ class Flow:
         acc = torch.promote_types(dtype, torch.float32)
         time = torch.full((len(batch),), t, dtype=acc, device=x[0].device)
         drop = self.context_drop and self.context_drop.at(t, self.network.config.n_layers)
-        caption = self.both if double else self.conditional
-        return self.model(batch, time, caption, context_drop=drop, **self.options)
+        caption, parallel = (
+            self.guided if double else self.conditional,
+            self.network.guidance_parallel,
+        )
+        v = self.model(batch, time, caption, context_drop=drop, **self.options)
+        return v if parallel is None else parallel.both(v)
 
     def velocity(self, t: float, x: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
         """The guided velocity."""

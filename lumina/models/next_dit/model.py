@@ -26,6 +26,7 @@ from lumina.models.parts.timestep import TimestepEmbedder
 from lumina.models.parts.windows import DroppedLayers, windows_of_layers
 
 if TYPE_CHECKING:
+    from lumina.distributed.guidance import GuidanceParallel
     from lumina.distributed.sequence import SequenceParallel
 
 
@@ -62,9 +63,12 @@ class NextDiT(nn.Module):
         sequence_parallel: the processes that share the tokens of every image. All call the network
             with the same arguments, and all get the whole result; docs/distributed.md has more.
             None: this one has all tokens.
+        guidance_parallel: the two processes that share guidance in `lumina.sample`; None: this one
+            runs the captions and the negative ones.
     """
 
     sequence_parallel: SequenceParallel | None = None
+    guidance_parallel: GuidanceParallel | None = None
 
     def __init__(self, config: NextDiTConfig, backend: str | None = None) -> None:
         super().__init__()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,9 @@ from lumina.models.parts.joint_config import JointConfig
 from lumina.models.parts.patches import Grid, Tokens, filled, repeated, to_images, to_tokens
 from lumina.models.parts.rope import RopeScaling, block_axes, block_frequencies
 from lumina.models.parts.windows import DroppedLayers, Windows, windows_of_layers
+
+if TYPE_CHECKING:
+    from lumina.distributed.guidance import GuidanceParallel
 
 # Learned tokens (1, P, D) behind those of an image, and which are attended, (B, P); None: all.
 Padding = tuple[Tensor, Tensor | None]
@@ -54,7 +58,13 @@ class JointTransformer(nn.Module):
     """A velocity network whose blocks run over image and text in one sequence.
 
     Before them a few blocks run over the text alone and over the image alone (the refiners).
+
+    Attributes:
+        guidance_parallel: the two processes that share guidance in `lumina.sample`; None: this one
+            runs the captions and the negative ones.
     """
+
+    guidance_parallel: GuidanceParallel | None = None
 
     def __init__(
         self, config: JointConfig, t_embedder: nn.Module, backend: str | None = None
