@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,10 +12,9 @@ import lumina
 import lumina_kernels
 from lumina.cli import commands
 from lumina.cli.pictures import DTYPES
+from lumina.cli.types import device, seed, size, whole
 from lumina.emoji.train import TrainConfig
 from lumina.sampling.solvers import SOLVERS
-
-MAX_PIXELS = 50_000_000  # in a picture: some gigabytes of the network's activations
 
 
 class _Parser(argparse.ArgumentParser):
@@ -80,7 +78,7 @@ def build_parser(name: str) -> argparse.ArgumentParser:
         "demo", commands.demo, "draw the pictures of the README, checked against the reference"
     )
     sub.add_argument("--out", type=Path, default="samples/grid.png", help="picture file")
-    sub.add_argument("--seed", type=_seed, default=0, help="of the noise")
+    sub.add_argument("--seed", type=seed, default=0, help="of the noise")
 
     sub = command("prompts", commands.prompts, "list what the shipped model can draw")
     sub.add_argument(
@@ -102,7 +100,7 @@ def build_parser(name: str) -> argparse.ArgumentParser:
     sub.add_argument(
         "--data", type=Path, help="folder of emoji.png and emoji.json, instead of the shipped"
     )
-    sub.add_argument("--device", type=_device, default="cpu", help="cpu or cuda")
+    sub.add_argument("--device", type=device, default="cpu", help="cpu or cuda")
     sub.add_argument("--save-every", type=int, default=200, help="steps between two saves")
     for field in dataclasses.fields(TrainConfig):
         option = f"--{field.name.replace('_', '-')}"
@@ -125,7 +123,7 @@ def build_parser(name: str) -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--accumulate",
-        type=_whole(1, 2**20),
+        type=whole(1, 2**20),
         default=1,
         metavar="N",
         help="take a step's pictures in N parts, one after the other; also with one process",
@@ -137,23 +135,23 @@ def build_parser(name: str) -> argparse.ArgumentParser:
     )
     sub.add_argument(
         "--size",
-        type=_size,
+        type=size,
         default=None,
         metavar="WxH",
         help="in latent pixels, for the FLOPs; default: the trained size",
     )
-    sub.add_argument("--text", type=_whole(0, 10**6), default=32, help="text tokens, for the FLOPs")
+    sub.add_argument("--text", type=whole(0, 10**6), default=32, help="text tokens, for the FLOPs")
     _add_context_drop(sub)
 
     sub = command(
         "evaluate", commands.evaluate, "how many pictures' nearest neighbour is the prompted emoji"
     )
-    sub.add_argument("--count", type=_whole(1), help="English captions to draw; default: all")
+    sub.add_argument("--count", type=whole(1), help="English captions to draw; default: all")
     sub.add_argument(
-        "--others", type=_whole(0), default=64, help="captions of every other language, 0: none"
+        "--others", type=whole(0), default=64, help="captions of every other language, 0: none"
     )
     sub.add_argument(
-        "--large", type=_whole(0), default=128, help="captions drawn at twice the side, 0: none"
+        "--large", type=whole(0), default=128, help="captions drawn at twice the side, 0: none"
     )
     _add_model(sub)
     _add_sampling(sub)
@@ -190,14 +188,14 @@ def _add_model(sub: argparse.ArgumentParser) -> None:
         help="a file that `train` or lumina.save wrote",
     )
     sub.add_argument("--backend", default="auto", help="of the ops: auto, torch, triton, cuda, cpu")
-    sub.add_argument("--device", type=_device, default="cpu", help="cpu or cuda")
+    sub.add_argument("--device", type=device, default="cpu", help="cpu or cuda")
 
 
 def _add_sampling(sub: argparse.ArgumentParser) -> None:
     best = lumina.COMPACT_SETTINGS
     sub.add_argument(
         "--steps",
-        type=_whole(1, 10**6),
+        type=whole(1, 10**6),
         default=best["steps"],
         help="intervals of the time grid",
     )
@@ -221,7 +219,7 @@ def _add_sampling(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument(
         "--size",
-        type=_size,
+        type=size,
         default="32x32",
         metavar="WxH",
         help="in pixels, multiples of the patch",
@@ -233,7 +231,7 @@ def _add_sampling(sub: argparse.ArgumentParser) -> None:
         help="how RoPE stretches beyond the trained size",
     )
     _add_context_drop(sub)
-    sub.add_argument("--seed", type=_seed, default=0, help="of the noise; picture i takes seed + i")
+    sub.add_argument("--seed", type=seed, default=0, help="of the noise; picture i takes seed + i")
 
 
 def _leave_to_pipelines(sub: argparse.ArgumentParser) -> None:
@@ -278,7 +276,7 @@ def _add_pipeline(sub: argparse.ArgumentParser) -> None:
         "--tiled", action="store_const", const=True, help="decode by tiles, for large pictures"
     )
     sub.add_argument(
-        "--max-sequence-length", type=_whole(1, 10**6), help="tokens of a prompt that count"
+        "--max-sequence-length", type=whole(1, 10**6), help="tokens of a prompt that count"
     )
     sub.add_argument(
         "--verbose", action="store_const", const=True, help="tell times and the peak of memory"
@@ -292,10 +290,10 @@ def _add_processes(sub: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         "that share the work on a picture",
     )
     group.add_argument(
-        "--ulysses", type=_whole(1), default=1, metavar="U", help="share tokens by their heads"
+        "--ulysses", type=whole(1), default=1, metavar="U", help="share tokens by their heads"
     )
     group.add_argument(
-        "--ring", type=_whole(1), default=1, metavar="R", help="share tokens, keys go round"
+        "--ring", type=whole(1), default=1, metavar="R", help="share tokens, keys go round"
     )
     return group
 
@@ -309,49 +307,3 @@ def _add_context_drop(sub: argparse.ArgumentParser) -> None:
         help="side of the squares of tokens over which attention averages its keys, in all layers "
         "at t = 0 and in fewer and fewer towards t = 1; 1 is off",
     )
-
-
-def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
-    """Reads a whole number in this range."""
-
-    def number(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
-        if most is not None and value > most:
-            raise argparse.ArgumentTypeError(f"must be at most {most}, got {value}")
-        return value
-
-    number.__name__ = "int"  # in argparse's message about other texts
-    return number
-
-
-def _seed(text: str) -> int:
-    value = int(text)
-    if not -(2**63) <= value < 2**64:
-        raise argparse.ArgumentTypeError(f"must fit in 64 bits, got {value}")
-    return value
-
-
-def _size(text: str) -> tuple[int, int]:
-    """ "64x32" (width x height) as (H, W)."""
-    try:
-        width, height = (int(n) for n in text.lower().split("x"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be WIDTHxHEIGHT, got {text!r}") from None
-    if min(width, height) < 1:
-        raise argparse.ArgumentTypeError(f"must be WIDTHxHEIGHT, both positive, got {text!r}")
-    if width * height > MAX_PIXELS:
-        raise argparse.ArgumentTypeError(f"must be at most {MAX_PIXELS} pixels, got {text!r}")
-    return height, width
-
-
-def _device(text: str) -> str:
-    try:
-        device = torch.empty(1, device=text).device
-    except (RuntimeError, AssertionError, ValueError) as error:
-        reason = str(error).partition(". ")[0]
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be used here: {reason}") from None
-    if device.type == "meta":  # tensors without numbers
-        raise argparse.ArgumentTypeError("must be cpu or cuda, got 'meta'")
-    return text

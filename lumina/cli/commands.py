@@ -168,13 +168,19 @@ def demo(args) -> None:
 def train(args) -> None:
     config = TrainConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig)})
     data = load_emoji(args.data)
-    trainer = run_training(
-        config, args.run_folder, data=data, device=args.device, save_every=args.save_every
-    )
-    recent = trainer.losses[-100:]
-    loss = sum(recent) / max(1, len(recent))
-    print(f"{args.run_folder}: {trainer.done} of {args.steps} steps, loss {loss:.4f}", end="")
-    print("" if trainer.done == args.steps else "; the same command continues")
+    with _world(args) as world:
+        trainer = run_training(
+            config, args.run_folder, data=data, world=world, save_every=args.save_every,
+            fsdp=args.fsdp, checkpoint_activations=args.checkpoint_activations,
+            accumulate=args.accumulate,
+        )  # fmt: skip
+        if world.first:
+            recent = trainer.losses[-100:]
+            loss = sum(recent) / max(1, len(recent))
+            print(
+                f"{args.run_folder}: {trainer.done} of {args.steps} steps, loss {loss:.4f}", end=""
+            )
+            print("" if trainer.done == args.steps else "; the same command continues")
     if trainer.done < args.steps:  # saved, but the shell has to know
         raise KeyboardInterrupt
 

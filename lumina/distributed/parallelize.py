@@ -15,7 +15,7 @@ DIMENSIONS = ("data", "ring", "ulysses")
 
 def parallelize(
     model: nn.Module,
-    mesh: DeviceMesh,
+    mesh: DeviceMesh | None,
     *,
     fsdp: bool = True,
     param_dtype: torch.dtype | None = None,
@@ -31,6 +31,7 @@ def parallelize(
         model: `NextDiT`; or, on a mesh without "ring" and "ulysses", a network of another family.
         mesh: with dimensions among "data", "ring" and "ulysses": ranks along "data" have other
             pictures, those along the other two share the tokens of theirs (`SequenceParallel`).
+            None: one process, without fsdp.
         fsdp: shard the parameters by block over all ranks of the mesh (`fully_shard`), which
             averages their gradients. Without it every rank has all of them, and has to average them
             over the mesh by itself, as DDP does.
@@ -47,7 +48,7 @@ def parallelize(
             param_dtype without fsdp.
     """
     _check(model, mesh, fsdp, param_dtype)
-    if {"ring", "ulysses"} & set(mesh.mesh_dim_names):
+    if mesh is not None and {"ring", "ulysses"} & set(mesh.mesh_dim_names):
         parallel = SequenceParallel.from_mesh(mesh)
         model.sequence_parallel = parallel if parallel.size > 1 else None
     stacks = [getattr(model, name) for name in model.config.stacks]
@@ -62,7 +63,7 @@ def parallelize(
             for block in blocks:
                 block.compile(backend=backend, fullgraph=whole)
     if fsdp:
-        ranks = mesh if mesh.ndim == 1 else mesh._flatten()
+        ranks = _all_ranks(mesh)
         policy = {"param_dtype": param_dtype, "reduce_dtype": torch.float32}
         for blocks in stacks:
             for block in blocks:
@@ -73,7 +74,22 @@ def parallelize(
     return model
 
 
+def shard(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """FSDP2 around a module that is trained with the network, such as an encoder, over all ranks of
+    the same mesh; gradients are reduced in float32."""
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    return fully_shard(module, mesh=_all_ranks(mesh), mp_policy=policy)
+
+
+def _all_ranks(mesh: DeviceMesh) -> DeviceMesh:
+    return mesh if mesh.ndim == 1 else mesh._flatten()
+
+
 def _check(model, mesh, fsdp, param_dtype) -> None:
+    if mesh is None:
+        if fsdp:
+            raise ValueError("fsdp needs a mesh, got None")
+        return
     names = mesh.mesh_dim_names or ()
     if not names or not set(names) <= set(DIMENSIONS):
         raise ValueError(f"mesh must have dimensions among {DIMENSIONS}, got {names}")

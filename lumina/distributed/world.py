@@ -51,8 +51,29 @@ class World:
     def part(self, count: int) -> slice:
         """Those of `count` pictures that are this process's, as evenly as it goes; the last parts
         may have none."""
-        first, end = (-(-count * place // self.parts) for place in (self.place, self.place + 1))
-        return slice(first, end)
+        return part(count, self.place, self.parts)
+
+    @property
+    def training_mesh(self) -> DeviceMesh | None:
+        """What `parallelize` takes; None: there is one process."""
+        return None if self.mesh is None else self.mesh["data", "ring", "ulysses"]
+
+    def mean(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Over all processes, of each tensor; in one exchange."""
+        if self.mesh is None:
+            return tensors
+        flat = torch.cat([x.flatten() for x in tensors])
+        dist.all_reduce(flat)
+        each = (flat / self.size).split([x.numel() for x in tensors])
+        return [y.view_as(x) for x, y in zip(tensors, each, strict=True)]
+
+    def any(self, here: bool) -> bool:
+        """Whether it holds on any process."""
+        if self.mesh is None:
+            return here
+        flag = torch.tensor(float(here), device=self.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
 
     def share(self, network: nn.Module) -> None:
         """Have the network's tokens and guidance shared by the processes that have the same
@@ -86,6 +107,12 @@ class World:
         return torch.cat(there) if self.first else None
 
 
+def part(count: int, i: int, parts: int) -> slice:
+    """Part i of `count` things in a row, as evenly as it goes, the last ones the smallest."""
+    first, end = (-(-count * place // parts) for place in (i, i + 1))
+    return slice(first, end)
+
+
 @contextmanager
 def world(device: str, *, ring: int = 1, ulysses: int = 1, guidance: bool = False) -> Iterator:
     """The `World` of this program, for the time of the block.
@@ -97,6 +124,7 @@ def world(device: str, *, ring: int = 1, ulysses: int = 1, guidance: bool = Fals
 
     Raises:
         ValueError: the number of processes is no multiple of ring * ulysses (* 2 with guidance).
+        RuntimeError: within the block, an exchange with another process failed.
     """
     shared = ring * ulysses * (2 if guidance else 1)
     started = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
@@ -118,5 +146,12 @@ def world(device: str, *, ring: int = 1, ulysses: int = 1, guidance: bool = Fals
         sizes = (started // shared, 2 if guidance else 1, ring, ulysses)
         names = ("data", "guidance", "ring", "ulysses")
         yield World(device, init_device_mesh(kind, sizes, mesh_dim_names=names))
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo/transport" in str(error):
+            raise RuntimeError(
+                f"process {dist.get_rank()} of {started} cannot reach another one, which has ended "
+                f"or hangs: {error}"
+            ) from error
+        raise
     finally:
         dist.destroy_process_group()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +44,59 @@ def stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
+
+
+class Log:
+    """Loss, rate and speed of a run by step: `log.csv` with a line for every so many steps, and
+    TensorBoard's files in `tensorboard/` where that is installed.
+
+    Args:
+        folder: of the run; None keeps no log.
+        done: steps that the run has; later ones in the log were lost, and are taken again.
+        every: steps between two lines.
+    """
+
+    HEAD = "step,loss,lr,pictures/s\n"
+
+    def __init__(self, folder: Path | None, done: int, every: int = 10):
+        self.folder, self.done, self.every, self.board = folder, done, every, None
+        self.pictures, self.losses, self.start = 0, [], time.monotonic()
+
+    def __enter__(self) -> Log:
+        if self.folder is None:
+            return self
+        path, kept = self.folder / "log.csv", [self.HEAD]
+        if path.exists():
+            lines = path.read_text().splitlines(keepends=True)[1:]
+            kept += [line for line in lines if int(line.partition(",")[0]) <= self.done]
+        replace(path, lambda file: file.write_text("".join(kept)))
+        self.file = open(path, "a")
+        if importlib.util.find_spec("tensorboard") is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(self.folder / "tensorboard", purge_step=self.done + 1)
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.folder is None:
+            return
+        self.file.close()
+        if self.board is not None:
+            self.board.close()
+
+    def step(self, number: int, pictures: int, loss: float, lr: float) -> None:
+        """Step `number` was taken, from 1."""
+        self.pictures, self.losses = self.pictures + pictures, [*self.losses, loss]
+        if self.folder is None or number % self.every:
+            return
+        now = time.monotonic()
+        loss, speed = sum(self.losses) / len(self.losses), self.pictures / (now - self.start)
+        self.pictures, self.losses, self.start = 0, [], now
+        self.file.write(f"{number},{loss:.6g},{lr:.6g},{speed:.4g}\n")
+        self.file.flush()
+        if self.board is not None:
+            for name, value in (("loss", loss), ("lr", lr), ("pictures/s", speed)):
+                self.board.add_scalar(name, value, number)
 
 
 def plot_losses(losses: list[float], path: Path) -> None:

@@ -17,8 +17,10 @@ import lumina
 from lumina.emoji import train as training
 from lumina.emoji.data import EmojiSet
 from lumina.emoji.pictures import to_float
-from lumina.emoji.train import TrainConfig, Trainer, draw_caption
+from lumina.emoji.train import TrainConfig, Trainer
+from lumina.emoji.trainer import draw_caption, naming_loss
 from lumina.models.next_dit.config import PRESETS, NextDiTConfig
+from lumina.training.run import learning_rate
 
 TINY = NextDiTConfig(
     patch_size=4, in_channels=3, dim=48, n_layers=2, n_heads=2, n_kv_heads=1, multiple_of=16,
@@ -63,7 +65,7 @@ def test_loss_of_a_step_is_that_of_its_pictures():
 def test_naming_loss_reads_each_caption_alone():
     trainer = Trainer(CONFIG, pictures())
     symbols, index = trainer.naming_batch(random.Random(0))
-    loss = training.naming_loss(trainer.model, symbols, index)
+    loss = naming_loss(trainer.model, symbols, index)
     expected = 0.0
     for row, target in zip(symbols, index, strict=True):
         features, mask = trainer.model["caption_encoder"](row[None])
@@ -230,7 +232,7 @@ def test_a_finished_run_takes_more_steps(tmp_path):
         by_hand.step()
         rates.append(by_hand.optimizer.param_groups[0]["lr"])
     wanted = dict(peak=CONFIG.lr, warmup=CONFIG.warmup, steps=8, decay="cosine")
-    assert rates == [training.learning_rate(i, **wanted) for i in range(4, 8)]
+    assert rates == [learning_rate(i, **wanted) for i in range(4, 8)]
     assert_same_state(by_hand, long)
 
 
