@@ -8,14 +8,17 @@ from pathlib import Path
 from unittest import mock
 from unittest.mock import DEFAULT
 
+import joint_networks
 import torch
 import torch.distributed as dist
 from networks import cast, config, inputs, randomise
 from processes import error, mean
 from sequence_checks import over
+from torch.distributed.device_mesh import init_device_mesh
 
 import lumina
 from lumina import ContextDrop, Guidance, NextDiT, RopeScaling, sample
+from lumina.distributed.guidance import GuidanceParallel
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "distributed.md"
 EIGHT_ON_TWO = dict(dim=64, n_heads=8, n_kv_heads=2)
@@ -79,6 +82,37 @@ def drawn_in_parts(mesh):
     model.sequence_parallel = over(*mesh)
     model = copy.deepcopy(model)  # as an EMA is made
     found = drawn()
+    return {"out": error(found, expected)}
+
+
+def guided_in_parts(family, ragged=False, solver="midpoint"):
+    """`lumina.sample` on pairs of processes; guidance ends before the last step."""
+    if family == "next_dit":
+        model = network(EIGHT_ON_TWO)
+        _, _, feats, mask = cast(inputs(3, 8, 8), torch.float32)
+    else:
+        model = joint_networks.pair(family, torch.float32, None)[0]
+        feats = torch.randn(2, 5, model.config.cap_feat_dim)
+        mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    settings = dict(
+        size=[(8, 4 + 4 * (i % 2)) for i in range(len(feats))] if ragged else (8, 4),
+        steps=3, solver=solver, guidance=Guidance(3.0, until=0.8),
+    )  # fmt: skip
+
+    def drawn():
+        seed = torch.Generator().manual_seed(1)
+        texts = feats, mask, feats[:1, :2] / 2, mask[:1, :2]
+        found = sample(model, *texts, **settings, generator=seed).latents
+        return torch.cat([x.flatten() for x in found])
+
+    expected = drawn()
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "guidance"))
+    model.guidance_parallel = GuidanceParallel.from_mesh(mesh)
+    batches = []
+    model.register_forward_pre_hook(lambda _, arguments: batches.append(arguments))
+    found = drawn()
+    captions = [len(a[2].mask) for a in batches if len(a) > 2]
+    assert captions and set(captions) == {len(feats)}  # never the batch of both
     return {"out": error(found, expected)}
 
 

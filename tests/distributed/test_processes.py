@@ -6,10 +6,22 @@ Four processes, started once, run all checks, in pairs those of two processes; e
 import pytest
 import torch
 import torch.distributed as dist
-from network_checks import DROP, documented, drawn_in_parts, keeps_its_share, network_in_parts
+from network_checks import (
+    DROP,
+    documented,
+    drawn_in_parts,
+    guided_in_parts,
+    keeps_its_share,
+    network_in_parts,
+)
 from processes import run
 from sequence_checks import attention_in_16_bits, attention_in_parts, refused
-from training_checks import computes_in_16_bits, refused_by_parallelize, trained_in_parts
+from training_checks import (
+    computes_in_16_bits,
+    keeps_a_share_of_the_state,
+    refused_by_parallelize,
+    trained_in_parts,
+)
 
 from lumina import RopeScaling
 
@@ -72,6 +84,16 @@ CHECKS |= {
         ("compiled", {"data": 2, "ring": 2}, {"compile": "eager", "steps": 2, "n_layers": 1}),
     )
 }
+CHECKS |= {
+    f"guided, {name}": (guided_in_parts, family, options)
+    for name, family, options in (
+        ("Next-DiT", "next_dit", {}),
+        ("Next-DiT, list", "next_dit", {"ragged": True}),
+        ("Lumina 2, Euler", "lumina2", {"solver": "euler"}),
+        ("Z-Image", "z_image", {}),
+    )
+}
+CHECKS["memory of the state"] = keeps_a_share_of_the_state, None, {}
 CHECKS["refused by parallelize"] = refused_by_parallelize, None, {}
 CHECKS["documented"] = documented, None, {}
 CHECKS["bfloat16"] = computes_in_16_bits, None, {}

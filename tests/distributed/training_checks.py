@@ -72,6 +72,21 @@ def computes_in_16_bits(_):
     return {"out": error(found, expected)}
 
 
+def keeps_a_share_of_the_state(_):
+    """Parameters and the optimiser's moments: 1 / ranks of them, and at most 10 % besides."""
+    alone, arguments = network({**EIGHT_ON_TWO, "n_layers": 2}), pictures()
+    whole = 3 * sum(p.numel() for p in alone.parameters())
+    mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("data",))
+    model = parallelize(alone, mesh)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(*arguments).square().mean().backward()
+    optimizer.step()
+    moments = [x for state in optimizer.state.values() for x in state.values() if x.ndim]
+    kept = sum(x.to_local().untyped_storage().nbytes() for x in (*model.parameters(), *moments)) / 4
+    assert len(moments) == 2 * len(list(model.parameters())) and kept >= whole / 4
+    return {"kept": max(0.0, kept / whole - 1.1 / 4)}
+
+
 def refused_by_parallelize(_):
     shared = init_device_mesh("cpu", (4,), mesh_dim_names=("ulysses",))
     other = init_device_mesh("cpu", (4,), mesh_dim_names=("tensor",))
