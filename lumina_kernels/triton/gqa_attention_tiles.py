@@ -105,8 +105,4 @@ def _warp_tiles(kind: str, K: int, arch: int, bias: bool, more: bool) -> Tiles:
         return Tiles(128, 32, warps=8, stages=2, edge=16)
     if wide:
         return Tiles(64, 64, warps=8, stages=2) if K == 128 else Tiles(32, 32, warps=4, stages=2)
-    # The tile of a bias leaves no registers for loads of the next one, and at K = 40 the larger tile
-    # spills on sm_120.
-    if bias or K < 64:
-        return Tiles(16, 64, warps=4, stages=1)
-    return Tiles(32, 32, warps=8, stages=2)
+    return Tiles(16, 64, warps=4, stages=1)
