@@ -13,7 +13,7 @@ import lumina_kernels
 from lumina.cli import commands
 from lumina.cli.pictures import DTYPES
 from lumina.cli.types import device, seed, size, whole
-from lumina.emoji.train import TrainConfig
+from lumina.emoji.train_config import TrainConfig
 from lumina.sampling.solvers import SOLVERS
 
 

@@ -19,8 +19,7 @@ from lumina.emoji.demo import draw_demo
 from lumina.emoji.evaluate import evaluate as draws_right
 from lumina.emoji.names import Names, plain
 from lumina.emoji.pictures import check_picture, read_picture, save_picture
-from lumina.emoji.train import TrainConfig
-from lumina.emoji.train import train as run_training
+from lumina.emoji.train_config import TrainConfig
 from lumina.models.flops import forward_flops
 from lumina.progress import progress
 from lumina.sampling.schedules import parse_schedule
@@ -80,8 +79,7 @@ def sample(args) -> None:
 
 
 def _world(args, guidance: bool = False):
-    # Here, because it takes a second to import.
-    from lumina.distributed.world import world
+    from lumina.distributed.world import world  # see `train`
 
     return world(args.device, ring=args.ring, ulysses=args.ulysses, guidance=guidance)
 
@@ -166,6 +164,9 @@ def demo(args) -> None:
 
 
 def train(args) -> None:
+    # Here, because PyTorch's engine for several processes takes more than a second to import.
+    from lumina.emoji.train import train as run_training
+
     config = TrainConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig)})
     data = load_emoji(args.data)
     with _world(args) as world:
