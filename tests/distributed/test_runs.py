@@ -28,7 +28,7 @@ def launched(processes, *arguments):
     if processes > 1:
         start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
     command = [str(part) for part in (*start, *arguments)]
-    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=400)
 
 
 def train(processes, run, steps, save_every, *options, dies=False):
@@ -61,9 +61,8 @@ def assert_same_run(run, alone):
 
 
 def test_a_killed_process_ends_the_run_and_other_numbers_of_processes_go_on(tmp_path, alone):
-    start = time.monotonic()
     said = train(4, tmp_path, 12, 3, "fsdp", "die=5", dies=True)
-    assert time.monotonic() - start < 60
+    assert time.time() - float((tmp_path / "died").read_text()) < 60
     assert "cannot reach another one, which has ended" in said
     assert len(losses(tmp_path)) == 3
     train(2, tmp_path, 12, 3, "fsdp", "ulysses", "die_saving=6", dies=True)
