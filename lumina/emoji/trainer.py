@@ -6,7 +6,6 @@ import json
 import math
 import random
 import shutil
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -143,11 +142,7 @@ class Trainer:
         parts = self.world.parts * self.accumulate
         rows, named = (part(len(whole[0]), i, parts) for whole in (batch, naming_batch))
         x1, symbols, t, noise = (z[rows] for z in batch)
-        with (
-            torch.autocast(self.device.type, torch.bfloat16)
-            if self.config.autocast
-            else nullcontext()
-        ):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast):
             features = self.model["caption_encoder"](symbols)
             loss = flow_matching_loss(self.model["network"], x1, t, noise, *features)
             naming = naming_loss(self.model, *(z[named] for z in naming_batch))

@@ -128,10 +128,8 @@ class Flow:
         acc = torch.promote_types(dtype, torch.float32)
         time = torch.full((len(batch),), t, dtype=acc, device=x[0].device)
         drop = self.context_drop and self.context_drop.at(t, self.network.config.n_layers)
-        caption, parallel = (
-            self.guided if double else self.conditional,
-            self.network.guidance_parallel,
-        )
+        caption = self.guided if double else self.conditional
+        parallel = self.network.guidance_parallel if double else None
         v = self.model(batch, time, caption, context_drop=drop, **self.options)
         return v if parallel is None else parallel.both(v)
 

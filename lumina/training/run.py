@@ -86,8 +86,11 @@ class Log:
 
     def step(self, number: int, pictures: int, loss: float, lr: float) -> None:
         """Step `number` was taken, from 1."""
-        self.pictures, self.losses = self.pictures + pictures, [*self.losses, loss]
-        if self.folder is None or number % self.every:
+        if self.folder is None:
+            return
+        self.pictures += pictures
+        self.losses.append(loss)
+        if number % self.every:
             return
         now = time.monotonic()
         loss, speed = sum(self.losses) / len(self.losses), self.pictures / (now - self.start)

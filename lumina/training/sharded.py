@@ -50,7 +50,7 @@ def save(
         averages: of the model's parameters, in their order.
         notes: what JSON holds; the first process's.
     """
-    target, first = folder / str(step), not dist.is_initialized() or dist.get_rank() == 0
+    target, first = folder / str(step), dist.get_rank() == 0
     hidden = folder / f".{step}.tmp"
     if target.exists():
         return
@@ -60,14 +60,14 @@ def save(
             shutil.rmtree(left)
         hidden.mkdir()
         replace(hidden / NOTES, lambda file: file.write_text(json.dumps(notes)))
-    _wait()
+    dist.barrier()
     dcp.save(_state(model, optimizer, averages), checkpoint_id=hidden)
     if first:
         os.rename(hidden, target)
         for old in folder.iterdir():
             if old != target:
                 shutil.rmtree(old)
-    _wait()
+    dist.barrier()
 
 
 def load(
@@ -129,8 +129,3 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer, averages: list[Te
 
 def _names(model: nn.Module) -> list[str]:
     return [name.replace(WRAPPERS, "") for name, _ in model.named_parameters()]
-
-
-def _wait() -> None:
-    if dist.is_initialized():
-        dist.barrier()
