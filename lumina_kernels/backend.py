@@ -179,7 +179,7 @@ def resolve(
             another backend, for derivatives "torch".
     """
     device = tensors[0].device
-    learned = None
+    kind, learned = device.type, None
     if constants and torch.is_grad_enabled():
         for name, value in constants.items():
             if isinstance(value, Tensor) and value.requires_grad:
@@ -188,7 +188,7 @@ def resolve(
     forward_mode = in_forward_mode() and any_tangent((*tensors, *constants.values()))
     if backend is not None or DEFAULT is not None:
         # A call where all is well, before what its errors are made of.
-        name, kind = DEFAULT if backend is None else backend, device.type
+        name = DEFAULT if backend is None else backend
         if (
             name in implemented
             and DEVICES[name] == kind
@@ -199,10 +199,10 @@ def resolve(
         ):
             return name
     else:
-        for name in _best_first(implemented, tensors[0], op):
-            here = name not in MISSING and DEVICES[name] == device.type
-            if here and name not in refused and not unfit(name, device):
-                only_torch = _any_float64(tensors) or learned or forward_mode
+        for name in implemented if kind != "cuda" else _best_first(implemented, tensors[0], op):
+            here = DEVICES[name] == kind and name not in MISSING and name not in refused
+            if here and (kind == "cpu" or not unfit(name, device)):
+                only_torch = learned or forward_mode or _any_float64(tensors)
                 return "torch" if only_torch else name
         return "torch"
     asked = f"backend {backend!r}"
@@ -218,9 +218,9 @@ def resolve(
     reason = MISSING.get(backend) or unfit(backend, device)
     if reason:
         raise RuntimeError(f"{asked} is not available here: {reason}")
-    if device.type != DEVICES[backend] and not (device.type == "cpu" and backend in EMULATED):
+    if kind != DEVICES[backend] and not (kind == "cpu" and backend in EMULATED):
         hint = " (or TRITON_INTERPRET=1, for tests)" if backend == "triton" else ""
-        raise ValueError(f"{asked} needs tensors on {DEVICES[backend]}{hint}, got {device.type}")
+        raise ValueError(f"{asked} needs tensors on {DEVICES[backend]}{hint}, got {kind}")
     if _any_float64(tensors):
         raise TypeError(f"{asked} computes in float32 and takes no float64, use backend='torch'")
     if backend in refused:
@@ -254,10 +254,8 @@ def _triton_from(op: str, device: torch.device) -> float:
 
 
 def _best_first(implemented: tuple[str, ...], x: Tensor, op: str) -> tuple[str, ...]:
-    """The order in which None looks through `implemented`. A size that a graph does not know is
-    large: a comparison would bind the graph to it."""
-    if x.device.type != "cuda":
-        return implemented
+    """The order in which None looks through `implemented` on a GPU. A size that a graph does not
+    know is large: a comparison would bind the graph to it."""
     least = triton_from(op, x.device)
     size = None if torch.compiler.is_dynamo_compiling() else x.numel()
     is_large = size >= least if isinstance(size, int) else least < math.inf

@@ -9,7 +9,8 @@ FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 def check_axes(name: str, tensor: Tensor, axes: str) -> None:
     """`tensor` is floating with as many dimensions as `axes`, as in "B, L, D"."""
-    check_floating(name, tensor)
+    if not isinstance(tensor, Tensor) or tensor.dtype not in FLOATS:
+        check_floating(name, tensor)
     if tensor.ndim != axes.count(",") + 1:
         raise ValueError(f"{name} must have shape ({axes}), got {tuple(tensor.shape)}")
 

@@ -9,8 +9,20 @@ from typing import Annotated, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
+from torch._C import (
+    DispatchKey,
+    _any_requires_grad,
+    _are_functorch_transforms_active,
+    _AutoDispatchBelowAutograd,
+    _dispatch_tls_is_dispatch_key_included,
+    _get_tracing_state,
+    _has_storage,
+    _has_torch_function,
+    _len_torch_dispatch_stack,
+)
 from torch._library.autograd import Info, make_autograd_impl
-from torch.autograd import forward_ad
+from torch.autograd import _profiler_enabled, forward_ad
+from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
 
 from lumina_kernels import backend, sharding
@@ -19,6 +31,7 @@ from lumina_kernels.when_imported import when_imported
 # Kept for the life of the process: a library that is freed takes its ops with it.
 _PUBLIC = torch.library.Library("lumina_kernels", "FRAGMENT")
 _NATIVE = torch.library.Library("lumina_kernels_cpp", "FRAGMENT")
+_PRE_DISPATCH = DispatchKey.PreDispatch
 
 
 def kernel_op(outputs: str, over: str = "") -> Callable[[Callable], "KernelOp"]:
@@ -84,15 +97,16 @@ class KernelOp:
         # As torch.library.register_autograd does, which would drop tangents without a word.
         self._reverse_mode = make_autograd_impl(self.overload, Info(self._backward, self._keep))
         _PUBLIC.impl(self.name, self._autograd, "Autograd", with_keyset=True)
-        self._record = _recorder(self)
+        self._record = {unseen: _recorder(self, unseen) for unseen in (False, True)}
         when_imported("torch.distributed.tensor", partial(sharding.declare, self))
 
     def __call__(self, *args):
-        if not self._is_plain_call(args):
+        unseen = self._is_unseen(args)
+        if unseen is None:
             return self.overload(*args)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return self._record(*args)
-        return self._below_autograd(*args)
+        if torch.is_grad_enabled() and _any_requires_grad(*args):
+            return self._record[unseen](*args)
+        return self._below_autograd(args, unseen)
 
     def __reduce__(self):
         return self.name  # as a function: copies and pickles are the op itself
@@ -108,46 +122,43 @@ class KernelOp:
         """Results without values."""
         return _without_none(self._fake(*args), args[0])
 
-    def _below_autograd(self, *args):
-        """What autograd itself would call, sooner; without a dispatch if nothing sees it. No
-        gradient is asked for, or a function of autograd calls."""
-        unseen = self._is_unseen(args)
+    def _below_autograd(self, args: tuple, unseen: bool):
+        """What autograd would call, sooner; without a dispatch if nothing sees it."""
         if unseen and args[-1] == "triton":
             return self._run(*args)
-        with torch._C._AutoDispatchBelowAutograd():
+        with _AutoDispatchBelowAutograd():
             return self._run(*args) if unseen else self.overload(*args)
 
-    def _is_plain_call(self, args: tuple) -> bool:
-        """Whether nothing looks at a call but autograd: no compiler, mode, transform or tracer."""
+    def _is_unseen(self, args: tuple) -> bool | None:
+        """Whether no tensor and no profiler looks for the op, and the arguments are what a dispatch
+        makes of them; None where a compiler, a mode, a transform or a tracer looks at the call."""
+        # One loop and names of this module: to find an object that is not cached takes longest.
         if (
-            torch.compiler.is_dynamo_compiling()
-            or torch._C._len_torch_dispatch_stack()
-            or torch._C._are_functorch_transforms_active()
+            is_dynamo_compiling()
+            or _len_torch_dispatch_stack()
+            or _are_functorch_transforms_active()
             or forward_ad._current_level >= 0
-            or torch._C._has_torch_function(args)
-            or torch._C._get_tracing_state()
-            or torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
+            or _has_torch_function(args)
+            or _get_tracing_state()
+            or _dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
         ):
-            return False
-        for x in args:  # wrappers of old and dead transforms have no memory of their own
-            kind = type(x)
-            is_tensor = kind is Tensor or kind not in self._silent and isinstance(x, Tensor)
-            if is_tensor and not torch._C._has_storage(x):
-                return False
-        return True
-
-    def _is_unseen(self, args: tuple) -> bool:
-        """Whether nothing looks for the op of a plain call, neither a tensor nor a profiler, and
-        the arguments are what a dispatch makes of them."""
+            return None
+        unseen, silent = not _profiler_enabled(), self._silent
         for x in args:
             kind = type(x)
             if kind is Tensor or kind is Parameter:
+                # Wrappers of old and dead transforms have no memory of their own.
+                if not _has_storage(x):
+                    return None
                 # The dispatcher computes -x for the kernel, or gives zeros memory.
                 if x.is_neg() or x._is_zerotensor():
-                    return False
-            elif kind not in self._silent and not (kind is list and {*map(type, x)} == {int}):
-                return False
-        return not torch.autograd._profiler_enabled()
+                    unseen = False
+            elif kind not in silent:
+                if isinstance(x, Tensor) and not _has_storage(x):
+                    return None
+                if not (kind is list and {*map(type, x)} == {int}):
+                    unseen = False
+        return unseen
 
     def _run(self, *args):
         *inputs, name = args
@@ -265,14 +276,14 @@ class KernelOp:
 _ABSENT = (0,)
 
 
-def _recorder(op: KernelOp) -> Callable:
+def _recorder(op: KernelOp, unseen: bool) -> Callable:
     """Calls `op` and has autograd record that, where it is known that it must.
 
     The same as what `make_autograd_impl` makes, without a dispatch and without what
     `torch.autograd.Function.apply` does for transforms of functions."""
 
     def forward(ctx, *args):
-        results = op._below_autograd(*args)
+        results = op._below_autograd(args, unseen)
         op._keep(ctx, args, results)
         return results
 

@@ -11,6 +11,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,7 +28,9 @@ MAX_ROUNDS = {"cpu": 5, "cuda": 20}  # per batch
 MAX_GAP = 16 << 20  # bytes
 # On a CPU every call finds its inputs in memory, not in caches that neighbours may share: the calls
 # cycle through copies of the inputs that have COLD bytes together. (On a GPU the L2 cache is
-# overwritten instead.) The code stays cached, as in a program that calls it repeatedly.
+# overwritten instead.) The code of an op stays cached, as in a program that calls it repeatedly:
+# before each timed call there is another one of the same variant, on other inputs. Otherwise what
+# ran before a variant would count, up to 0.15 ms for code that a slow peer had driven out.
 COLD, MAX_COPIES = 96 << 20, 48
 CLONE, MATMUL = "clone", "matmul"
 SCRATCH = 256 << 20  # bytes, more than any L2 cache has
@@ -49,7 +52,8 @@ def time_variants(
         seconds: what all rounds should take together.
         min_batches: as many batches there are at least, however long they take.
     """
-    time_calls = cuda_rounds if device == "cuda" else cpu_rounds
+    warm = device == "cpu" and not case.model
+    time_calls = cuda_rounds if device == "cuda" else partial(cpu_rounds, warm=warm)
     batches, done, count, rounds = {}, 0, min_batches, 1
     while done < count:
         gap = torch.ones(random.randrange(MAX_GAP), dtype=torch.uint8, device=device)
@@ -64,7 +68,7 @@ def time_variants(
         if done > 0:
             time_calls(calls, 1)  # warm up: the first call allocates
         else:
-            once = sum(times[-1] for times in time_calls(calls, 2).values())
+            once = (1 + warm) * sum(times[-1] for times in time_calls(calls, 2).values())
             count = min(MAX_BATCHES[device], max(min_batches, round(seconds / once)))
             rounds = min(MAX_ROUNDS[device], max(1, round(seconds / once / count)))
         for name, times in time_calls(calls, rounds).items():
@@ -107,17 +111,22 @@ def matmul_size(device: str) -> int:
     return 8192 if device == "cuda" else 2048
 
 
-def cpu_rounds(calls: dict[str, list[Callable]], rounds: int) -> dict[str, list[float]]:
+def cpu_rounds(
+    calls: dict[str, list[Callable]], rounds: int, warm: bool = False
+) -> dict[str, list[float]]:
     """Seconds of each call by variant. `calls` has the same call on several copies of the inputs,
-    and successive calls, whatever their variant, take successive copies."""
+    and successive calls, whatever their variant, take successive copies; with `warm` there are two
+    of a variant, of which the second one is timed."""
     times, done = {name: [] for name in calls}, 0
     for _ in range(rounds):
         for name, same in calls.items():
-            call = same[done % len(same)]
-            done += 1
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
+            for _ in range(1 + warm):
+                call = same[done % len(same)]
+                done += 1
+                start = time.perf_counter()
+                call()
+                seconds = time.perf_counter() - start
+            times[name].append(seconds)
     return times
 
 

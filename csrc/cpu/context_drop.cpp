@@ -5,6 +5,8 @@
 #ifndef LUMINA_LEVEL
 namespace lumina_kernels::cpu {
 
+constexpr int64_t kAhead = 4096;  // bytes of a line of tokens that are fetched before their turn
+
 struct ContextDropFwd {
   Windows windows;
   Mask mask;
@@ -34,6 +36,8 @@ namespace {
 // none, and their number. First all of k, then all of v: fewer rows are read in turn.
 void context_drop_fwd(const ContextDropFwd& op, int64_t b, int64_t first, int64_t end) {
   std::vector<int64_t> tokens, counts;
+  tokens.reserve((end - first) * op.windows.work(1));
+  counts.reserve(end - first);
   for (int64_t window = first; window < end; ++window) {
     counts.push_back(find_valid(op.windows, op.mask, b, window, tokens));
     const int64_t at = b * op.windows.count() + window;
@@ -44,8 +48,14 @@ void context_drop_fwd(const ContextDropFwd& op, int64_t b, int64_t first, int64_
   float* sums = scratch(padded(op.G * op.K));
   for (const auto& [x, out] : {std::tie(op.k, op.k_out), std::tie(op.v, op.v_out)}) {
     const int64_t* its = tokens.data();
-    for (int64_t window = first; window < end; its += counts[window++ - first])
+    const int64_t ahead = kAhead / (op.G * op.K * size_of(x.base.dtype) + 1) + 1;
+    for (int64_t window = first; window < end; its += counts[window++ - first]) {
+      for (int64_t n = 0; n < counts[window - first]; ++n)
+        if (its[n] + ahead < op.windows.tokens())
+          prefetch(heads_at(x, b, its[n] + ahead, op.G, op.K));
+      prefetch(heads_at(out, b, window + 1, op.G, op.K));
       window_mean(x, b, its, counts[window - first], height, op.G, op.K, out(b, window), sums);
+    }
   }
 }
 

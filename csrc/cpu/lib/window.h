@@ -121,10 +121,13 @@ LUMINA_INLINE void window_mean(const Rows& x, int64_t b, const int64_t* tokens, 
   const float size = static_cast<float>(std::max<int64_t>(number, 1));
   const bool exact = (number & (number - 1)) == 0;  // 1 / size is; a division takes longer
   const Vec factor = broadcast(exact ? 1.f / size : size);
+  // Where rows are short, sums that go through memory between the columns cost more than they win.
+  const bool is_short = heads.length * size_of(out.dtype) <= 512;
+  const int64_t together = is_short ? std::max<int64_t>(number, 1) : height;
   const auto mean_of_piece = [&](Dtype dtype, int64_t n) {
     const Row to{(out + n * heads.length).data, dtype};
-    for (int64_t first = 0; first == 0 || first < number; first += height) {
-      const int64_t end = std::min(first + height, number);
+    for (int64_t first = 0; first == 0 || first < number; first += together) {
+      const int64_t end = std::min(first + together, number);
       const TokenGroup group{(heads.row + n * heads.step).data,
                              x.l * size_of(dtype),
                              tokens + first,
