@@ -7,21 +7,19 @@ rest on; `python -m benchmarks.scale.check` compares the model with runs of two 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import product
 
-from benchmarks.scale.cluster import Cluster, h100
+from benchmarks.scale.cluster import GPU, Cluster, h100
 from benchmarks.scale.plan import Plan, Work, memory
-from benchmarks.scale.steps import Step, step
+from benchmarks.scale.steps import seconds
 from lumina import NextDiTConfig
-from lumina.models.flops import forward_flops
 from lumina.models.next_dit.config import PRESETS
 
 RANKS = [2**i for i in range(10)]
 FULL = 0.9  # of the memory; the rest is for the allocator, NCCL and CUDA
 
-VIDEO = NextDiTConfig(
-    dim=3072, n_layers=32, n_kv_heads=32, cap_feat_dim=4096, axes=("t", "h", "w")
-)
+VIDEO = NextDiTConfig(dim=3072, n_layers=32, n_kv_heads=32, cap_feat_dim=4096, axes=("t", "h", "w"))
 # Pictures of a training step: Lumina-Next's batch of 256 at 1K, and fewer of more tokens.
 WORKS = {
     Work("2B, 1K picture, 4096 tokens", PRESETS["2b-gqa"], (128, 128)): 256,
@@ -95,12 +93,12 @@ TRAINING: dict[str, Plans] = {
 
 def fastest(
     plans: Iterator[Plan], work: Work, cluster: Cluster, training: bool
-) -> tuple[Plan, Step] | None:
+) -> tuple[Plan, float] | None:
     """Of those that fit into memory; of equally fast ones the first."""
     room = FULL * cluster.memory
     fitting = (plan for plan in plans if memory(work, plan, training) <= room)
-    found = ((plan, step(work, plan, cluster, training)) for plan in fitting)
-    return min(found, key=lambda x: x[1].seconds, default=None)
+    found = ((plan, seconds(work, plan, cluster, training)) for plan in fitting)
+    return min(found, key=lambda x: x[1], default=None)
 
 
 def name_of(plan: Plan) -> str:
@@ -111,11 +109,16 @@ def name_of(plan: Plan) -> str:
     return name.strip() or "1"
 
 
-def cell(found: tuple[Plan, Step] | None, unit: float, names: bool) -> str:
+def shown(x: float) -> str:
+    """Three digits, without an exponent."""
+    return f"{x:.0f}" if x >= 100 else f"{x:.3g}"
+
+
+def cell(found: tuple[Plan, float] | None, unit: float, names: bool) -> str:
     if found is None:
         return ""
-    plan, result = found
-    return f"{result.seconds * unit:.3g}" + f" ({name_of(plan)})" * names
+    plan, time = found
+    return shown(time * unit) + f" ({name_of(plan)})" * names
 
 
 def table(work: Work, columns: dict[str, Plans], cluster: Cluster, training: bool) -> Iterator[str]:
@@ -124,25 +127,20 @@ def table(work: Work, columns: dict[str, Plans], cluster: Cluster, training: boo
     unit = 1 if training else 1e3
     yield f"| GPUs | {' | '.join(columns)} | GB a GPU | of peak |"
     yield "|---" * (len(columns) + 3) + "|"
-    flops = forward_flops(work.config, work.size, 0 if not training else work.text)
-    flops *= work.pictures * (3 if training else 2)
-    from lumina_kernels.machine import H100
-
+    flops = work.pictures * work.flops * (3 if training else 2)
     for ranks in RANKS:
         each = [fastest(plans(ranks, work), work, cluster, training) for plans in columns.values()]
         cells = [cell(x, unit, training or i + 1 == len(each)) for i, x in enumerate(each)]
         if each[-1]:
-            result = each[-1][1]
-            share = flops / (ranks * result.seconds * H100.tensor_rate)
-            cells += [f"{result.memory / 1e9:.1f}", f"{share:.0%}"]
+            plan, time = each[-1]
+            share = flops / (ranks * time * GPU.tensor_rate)
+            cells += [f"{memory(work, plan, training) / 1e9:.1f}", f"{share:.0%}"]
         else:
             cells += ["", ""]
         yield f"| {ranks} | {' | '.join(cells)} |"
 
 
 def main() -> None:
-    from dataclasses import replace
-
     for work, pictures in WORKS.items():
         cluster = h100(work.config.head_dim)
         print(f"### {work.name}\n")

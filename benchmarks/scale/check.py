@@ -1,0 +1,190 @@
+"""Compares the predictions with runs of one and two processes: python -m benchmarks.scale.check
+
+The processes have a thread each and speak gloo. The rates that the model is fed with are measured
+in them, at once, by calls of PyTorch and of attention alone; nothing is fitted. Both run each case
+at once, also what one process does by itself, so that they share the memory alike. The times are
+medians. Bytes are the model's, those that PyTorch's exchanges were called with, and, on Linux,
+those of the loopback device, headers included, half of them a process's.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from benchmarks.harness.memory import keep_freed_memory
+from benchmarks.scale.cluster import Cluster
+from benchmarks.scale.counted import Sent
+from benchmarks.scale.plan import Plan, Work, exchanges
+from benchmarks.scale.steps import seconds as predicted_seconds
+from lumina import NextDiT, NextDiTConfig
+from lumina.distributed.exchange import all_to_all
+from lumina.distributed.guidance import GuidanceParallel
+from lumina.distributed.parallelize import parallelize
+from lumina.distributed.world import World
+from lumina_kernels import gqa_attention
+
+CONFIG = NextDiTConfig(dim=576, n_layers=2, n_heads=8, n_kv_heads=2, cap_feat_dim=256)
+SIZE, TEXT = (64, 64), 32  # 1024 tokens
+CASES = {
+    "sampling, one process": (Plan(), 1, False),
+    "guidance": (Plan(guidance=2), 1, False),
+    "Ulysses": (Plan(ulysses=2), 1, False),
+    "ring": (Plan(ring=2), 1, False),
+    "training, one process": (Plan(), 2, True),
+    "data": (Plan(data=2), 2, True),
+    "FSDP": (Plan(data=2, shards=2), 2, True),
+    "FSDP, checkpoints": (Plan(data=2, shards=2, checkpoint=True), 2, True),
+    "FSDP, Ulysses": (Plan(ulysses=2, shards=2), 2, True),
+    "FSDP, ring": (Plan(ring=2, shards=2), 2, True),
+}
+
+
+def seconds(call: Callable[[], object], repeats: int = 3) -> float:
+    """The median, after a call that warms up; the processes start each call together."""
+    call()
+    times = []
+    for _ in range(repeats):
+        dist.barrier()
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def cluster() -> Cluster:
+    """The rates of two processes of this machine."""
+    D, H, G, K = CONFIG.dim, CONFIG.n_heads, CONFIG.n_kv_heads, CONFIG.head_dim
+    x, weight = torch.randn(1024, D), torch.randn(CONFIG.ffn_dim, D)
+    products = 2 * 1024 * weight.numel() / seconds(lambda: F.linear(x, weight))
+    q, k, v = (torch.randn(1, 1024, heads, K, requires_grad=True) for heads in (H, G, G))
+    with torch.no_grad():
+        forward = seconds(lambda: gqa_attention(q, k, v))
+    both = seconds(lambda: gqa_attention(q, k, v).sum().backward())
+    large = torch.randn(8 << 20)
+    copy = 2 * 4 * large.numel() / seconds(large.clone)
+    few, many = torch.zeros(2, 1), torch.randn(2, 1 << 20)
+    call = seconds(lambda: all_to_all(few, dist.group.WORLD))
+    link = 4 * (1 << 20) / (seconds(lambda: all_to_all(many, dist.group.WORLD)) - call)
+    return Cluster(
+        "two processes", products, 4 * 1024**2 * D / forward, both / forward - 1, copy, node=2,
+        inside=link, call=call, overlaps=False,
+    )  # fmt: skip
+
+
+def run_of(plan: Plan, pictures: int, training: bool) -> tuple[Work, Callable[[], object]]:
+    """The model's work, and the same for this process."""
+    work = Work("check", CONFIG, SIZE, TEXT, pictures, 4)
+    names = {name: getattr(plan, name) for name in ("data", "guidance", "ring", "ulysses")}
+    mesh = None
+    if plan.ranks > 1:
+        mesh = init_device_mesh("cpu", tuple(names.values()), mesh_dim_names=tuple(names))
+    world = World("cpu", mesh)
+    torch.manual_seed(0)
+    model = NextDiT(CONFIG)
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.02)
+    B = pictures // plan.data if training else 2 // plan.guidance
+    x, t = torch.randn(B, CONFIG.in_channels, *SIZE), torch.rand(B)
+    text = torch.randn(B, TEXT, CONFIG.cap_feat_dim), torch.ones(B, TEXT, dtype=torch.bool)
+    if not training:
+        world.share(model)
+        caption = model.encode_caption(*text)
+        guidance = None if plan.guidance == 1 else GuidanceParallel.from_mesh(mesh)
+
+        def evaluate():
+            with torch.inference_mode():
+                found = model(x, t, caption)
+                return found if guidance is None else guidance.both(found)
+
+        return work, evaluate
+    if mesh is not None:
+        options = dict(fsdp=plan.shards > 1, checkpoint_activations=plan.checkpoint)
+        parallelize(model, world.training_mesh, **options)
+    parameters = list(model.parameters())
+    average = [p.detach().clone() for p in parameters]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
+
+    def train():
+        (model(x, t, *text) - x).square().mean().backward()
+        if plan.shards == 1:
+            for p, mean in zip(parameters, world.mean([p.grad for p in parameters]), strict=True):
+                p.grad = mean
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        torch._foreach_lerp_(average, [p.detach() for p in parameters], 0.01)
+
+    return work, train
+
+
+def loopback() -> int:
+    """Bytes that the loopback device has sent."""
+    try:
+        lines = Path("/proc/net/dev").read_text().splitlines()
+        return next(int(x.split()[9]) for x in lines if x.strip().startswith("lo:"))
+    except (OSError, StopIteration):
+        return 0
+
+
+def _process(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    rates = []
+    if rank == 0:
+        print(
+            "| case | predicted s | measured s | ratio | MB predicted | called with | sent |\n"
+            "|---|---|---|---|---|---|---|"
+        )
+    for name, (plan, pictures, training) in CASES.items():
+        here = cluster()  # each time: they change while others use the machine
+        rates.append(here)
+        work, call = run_of(plan, pictures, training)
+        predicted = predicted_seconds(work, plan, here, training)
+        own = sum(x.sent for x in exchanges(work, plan, training)) if plan.ranks > 1 else 0
+        measured = seconds(call)
+        dist.barrier()
+        before = loopback()
+        with Sent() as sent:
+            call()
+        dist.barrier()
+        wire = (loopback() - before) / 2
+        if rank == 0:
+            counted = sum(sent.bytes.values())
+            print(
+                f"| {name} | {predicted:.3f} | {measured:.3f} | {predicted / measured:.2f} "
+                f"| {own / 1e6:.3f} | {counted / 1e6:.3f} | {wire / 1e6:.3f} |",
+                flush=True,
+            )
+    if rank == 0:
+
+        def median(name):
+            return statistics.median(getattr(x, name) for x in rates)
+
+        print(
+            f"\nMedians of the rates: products {median('matrix') / 1e9:.0f} GFLOP/s, attention "
+            f"{median('attention') / 1e9:.0f}, its backward {median('backward'):.2f} times as long, "
+            f"copies {median('copy') / 1e9:.1f} GB/s, gloo {median('inside') / 1e9:.2f} GB/s and "
+            f"{median('call') * 1e6:.0f} us a call."
+        )
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(_process, (folder,), nprocs=2, start_method="spawn")
+
+
+if __name__ == "__main__":
+    main()
