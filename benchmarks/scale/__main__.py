@@ -6,6 +6,7 @@ rest on; `python -m benchmarks.scale.check` compares the model with runs of two 
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
@@ -140,9 +141,16 @@ def table(work: Work, columns: dict[str, Plans], cluster: Cluster, training: boo
         yield f"| {ranks} | {' | '.join(cells)} |"
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("python -m benchmarks.scale")
+    parser.add_argument(
+        "--links", type=float, default=1.0, help="share of the assumed rates that links reach"
+    )
+    share = parser.parse_args(arguments).links
     for work, pictures in WORKS.items():
         cluster = h100(work.config.head_dim)
+        links = {"inside": share * cluster.inside, "outside": share * cluster.outside}
+        cluster = replace(cluster, **links)
         print(f"### {work.name}\n")
         print("Sampling, milliseconds of one evaluation of one guided picture, predicted:\n")
         print("\n".join(table(work, SAMPLING, cluster, False)))

@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from benchmarks.harness.memory import keep_freed_memory
 from benchmarks.scale.cluster import Cluster
 from benchmarks.scale.counted import Sent
-from benchmarks.scale.plan import Plan, Work, exchanges
+from benchmarks.scale.plan import Plan, Work, batch, exchanges
 from benchmarks.scale.steps import seconds as predicted_seconds
 from lumina import NextDiT, NextDiTConfig
 from lumina.distributed.exchange import all_to_all
@@ -50,15 +50,17 @@ CASES = {
 }
 
 
-def seconds(call: Callable[[], object], repeats: int = 3) -> float:
-    """The median, after a call that warms up; the processes start each call together."""
-    call()
+def seconds(*calls: Callable[[], object], repeats: int = 3) -> float:
+    """Of calls one after the other, the median, after some that warm up; the processes start
+    together."""
     times = []
-    for _ in range(repeats):
+    for i in range(repeats + 1):
         dist.barrier()
         start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
+        for call in calls:
+            call()
+        if i > 0:
+            times.append(time.perf_counter() - start)
     return statistics.median(times)
 
 
@@ -82,23 +84,26 @@ def cluster() -> Cluster:
     )  # fmt: skip
 
 
-def run_of(plan: Plan, pictures: int, training: bool) -> tuple[Work, Callable[[], object]]:
-    """The model's work, and the same for this process."""
-    work = Work("check", CONFIG, SIZE, TEXT, pictures, 4)
+def run_of(
+    work: Work, plan: Plan, training: bool
+) -> tuple[NextDiT, Callable[[], object], Callable[[], object]]:
+    """The network of this process, a call that does its part of `work` (in training the mean
+    gradients), and one that takes the step."""
     names = {name: getattr(plan, name) for name in ("data", "guidance", "ring", "ulysses")}
     mesh = None
     if plan.ranks > 1:
         mesh = init_device_mesh("cpu", tuple(names.values()), mesh_dim_names=tuple(names))
     world = World("cpu", mesh)
     torch.manual_seed(0)
-    model = NextDiT(CONFIG)
+    model, config, B = NextDiT(work.config), work.config, batch(work, plan, training)
     for p in model.parameters():
         nn.init.normal_(p, std=0.02)
-    B = pictures // plan.data if training else 2 // plan.guidance
-    x, t = torch.randn(B, CONFIG.in_channels, *SIZE), torch.rand(B)
-    text = torch.randn(B, TEXT, CONFIG.cap_feat_dim), torch.ones(B, TEXT, dtype=torch.bool)
+    dtype = torch.float32 if work.e == 4 else torch.bfloat16
+    x, t = torch.randn(B, config.in_channels, *work.size).to(dtype), torch.rand(B)
+    feats = torch.randn(B, work.text, config.cap_feat_dim).to(dtype)
+    text = feats, torch.ones(feats.shape[:2], dtype=torch.bool)
     if not training:
-        world.share(model)
+        world.share(model.to(dtype))
         caption = model.encode_caption(*text)
         guidance = None if plan.guidance == 1 else GuidanceParallel.from_mesh(mesh)
 
@@ -107,25 +112,33 @@ def run_of(plan: Plan, pictures: int, training: bool) -> tuple[Work, Callable[[]
                 found = model(x, t, caption)
                 return found if guidance is None else guidance.both(found)
 
-        return work, evaluate
-    if mesh is not None:
-        options = dict(fsdp=plan.shards > 1, checkpoint_activations=plan.checkpoint)
-        parallelize(model, world.training_mesh, **options)
+        return model, evaluate, lambda: None
+    sharded = plan.shards > 1
+    if not sharded:
+        model.to(dtype)
+    if mesh is not None or plan.checkpoint:
+        parallelize(
+            model, world.training_mesh, fsdp=sharded, param_dtype=dtype if sharded else None,
+            checkpoint_activations=plan.checkpoint,
+        )  # fmt: skip
     parameters = list(model.parameters())
     average = [p.detach().clone() for p in parameters]
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
 
-    def train():
-        (model(x, t, *text) - x).square().mean().backward()
-        if plan.shards == 1:
-            for p, mean in zip(parameters, world.mean([p.grad for p in parameters]), strict=True):
-                p.grad = mean
+    def gradients():
+        (model(x, t, *text) - x).float().square().mean().backward()
+        if not sharded:
+            means = world.mean([p.grad.float() for p in parameters])
+            for p, mean in zip(parameters, means, strict=True):
+                p.grad = mean.to(p.dtype)
+
+    def update():
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         torch._foreach_lerp_(average, [p.detach() for p in parameters], 0.01)
 
-    return work, train
+    return model, gradients, update
 
 
 def loopback() -> int:
@@ -150,14 +163,15 @@ def _process(rank: int, folder: str) -> None:
     for name, (plan, pictures, training) in CASES.items():
         here = cluster()  # each time: they change while others use the machine
         rates.append(here)
-        work, call = run_of(plan, pictures, training)
+        work = Work("check", CONFIG, SIZE, TEXT, pictures, 4)
+        _, exchange, update = run_of(work, plan, training)
         predicted = predicted_seconds(work, plan, here, training)
         own = sum(x.sent for x in exchanges(work, plan, training)) if plan.ranks > 1 else 0
-        measured = seconds(call)
+        measured = seconds(exchange, update)
         dist.barrier()
         before = loopback()
         with Sent() as sent:
-            call()
+            exchange()
         dist.barrier()
         wire = (loopback() - before) / 2
         if rank == 0:
@@ -174,8 +188,8 @@ def _process(rank: int, folder: str) -> None:
 
         print(
             f"\nMedians of the rates: products {median('matrix') / 1e9:.0f} GFLOP/s, attention "
-            f"{median('attention') / 1e9:.0f}, its backward {median('backward'):.2f} times as long, "
-            f"copies {median('copy') / 1e9:.1f} GB/s, gloo {median('inside') / 1e9:.2f} GB/s and "
+            f"{median('attention') / 1e9:.0f}, its backward {median('backward'):.2f} times as long,"
+            f" copies {median('copy') / 1e9:.1f} GB/s, gloo {median('inside') / 1e9:.2f} GB/s and "
             f"{median('call') * 1e6:.0f} us a call."
         )
     dist.destroy_process_group()

@@ -15,7 +15,7 @@ def _bytes(x: Tensor) -> int:
     return x.numel() * x.element_size()
 
 
-# Name of PyTorch's op -> kind of exchange, and the bytes that a rank of n sends, from its arguments.
+# PyTorch's op -> kind of exchange, and the bytes that a rank of n sends, from the arguments.
 _SENT = {
     "alltoall_base_": ("all_to_all", lambda n, a: _bytes(a[1]) * (n - 1) // n),
     "allgather_": ("all_gather", lambda n, a: _bytes(a[1][0]) * (n - 1)),
@@ -43,16 +43,21 @@ class Sent(TorchDispatchMode):
 
 
 def kept_bytes(model: nn.Module, call: Callable[[], object]) -> int:
-    """What autograd keeps of a call for its backward, without the parameters."""
+    """What autograd keeps of the model's forward for its backward, without the parameters."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    sizes = {}
+    sizes, kept = {}, []
 
     def pack(x):
         storage = x.untyped_storage()
         sizes[storage.data_ptr()] = storage.nbytes()
         return x
 
+    def done(*_):
+        kept.append(sum(size for place, size in sizes.items() if place not in own))
+
+    handle = model.register_forward_hook(done)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        out = call()
-    del out
-    return sum(size for place, size in sizes.items() if place not in own)
+        call()
+    handle.remove()
+    (found,) = kept
+    return found

@@ -255,7 +255,8 @@ def kept_by_a_token(work: Work, plan: Plan) -> int:
     D, H, here = config.dim, config.n_heads, plan.kv_heads(config) * config.head_dim
     here *= plan.ulysses  # for a token of the rank
     numbers = 9 * D + work.kv + 2 * here + 3 * config.ffn_dim
-    others = 4 * 4 + 2 * 4 * H + (D if low else 0)  # of four norms, and two log-sum-exps a head
+    # A number of each of four norms, two of each head and softmax.
+    others = 4 * (4 + 2 * 2 * H) + (D if low else 0)
     if plan.ring > 1:
         return e * (numbers + D) + 4 * D + 4 * H + others
     return e * (numbers + (D if plan.ulysses > 1 else 0)) + others
