@@ -2,9 +2,10 @@
 
 The processes have a thread each and speak gloo. The rates that the model is fed with are measured
 in them, at once, by calls of PyTorch and of attention alone; nothing is fitted. Both run each case
-at once, also what one process does by itself, so that they share the memory alike. The times are
-medians. Bytes are the model's, those that PyTorch's exchanges were called with, and, on Linux,
-those of the loopback device, headers included, half of them a process's.
+at once, also what one process does by itself, so that they share the memory alike. Five rounds
+measure the rates and then the case; times and ratios are medians. Bytes are the model's, those that
+PyTorch's exchanges were called with, and, on Linux, what the loopback device sent for a process,
+headers included. Takes a minute and a half on two cores.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ from lumina.distributed.world import World
 from lumina_kernels import gqa_attention
 
 CONFIG = NextDiTConfig(dim=576, n_layers=2, n_heads=8, n_kv_heads=2, cap_feat_dim=256)
-SIZE, TEXT = (64, 64), 32  # 1024 tokens
+SIZE, TEXT, TOKENS = (48, 48), 32, 576
+ROUNDS = 5
 CASES = {
     "sampling, one process": (Plan(), 1, False),
     "guidance": (Plan(guidance=2), 1, False),
@@ -50,36 +52,36 @@ CASES = {
 }
 
 
-def seconds(*calls: Callable[[], object], repeats: int = 3) -> float:
-    """Of calls one after the other, the median, after some that warm up; the processes start
-    together."""
-    times = []
-    for i in range(repeats + 1):
-        dist.barrier()
-        start = time.perf_counter()
-        for call in calls:
-            call()
-        if i > 0:
-            times.append(time.perf_counter() - start)
-    return statistics.median(times)
+def seconds(*calls: Callable[[], object]) -> float:
+    """Of calls one after the other; the processes start together."""
+    dist.barrier()
+    start = time.perf_counter()
+    for call in calls:
+        call()
+    return time.perf_counter() - start
+
+
+def second_time(call: Callable[[], object]) -> float:
+    call()
+    return seconds(call)
 
 
 def cluster() -> Cluster:
     """The rates of two processes of this machine."""
     D, H, G, K = CONFIG.dim, CONFIG.n_heads, CONFIG.n_kv_heads, CONFIG.head_dim
-    x, weight = torch.randn(1024, D), torch.randn(CONFIG.ffn_dim, D)
-    products = 2 * 1024 * weight.numel() / seconds(lambda: F.linear(x, weight))
-    q, k, v = (torch.randn(1, 1024, heads, K, requires_grad=True) for heads in (H, G, G))
+    x, weight = torch.randn(TOKENS, D), torch.randn(CONFIG.ffn_dim, D)
+    products = 2 * TOKENS * weight.numel() / second_time(lambda: F.linear(x, weight))
+    q, k, v = (torch.randn(1, TOKENS, heads, K, requires_grad=True) for heads in (H, G, G))
     with torch.no_grad():
-        forward = seconds(lambda: gqa_attention(q, k, v))
-    both = seconds(lambda: gqa_attention(q, k, v).sum().backward())
+        forward = second_time(lambda: gqa_attention(q, k, v))
+    both = second_time(lambda: gqa_attention(q, k, v).sum().backward())
     large = torch.randn(8 << 20)
-    copy = 2 * 4 * large.numel() / seconds(large.clone)
+    copy = 2 * 4 * large.numel() / second_time(large.clone)
     few, many = torch.zeros(2, 1), torch.randn(2, 1 << 20)
-    call = seconds(lambda: all_to_all(few, dist.group.WORLD))
-    link = 4 * (1 << 20) / (seconds(lambda: all_to_all(many, dist.group.WORLD)) - call)
+    call = second_time(lambda: all_to_all(few, dist.group.WORLD))
+    link = 4 * (1 << 20) / (second_time(lambda: all_to_all(many, dist.group.WORLD)) - call)
     return Cluster(
-        "two processes", products, 4 * 1024**2 * D / forward, both / forward - 1, copy, node=2,
+        "two processes", products, 4 * TOKENS**2 * D / forward, both / forward - 1, copy, node=2,
         inside=link, call=call, overlaps=False,
     )  # fmt: skip
 
@@ -161,13 +163,16 @@ def _process(rank: int, folder: str) -> None:
             "|---|---|---|---|---|---|---|"
         )
     for name, (plan, pictures, training) in CASES.items():
-        here = cluster()  # each time: they change while others use the machine
-        rates.append(here)
         work = Work("check", CONFIG, SIZE, TEXT, pictures, 4)
         _, exchange, update = run_of(work, plan, training)
-        predicted = predicted_seconds(work, plan, here, training)
+        times = []
+        exchange(), update()
+        for _ in range(ROUNDS):  # the rates change while others use the machine
+            rates.append(cluster())
+            predicted = predicted_seconds(work, plan, rates[-1], training)
+            measured = seconds(exchange, update)
+            times.append((predicted, measured, predicted / measured))
         own = sum(x.sent for x in exchanges(work, plan, training)) if plan.ranks > 1 else 0
-        measured = seconds(exchange, update)
         dist.barrier()
         before = loopback()
         with Sent() as sent:
@@ -176,8 +181,9 @@ def _process(rank: int, folder: str) -> None:
         wire = (loopback() - before) / 2
         if rank == 0:
             counted = sum(sent.bytes.values())
+            predicted, measured, ratio = map(statistics.median, zip(*times, strict=True))
             print(
-                f"| {name} | {predicted:.3f} | {measured:.3f} | {predicted / measured:.2f} "
+                f"| {name} | {predicted:.3f} | {measured:.3f} | {ratio:.2f} "
                 f"| {own / 1e6:.3f} | {counted / 1e6:.3f} | {wire / 1e6:.3f} |",
                 flush=True,
             )
