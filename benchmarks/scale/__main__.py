@@ -7,7 +7,7 @@ rest on; `python -m benchmarks.scale.check` compares the model with runs of two 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 
@@ -62,15 +62,18 @@ def any_sampling(ranks: int, work: Work) -> Iterator[Plan]:
             yield Plan(1, guidance, ring, ulysses)
 
 
-def sharded(shards: Callable[[int], int], share: Callable[[int, int], bool]) -> Plans:
-    """Plans of training. share: whether ring x Ulysses of these sizes may be."""
+def sharded(shards: Sequence[int | None], share: Callable[[int, int], bool]) -> Plans:
+    """Plans of training. shards: numbers of ranks, of which none is all; share: whether ring and
+    Ulysses of these sizes may be."""
 
     def plans(ranks: int, work: Work) -> Iterator[Plan]:
+        each = [n or ranks for n in shards if n is None or n == 1 or n < ranks]
         for data in powers(min(ranks, work.pictures)):
             for ring, ulysses in sequences(ranks // data, work):
                 if share(ring, ulysses):
-                    for checkpoint, parts in product((False, True), powers(work.pictures // data)):
-                        yield Plan(data, 1, ring, ulysses, shards(ranks), checkpoint, parts)
+                    parts = powers(work.pictures // data)
+                    for n, checkpoint, of in product(each, (False, True), parts):
+                        yield Plan(data, 1, ring, ulysses, n, checkpoint, of)
 
     return plans
 
@@ -83,12 +86,12 @@ SAMPLING: dict[str, Plans] = {
     "guidance": guided, "Ulysses": by_ulysses, "ring": by_ring, "the fastest": any_sampling,
 }  # fmt: skip
 TRAINING: dict[str, Plans] = {
-    "data": sharded(lambda ranks: 1, alone),
-    "FSDP": sharded(lambda ranks: ranks, alone),
-    "HSDP of 8": sharded(lambda ranks: min(8, ranks), alone),
-    "FSDP, Ulysses": sharded(lambda ranks: ranks, lambda r, u: r == 1 < u),
-    "FSDP, ring": sharded(lambda ranks: ranks, lambda r, u: u == 1 < r),
-    "the fastest that `parallelize` makes": sharded(lambda ranks: ranks, lambda r, u: True),
+    "data": sharded([1], alone),
+    "FSDP": sharded([None], alone),
+    "FSDP, Ulysses": sharded([None], lambda r, u: r == 1 < u),
+    "FSDP, ring": sharded([None], lambda r, u: u == 1 < r),
+    "HSDP": sharded([8, 64], lambda r, u: r == 1),
+    "the fastest that `parallelize` makes": sharded([1, None], lambda r, u: True),
 }
 
 
@@ -103,10 +106,12 @@ def fastest(
 
 
 def name_of(plan: Plan) -> str:
-    """What the plan is, in short: d4 g2 r2 u8, then c for checkpoints, /4 for four parts."""
+    """What the plan is, in short: d4 g2 r2 u8, then c for checkpoints, /4 for four parts, and s8
+    where 8 ranks, neither one nor all, share the state."""
     parts = [("d", plan.data), ("g", plan.guidance), ("r", plan.ring), ("u", plan.ulysses)]
     name = " ".join(f"{letter}{n}" for letter, n in parts if n > 1)
     name += " c" * plan.checkpoint + f" /{plan.accumulate}" * (plan.accumulate > 1)
+    name += f" s{plan.shards}" * (1 < plan.shards < plan.ranks)
     return name.strip() or "1"
 
 
