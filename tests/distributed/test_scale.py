@@ -38,6 +38,7 @@ from lumina_kernels.machine import H200
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "scaling.md"
 SMALL = Work("small", config(dim=64, n_heads=8, n_kv_heads=2, n_layers=3), (16, 16), 5, 2, 4)
+SEVEN = replace(SMALL, config=config(dim=112, n_heads=28, n_kv_heads=7))
 ODD = replace(SMALL, size=(10, 14))  # 35 tokens, which 2, 4 and 8 do not divide
 
 
@@ -94,6 +95,7 @@ def test_two_processes_send_what_is_predicted(found, name):
         (SMALL, Plan(data=2, ulysses=4, shards=8, checkpoint=True), True),
         (ODD, Plan(ring=2, ulysses=4, checkpoint=True), True),
         (replace(SMALL, e=2), Plan(ring=4, ulysses=2, shards=8), True),
+        (SEVEN, Plan(ring=2, ulysses=4), True),
         (replace(SMALL, e=2), Plan(guidance=2, ring=2, ulysses=2), False),
     ],
 )
@@ -132,10 +134,10 @@ def test_one_process_sends_nothing_and_shards_are_shares():
     )
     block, _ = parameters(work.config)  # 2304 rows are 4.5 for each of 512, and so 5
     assert 512 * shard_of(block, 512) / shard_of(block, 1) == pytest.approx(1.0985, abs=1e-3)
-    whole = forward_flops(work.config, work.size, work.text)
-    layer = work.attention_flops(work.tokens, work.tokens + work.text) + work.text_flops
-    layer += work.tokens * work.token_flops
-    assert work.config.n_layers * layer == pytest.approx(whole, rel=1e-12) == work.flops
+    whole = forward_flops(SMALL.config, SMALL.size, SMALL.text)
+    layer = SMALL.attention_flops(SMALL.tokens, SMALL.tokens + SMALL.text) + SMALL.text_flops
+    layer += SMALL.tokens * SMALL.token_flops
+    assert SMALL.config.n_layers * layer == pytest.approx(whole, rel=1e-12) == SMALL.flops
 
 
 def test_links():
@@ -155,10 +157,13 @@ def test_links():
             times = [seconds(SMALL, plan, x, True) for x in (one, two)]
             assert times[0] == pytest.approx(2 * times[1]) and times[1] > 0
     # Hidden behind attention, but for the way home of the gradients.
-    busy = replace(endless, attention=1.0)
-    ring, alone = (seconds(SMALL, plan, busy, False) for plan in (Plan(ring=2), Plan()))
-    gathered = sum(x.sent for x in exchanges(SMALL, Plan(ring=2), False) if x.kind != "send")
-    assert ring == pytest.approx(alone / 2 + gathered / 100)
+    busy = replace(endless, attention=1e3)
+    both = Plan(ring=2), Plan()
+    sent = [x for x in exchanges(SMALL, both[0], False) if x.sent]
+    for overlaps in (True, False):
+        ring, alone = (seconds(SMALL, z, replace(busy, overlaps=overlaps), False) for z in both)
+        waited = sum(x.sent for x in sent if x.kind != "send" or not overlaps)
+        assert ring == pytest.approx(alone / 2 + waited / 100)
 
 
 def test_against_an_h200():
