@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from common import needs_kernels
 from networks import config
 from processes import run
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -104,6 +105,7 @@ def test_many_processes_send_what_is_predicted(work, plan, training):
         assert not any(differences(work, plan, training).values())
 
 
+@needs_kernels  # which keep something else than plain PyTorch does
 @pytest.mark.parametrize(
     ("plan", "e"),
     [(Plan(), 2), (Plan(), 4), (Plan(ulysses=8), 2), (Plan(ring=4), 4),
