@@ -1,0 +1,1 @@
+"""Step time and memory on many GPUs, predicted from FLOPs, bytes and rates; docs/scaling.md."""
