@@ -10,7 +10,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from lumina.distributed.sequence import SequenceParallel
 
-DIMENSIONS = ("data", "ring", "ulysses")
+DIMENSIONS = ("replicate", "data", "ring", "ulysses")
 
 
 def parallelize(
@@ -28,13 +28,13 @@ def parallelize(
     compilation and FSDP2, so that what is compiled recomputes, and shards are gathered around both.
 
     Args:
-        model: `NextDiT`; or, on a mesh without "ring" and "ulysses", a network of another family.
-        mesh: with dimensions among "data", "ring" and "ulysses": ranks along "data" have other
-            pictures, those along the other two share the tokens of theirs (`SequenceParallel`).
-            None: one process, without fsdp.
-        fsdp: shard the parameters by block over all ranks of the mesh (`fully_shard`), which
-            averages their gradients. Without it every rank has all of them, and has to average them
-            over the mesh by itself, as DDP does.
+        model: `NextDiT`, `Lumina2` or `ZImage`.
+        mesh: with dimensions among "replicate", "data", "ring" and "ulysses": ranks along the first
+            two have other pictures, those along the other two share the tokens of theirs
+            (`SequenceParallel`). None: one process, without fsdp.
+        fsdp: shard the parameters by block (`fully_shard`) over all ranks of the mesh, or over
+            those of each replica (HSDP), and average their gradients over all. Without it every
+            rank has all of them, and has to average them over the mesh by itself, as DDP does.
         param_dtype: with fsdp: in which dtype the parameters are gathered and the network computes,
             such as bfloat16; gradients are reduced in float32. x and cap_feats come in this dtype,
             t in float32. None: that of the parameters.
@@ -44,13 +44,12 @@ def parallelize(
             share tokens attention is not compiled.
 
     Raises:
-        ValueError: the mesh has other dimensions; it shares tokens, and the network cannot;
-            param_dtype without fsdp.
+        ValueError: the mesh has other dimensions, or "replicate" not as the first of several; it
+            shares tokens, and the network cannot; param_dtype without fsdp.
     """
     _check(model, mesh, fsdp, param_dtype)
     if mesh is not None and {"ring", "ulysses"} & set(mesh.mesh_dim_names):
-        parallel = SequenceParallel.from_mesh(mesh)
-        model.sequence_parallel = parallel if parallel.size > 1 else None
+        SequenceParallel.from_mesh(mesh).share(model)
     stacks = [getattr(model, name) for name in model.config.stacks]
     if checkpoint_activations:
         for blocks in stacks:
@@ -63,7 +62,7 @@ def parallelize(
             for block in blocks:
                 block.compile(backend=backend, fullgraph=whole)
     if fsdp:
-        ranks = _all_ranks(mesh)
+        ranks = _shards(mesh)
         policy = {"param_dtype": param_dtype, "reduce_dtype": torch.float32}
         for blocks in stacks:
             for block in blocks:
@@ -75,14 +74,22 @@ def parallelize(
 
 
 def shard(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    """FSDP2 around a module that is trained with the network, such as an encoder, over all ranks of
+    """FSDP2 around a module that is trained with the network, such as an encoder, as that one over
     the same mesh; gradients are reduced in float32."""
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-    return fully_shard(module, mesh=_all_ranks(mesh), mp_policy=policy)
+    return fully_shard(module, mesh=_shards(mesh), mp_policy=policy)
 
 
-def _all_ranks(mesh: DeviceMesh) -> DeviceMesh:
-    return mesh if mesh.ndim == 1 else mesh._flatten()
+def _shards(mesh: DeviceMesh) -> DeviceMesh:
+    """What `fully_shard` takes: all ranks in one dimension, or replicas and the ranks of each."""
+    if mesh.ndim == 1:
+        return mesh
+    first, *rest = mesh.mesh_dim_names
+    if first != "replicate":
+        return mesh._flatten()
+    if len(rest) == 1:
+        return mesh
+    return DeviceMesh(mesh.device_type, mesh.mesh.flatten(1), mesh_dim_names=("replicate", "shard"))
 
 
 def _check(model, mesh, fsdp, param_dtype) -> None:
@@ -93,9 +100,7 @@ def _check(model, mesh, fsdp, param_dtype) -> None:
     names = mesh.mesh_dim_names or ()
     if not names or not set(names) <= set(DIMENSIONS):
         raise ValueError(f"mesh must have dimensions among {DIMENSIONS}, got {names}")
-    if {"ring", "ulysses"} & set(names) and not hasattr(model, "sequence_parallel"):
-        raise ValueError(
-            f"a network must have sequence_parallel to share tokens, {type(model).__name__} has not"
-        )
+    if "replicate" in names and (names[0] != "replicate" or len(names) == 1):
+        raise ValueError(f'"replicate" must be the first of several dimensions, got {names}')
     if param_dtype is not None and not fsdp:
         raise ValueError("param_dtype needs fsdp")

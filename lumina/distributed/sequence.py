@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import DeviceMesh, ProcessGroup
 
 from lumina.distributed.exchange import all_gather, all_to_all, gathered
@@ -84,6 +84,17 @@ class SequenceParallel:
 
     def __deepcopy__(self, memo) -> SequenceParallel:
         return self  # process groups have no copies
+
+    def share(self, network: nn.Module) -> None:
+        """Have a network share its tokens among these processes, where they are several.
+
+        Raises:
+            ValueError: the network cannot.
+        """
+        if not hasattr(network, "sequence_parallel"):
+            name = type(network).__name__
+            raise ValueError(f"a {name} cannot share its tokens: leave out ulysses and ring")
+        network.sequence_parallel = self if self.size > 1 else None
 
     @property
     def size(self) -> int:
@@ -262,12 +273,12 @@ def _to_tokens(out: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def _part(x: Tensor, dim: int, parallel: SequenceParallel) -> Tensor:
-    """The rank's tokens; zeros behind the last one."""
+    """A copy of the rank's tokens, so that the others are freed; zeros behind the last one."""
     C, L = parallel._chunk(x.shape[dim]), x.shape[dim]
     first, end = (min(L, place * C) for place in (parallel.rank, parallel.rank + 1))
     own = x.narrow(dim, first, end - first)
     beyond = [0] * (2 * (x.ndim - 1 - dim)) + [0, C - own.shape[dim]]
-    return F.pad(own, beyond) if end - first < C else own
+    return F.pad(own, beyond) if end - first < C else own.clone()
 
 
 def _whole(x: Tensor, dim: int, length: int, parallel: SequenceParallel) -> Tensor:

@@ -86,10 +86,7 @@ class World:
             return
         tokens = SequenceParallel.from_mesh(self.mesh)
         if tokens.size > 1:
-            if not hasattr(network, "sequence_parallel"):
-                name = type(network).__name__
-                raise ValueError(f"a {name} cannot share its tokens: leave out ulysses and ring")
-            network.sequence_parallel = tokens
+            tokens.share(network)
         if self.mesh["guidance"].size() > 1:
             network.guidance_parallel = GuidanceParallel.from_mesh(self.mesh)
 

@@ -1,6 +1,7 @@
 """A network of which each process has some tokens, compared with the same network by itself."""
 
 import copy
+import dataclasses
 import os
 import re
 import tempfile
@@ -29,6 +30,15 @@ def network(heads, backend=None):
     return randomise(NextDiT(config(**heads), backend), torch.float32).float()
 
 
+def joint_network(family):
+    """Of four query heads: on two key/value heads, or on as many."""
+    groups = 2 if family == "lumina2" else 4
+    sizes = dict(dim=96, n_heads=4, n_kv_heads=groups, axes_dims=(8, 8, 8), n_layers=2)
+    config = dataclasses.replace(joint_networks.CONFIGS[family], **sizes, n_refiner_layers=1)
+    model = joint_networks.NETWORKS[type(config)](config)
+    return randomise(model, torch.float32).float()
+
+
 def results(model, x, t, feats, mask, weights, **settings):
     """The velocity, and the gradients of the parameters, of the picture and of the text."""
     x = [z.clone().requires_grad_() for z in (x if isinstance(x, list) else [x])]
@@ -43,14 +53,27 @@ def results(model, x, t, feats, mask, weights, **settings):
 
 
 def network_in_parts(mesh, size, heads=EIGHT_ON_TWO, regions=False, captions=1, **settings):
-    model = network(heads)
     x, t, feats, mask = cast(inputs(*size), torch.float32)
     if captions > 1:
         feats, mask = torch.cat([feats, feats.flip(0)]), torch.cat([mask, mask.flip(0)])
     if regions:
         tokens = size[1] // 2 * (size[2] // 2)
         mask = torch.rand(mask.shape[0], tokens, mask.shape[1]) < 0.6
-    arguments = (x, t, feats, mask, torch.randn(10_000))
+    return compared(network(heads), mesh, (x, t, feats, mask), "wk", settings)
+
+
+def joint_in_parts(mesh, family, sizes, captions=1, **settings):
+    x, t, feats, mask = joint_networks.inputs(*sizes)
+    if captions > 1:
+        feats, mask = torch.cat([feats, feats.flip(0)]), torch.cat([mask, mask.flip(0)])
+    x = [z.float() for z in x] if isinstance(x, list) else x.float()
+    arguments = x, t.float(), feats.float(), mask
+    return compared(joint_network(family), mesh, arguments, "qkv", settings)
+
+
+def compared(model, mesh, arguments, keys, settings):
+    """Output and gradients of the processes of a mesh, and of this one alone."""
+    arguments = (*arguments, torch.randn(10_000))
     out, grads = results(model, *arguments, **settings)
     model.sequence_parallel = over(*mesh)
     found, found_grads = results(model, *arguments, **settings)
@@ -60,7 +83,7 @@ def network_in_parts(mesh, size, heads=EIGHT_ON_TWO, regions=False, captions=1, 
     floors = {name: sizes[name.replace("ky_norm.bias", "ky_norm.weight")] for name in sizes}
     found_grads = mean(found_grads)
     errors |= {name: error(found_grads[name], x, floors[name]) for name, x in grads.items()}
-    assert sizes["layers.0.attention.wk.weight"] > 1e-3 and sizes["x 0"] > 1e-3
+    assert sizes[f"layers.0.attention.{keys}.weight"] > 1e-3 and sizes["x 0"] > 1e-3
     return errors
 
 
@@ -116,11 +139,17 @@ def guided_in_parts(family, ragged=False, solver="midpoint"):
     return {"out": error(found, expected)}
 
 
-def keeps_its_share(mesh):
+def keeps_its_share(mesh, family="next_dit"):
     """Of what a forward keeps for its backward: 1 / ranks, and at most 15 % of that besides."""
-    model, parallel = network(EIGHT_ON_TWO), over(*mesh)
+    if family == "next_dit":
+        model, arguments = network(EIGHT_ON_TWO), cast(inputs(3, 32, 30), torch.float32)
+    else:
+        x, t, feats, mask = joint_networks.inputs((48, 40))
+        # The text's refiner, which every rank runs, is a third of these few blocks.
+        arguments = x.float(), t.float(), feats[:, :5].float(), mask[:, :5]
+        model = joint_network(family)
+    parallel = over(*mesh)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    arguments = cast(inputs(3, 32, 30), torch.float32)
 
     def kept():
         sizes = {}

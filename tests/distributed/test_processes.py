@@ -11,6 +11,7 @@ from network_checks import (
     documented,
     drawn_in_parts,
     guided_in_parts,
+    joint_in_parts,
     keeps_its_share,
     network_in_parts,
 )
@@ -57,6 +58,18 @@ NETWORKS = {
     "network, drop": {"size": (3, 6, 10), "context_drop": DROP, "base_seqlen": 5},
     "network, drop, list": {"size": LIST, "context_drop": DROP},
 }
+JOINT = {
+    "Lumina 2": {"family": "lumina2", "sizes": ((8, 8),), "captions": 2},
+    "Lumina 2, drop": {"family": "lumina2", "sizes": ((6, 10),), "context_drop": DROP},
+    "Lumina 2, drop, list": {
+        "family": "lumina2",
+        "sizes": ((8, 6), (4, 10), (6, 6)),
+        "context_drop": DROP,
+        "base_seqlen": 5,
+    },
+    "Z-Image, list": {"family": "z_image", "sizes": ((8, 6), (4, 10), (6, 6))},
+    "Z-Image, drop": {"family": "z_image", "sizes": ((8, 6),), "context_drop": DROP},
+}
 CHECKS = {
     f"{name}, ring {mesh[0]}, Ulysses {mesh[1]}": (check, mesh, changes)
     for mesh in MESHES
@@ -65,7 +78,8 @@ CHECKS = {
         (attention_in_16_bits, IN_16_BITS),
         (network_in_parts, NETWORKS if mesh not in ((1, 2), (4, 1)) else {}),
         (drawn_in_parts, {"drawn": {}}),
-        (keeps_its_share, {"memory": {}}),
+        (joint_in_parts, JOINT if mesh not in ((1, 2), (4, 1)) else {}),
+        (keeps_its_share, {"memory": {}, "memory, Lumina 2": {"family": "lumina2"}}),
     )
     for name, changes in cases.items()
 }
@@ -81,6 +95,9 @@ CHECKS |= {
         ),
         ("Ulysses", {"data": 2, "ulysses": 2}, {"steps": 5}),
         ("ring of Ulysses", {"ring": 2, "ulysses": 2}, {"checkpoint_activations": True}),
+        ("Lumina 2, shared", {"ring": 2, "ulysses": 2}, {"family": "lumina2", "steps": 3}),
+        ("replicas", {"replicate": 2, "data": 2}, {"steps": 3}),
+        ("replicas of shares", {"replicate": 2, "data": 1, "ring": 2}, {"steps": 3}),
         ("compiled", {"data": 2, "ring": 2}, {"compile": "eager", "steps": 2, "n_layers": 1}),
     )
 }
@@ -93,7 +110,8 @@ CHECKS |= {
         ("Z-Image", "z_image", {}),
     )
 }
-CHECKS["memory of the state"] = keeps_a_share_of_the_state, None, {}
+CHECKS["memory of the state"] = keeps_a_share_of_the_state, (4,), {}
+CHECKS["memory of the state, replicas"] = keeps_a_share_of_the_state, (2, 2), {}
 CHECKS["refused by parallelize"] = refused_by_parallelize, None, {}
 CHECKS["documented"] = documented, None, {}
 CHECKS["bfloat16"] = computes_in_16_bits, None, {}

@@ -45,8 +45,11 @@ def trained_in_parts(mesh, family="next_dit", steps=20, n_layers=2, **options):
     before, arguments = copy.deepcopy(alone), pictures()
     mesh = init_device_mesh("cpu", tuple(mesh.values()), mesh_dim_names=tuple(mesh))
     model = parallelize(copy.deepcopy(alone), mesh, **options)
-    data = mesh["data"] if "data" in mesh.mesh_dim_names else None
-    part = [x if data is None else x.chunk(data.size())[data.get_local_rank()] for x in arguments]
+    part = arguments
+    for name in ("replicate", "data"):
+        if name in mesh.mesh_dim_names:
+            ranks = mesh[name]
+            part = [x.chunk(ranks.size())[ranks.get_local_rank()] for x in part]
     losses = mean({"losses": losses_of(model, part, steps)})["losses"]
     expected, start = losses_of(alone, arguments, steps), before.state_dict()
     errors, moved = {"losses": error(losses, expected)}, 0.0
@@ -72,29 +75,35 @@ def computes_in_16_bits(_):
     return {"out": error(found, expected)}
 
 
-def keeps_a_share_of_the_state(_):
-    """Parameters and the optimiser's moments: 1 / ranks of them, and at most 10 % besides."""
+def keeps_a_share_of_the_state(mesh):
+    """Parameters and the optimiser's moments: 1 / ranks of them, and at most 10 % besides; with
+    replicas, ranks of each."""
     alone, arguments = network({**EIGHT_ON_TWO, "n_layers": 2}), pictures()
-    whole = 3 * sum(p.numel() for p in alone.parameters())
-    mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("data",))
+    whole, ranks = 3 * sum(p.numel() for p in alone.parameters()), mesh[-1]
+    names = ("replicate", "data")[-len(mesh) :]
+    mesh = init_device_mesh("cpu", mesh, mesh_dim_names=names)
     model = parallelize(alone, mesh)
     optimizer = torch.optim.AdamW(model.parameters())
     model(*arguments).square().mean().backward()
     optimizer.step()
     moments = [x for state in optimizer.state.values() for x in state.values() if x.ndim]
     kept = sum(x.to_local().untyped_storage().nbytes() for x in (*model.parameters(), *moments)) / 4
-    assert len(moments) == 2 * len(list(model.parameters())) and kept >= whole / 4
-    return {"kept": max(0.0, kept / whole - 1.1 / 4)}
+    assert len(moments) == 2 * len(list(model.parameters())) and kept >= whole / ranks
+    return {"kept": max(0.0, kept / whole - 1.1 / ranks)}
 
 
 def refused_by_parallelize(_):
     shared = init_device_mesh("cpu", (4,), mesh_dim_names=("ulysses",))
     other = init_device_mesh("cpu", (4,), mesh_dim_names=("tensor",))
+    late = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "replicate"))
     with torch.device("meta"):
-        model, lumina2 = NextDiT(config()), Lumina2(Lumina2Config(n_layers=1))
+        model = NextDiT(config())
     return {
         "mesh": refuses(ValueError, "got ('tensor',)", parallelize, model, other),
-        "network": refuses(ValueError, "Lumina2 has not", parallelize, lumina2, shared),
+        "network": refuses(
+            ValueError, "a Linear cannot share", parallelize, torch.nn.Linear(1, 1), shared
+        ),
+        "replicas": refuses(ValueError, "must be the first", parallelize, model, late),
         "dtype": refuses(
             ValueError, "needs fsdp", parallelize, model, shared, fsdp=False, param_dtype=torch.half
         ),

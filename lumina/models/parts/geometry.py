@@ -22,8 +22,10 @@ class Geometry:
     rope: tuple[Tensor, Tensor, Tensor]  # positions, inv_freq and axis of the rope ops
     key_mask: Tensor | None  # (B, L) bool, False on padding
     key_scale: Tensor | None  # factor of the keys, see `key_scale`
-    others: int = 0  # tokens behind the image's that context drop leaves alone
     parallel: SequenceParallel | None = None  # the ranks that have the other tokens; None: none
+    # Where the tokens of the text come behind those of the image, for context drop:
+    image_tokens: int = 0
+    whole_mask: Tensor | None = None  # `key_mask` of the tokens of all ranks
 
 
 def key_scale(grids: list[Grid], base_seqlen: int | None, like: Tensor) -> Tensor | None:

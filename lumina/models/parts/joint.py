@@ -8,6 +8,7 @@ positions, and attention does not care for the order.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -132,11 +133,16 @@ class JointAttention(nn.Module):
             q, k = self.q_norm(q).to(q.dtype), self.k_norm(k).to(k.dtype)
             weights = None
         q, k = rotated(q, k, weights, geometry.rope, eps, backend)
-        if windows is not None:
-            k, v, key_mask, bias = pooled(k, v, geometry, windows, backend)
         if geometry.key_scale is not None:
             k = (k * geometry.key_scale).to(k.dtype)
-        out = gqa_attention(q[:, :keep], k, v, key_mask, bias=bias, backend=backend)
+        means = windows and partial(pooled, geometry=geometry, windows=windows, backend=backend)
+        if geometry.parallel is not None:
+            parallel = geometry.parallel
+            out = parallel.attention(q, k, v, key_mask, pool=means, backend=backend)
+        else:
+            if means is not None:
+                k, v, key_mask, bias = means(k, v)
+            out = gqa_attention(q[:, :keep], k, v, key_mask, bias=bias, backend=backend)
         return self.out(out.flatten(2))
 
 
@@ -154,13 +160,13 @@ def pooled(
     k: Tensor, v: Tensor, geometry: Geometry, windows: Windows, backend: str | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Keys, values, mask and bias; the image's averaged over windows, the others as they are."""
-    L = k.shape[1] - geometry.others
+    L = geometry.image_tokens
     image_k, image_v, mask, bias = pool(k[:, :L], v[:, :L], windows, backend)
-    if geometry.key_mask is not None:
+    if geometry.whole_mask is not None:
         if mask is None:
             mask = torch.ones(image_k.shape[:2], dtype=torch.bool, device=k.device)
-        mask = torch.cat([mask, geometry.key_mask[:, L:]], 1)
+        mask = torch.cat([mask, geometry.whole_mask[:, L:]], 1)
     if bias is not None:
-        bias = F.pad(bias, (0, geometry.others))
+        bias = F.pad(bias, (0, k.shape[1] - L))
     k, v = torch.cat([image_k, k[:, L:]], 1), torch.cat([image_v, v[:, L:]], 1)
     return k, v, mask, bias

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lumina.models.parts import norms
@@ -21,6 +22,7 @@ from lumina.models.parts.windows import DroppedLayers, Windows, windows_of_layer
 
 if TYPE_CHECKING:
     from lumina.distributed.guidance import GuidanceParallel
+    from lumina.distributed.sequence import SequenceParallel
 
 # Learned tokens (1, P, D) behind those of an image, and which are attended, (B, P); None: all.
 Padding = tuple[Tensor, Tensor | None]
@@ -60,10 +62,14 @@ class JointTransformer(nn.Module):
     Before them a few blocks run over the text alone and over the image alone (the refiners).
 
     Attributes:
+        sequence_parallel: the processes that share the tokens of every image and of the text beside
+            it (not the text's refiner). All call the network with the same arguments, and all get
+            the whole result; docs/distributed.md has more. None: this one has all tokens.
         guidance_parallel: the two processes that share guidance in `lumina.sample`; None: this one
             runs the captions and the negative ones.
     """
 
+    sequence_parallel: SequenceParallel | None = None
     guidance_parallel: GuidanceParallel | None = None
 
     def __init__(
@@ -217,8 +223,9 @@ class JointTransformer(nn.Module):
         if images.padding is not None:
             h = torch.cat([h, images.padding[0].expand(h.shape[0], -1, -1)], 1)
         where, mask = self._positions(images, place)
-        geometry = Geometry(self._rope(where, images.inv_freq), mask, None)
-        return replace(images, h=self._run(self.noise_refiner, h, images.c, geometry))
+        own, geometry = self._own(h, where, mask, images.inv_freq)
+        own = self._run(self.noise_refiner, own, images.c, geometry)
+        return replace(images, h=self._whole(own, h.shape[1]))
 
     def _joint(
         self,
@@ -235,13 +242,33 @@ class JointTransformer(nn.Module):
         )
         where = torch.cat([where, _on_first_axis(caption.places)], 1)
         h = torch.cat([images.h, caption.text.to(images.h.dtype)], 1)
-        rope, factor = self._rope(where, images.inv_freq), key_scale(grids, base_seqlen, h)
-        geometry = Geometry(rope, mask, factor, others=h.shape[1] - L)
+        own, geometry = self._own(h, where, mask, images.inv_freq)
+        geometry = replace(geometry, key_scale=key_scale(grids, base_seqlen, h), image_tokens=L)
         windows = windows_of_layers(
             grids, context_drop, len(self.layers), h.device, among_others=True
         )
-        h = self._run(self.layers, h, images.c, geometry, windows, L)
-        return self.final_layer(h, images.final_c)
+        # Ranks that share tokens have equally many in every exchange, the text's as well.
+        keep = L if self.sequence_parallel is None else None
+        own = self._run(self.layers, own, images.c, geometry, windows, keep)
+        out = self._whole(self.final_layer(own, images.final_c), h.shape[1])
+        return out if keep else out[:, :L]
+
+    def _own(self, h: Tensor, where: Tensor, mask: Tensor | None, inv_freq: Tensor):
+        """This process's tokens of (B, L, D), all of them or its share, and their geometry."""
+        parallel, own_mask = self.sequence_parallel, mask
+        if parallel is not None:
+            own_mask = parallel.key_mask(mask, h)
+            if mask is not None or own_mask is not None:
+                mask = _all_true(mask, h.shape[:2], h.device)
+                mask = F.pad(mask, (0, -h.shape[1] % parallel.size))
+            h, where = parallel.shard(h, 1), parallel.shard(where, 1)
+        rope = self._rope(where, inv_freq)
+        return h, Geometry(rope, own_mask, None, parallel=parallel, whole_mask=mask)
+
+    def _whole(self, own: Tensor, length: int) -> Tensor:
+        """What all processes have of `length` tokens, or this one's."""
+        parallel = self.sequence_parallel
+        return own if parallel is None else parallel.gather(own, 1, length)
 
     def _positions(self, images: Images, place: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """(B, L + P, 3) of the image's tokens and its padding, and which of them are attended."""
