@@ -1,0 +1,41 @@
+"""diffusers' `enable_parallelism` with our attention: outputs and gradients of one process."""
+
+import pytest
+import torch.distributed as dist
+from diffusers_checks import enabled, flux, ltx, lumina2, lumina_next, refused, z_image
+from processes import run
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+MESHES = ((2, 1), (1, 2), (2, 2), (1, 4))  # ring, Ulysses
+MODELS = {
+    f"{make.__name__}{', one length' if not ragged else ''}": {"make": make, "ragged": ragged}
+    for make in (lumina_next, lumina2, z_image)
+    for ragged in (True, False)
+}
+CHECKS = {
+    f"{name}, ring {mesh[0]}, Ulysses {mesh[1]}": (enabled, mesh, options)
+    for mesh in MESHES
+    for name, options in MODELS.items()
+}
+CHECKS |= {
+    "Z-Image from images": (enabled, (2, 2), {"make": z_image, "omni": True}),
+    "Z-Image with controls": (enabled, (2, 2), {"make": z_image, "controlled": True}),
+    "28 heads on 7": (enabled, (1, 2), {"make": lumina_next, "heads": (28, 7), "size": 224}),
+    "Flux": (enabled, (2, 2), {"make": flux}),
+    "LTX": (enabled, (2, 2), {"make": ltx}),
+    "refused": (refused, (1, 4), {}),
+}
+
+
+@pytest.fixture(scope="module")
+def found():
+    return run(4, CHECKS)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_shared_tokens_are_as_whole(found, name):
+    for rank, errors in enumerate(found[name]):
+        assert isinstance(errors, dict), f"rank {rank}: {errors}"
+        for what, error in errors.items():
+            limit = 1e-5 if what.startswith("out") else 1e-4
+            assert error <= limit, f"rank {rank}, {what}: {error:.3g} > {limit}"
