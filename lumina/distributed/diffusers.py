@@ -101,12 +101,15 @@ def _enable_parallelism(self, *, config, cp_plan=None) -> None:
     """`ModelMixin.enable_parallelism`, after which the ranks share the tokens of images.
 
     Raises:
-        ValueError: cp_plan is given, or an attention has a processor or a backend that does not
-            know of the other ranks.
+        ValueError: cp_plan, ulysses_anything or ring_anything is given, or an attention has a
+            processor or a backend that does not know of the other ranks.
     """
     is_context = isinstance(config, ContextParallelConfig)
-    if not is_context and getattr(config, "context_parallel_config", None) is None:
+    context = config if is_context else getattr(config, "context_parallel_config", None)
+    if context is None:
         return ModelMixin.enable_parallelism(self, config=config, cp_plan=cp_plan)
+    if context.ulysses_anything or context.ring_anything:
+        raise ValueError("any length is taken without ulysses_anything or ring_anything")
     if cp_plan is not None:
         raise ValueError(f"{type(self).__name__} is split by hooks of lumina and takes no cp_plan")
     family = FAMILIES[next(kind.__name__ for kind in type(self).mro() if kind.__name__ in FAMILIES)]

@@ -74,8 +74,7 @@ def lumina_attention(
     if context is not None:
         if return_lse or context.ulysses_anything or context.ring_anything:
             raise NotImplementedError(
-                f'"{BACKEND}" takes no return_lse, ulysses_anything or ring_anything in parallel; '
-                "Lumina-Next, Lumina 2 and Z-Image take any length and any heads without"
+                f'"{BACKEND}" takes no return_lse, ulysses_anything or ring_anything in parallel'
             )
         if scale is not None and scale != (usual := query.shape[-1] ** -0.5):
             query = query * (scale / usual)

@@ -186,6 +186,8 @@ def refused(mesh):
     model, inputs = z_image()
     plan = {"config": config(mesh), "cp_plan": {}}
     found["plan"] = refuses(ValueError, "takes no cp_plan", model.enable_parallelism, **plan)
+    anything = ContextParallelConfig(ulysses_degree=mesh[1], ulysses_anything=True)
+    found["any length"] = refuses(ValueError, "without", model.enable_parallelism, config=anything)
     model.enable_parallelism(config=config(mesh))
     model.set_attention_backend("native")
     found["backend, later"] = refuses(ValueError, 'must be "lumina"', model, **inputs)

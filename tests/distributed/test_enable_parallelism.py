@@ -29,7 +29,7 @@ CHECKS |= {
 
 @pytest.fixture(scope="module")
 def found():
-    return run(4, CHECKS)
+    return run(4, CHECKS, preload=["diffusers_checks"])
 
 
 @pytest.mark.parametrize("name", CHECKS)
