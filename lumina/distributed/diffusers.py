@@ -81,13 +81,10 @@ def register() -> None:
 
 def _resolve_parallel_config(self, config):
     """As diffusers does, which divides by the number of accelerators, on a CPU too."""
-    if torch.accelerator.device_count():
+    context, initialized = _context_of(config), torch.distributed.is_initialized()
+    if context is None or torch.accelerator.device_count() or not initialized:
         return ModelMixin._resolve_parallel_config(self, config)
-    if not torch.distributed.is_initialized():
-        raise RuntimeError("torch.distributed must be initialized, see init_process_group")
-    if not isinstance(config, ParallelConfig):
-        config = ParallelConfig(config)
-    context = config.context_parallel_config
+    config = ParallelConfig(context)
     mesh = context.mesh or torch.distributed.init_device_mesh(
         "cpu", context.mesh_shape, mesh_dim_names=context.mesh_dim_names
     )
@@ -104,9 +101,8 @@ def _enable_parallelism(self, *, config, cp_plan=None) -> None:
         ValueError: cp_plan, ulysses_anything or ring_anything is given, or an attention has a
             processor or a backend that does not know of the other ranks.
     """
-    is_context = isinstance(config, ContextParallelConfig)
-    context = config if is_context else getattr(config, "context_parallel_config", None)
-    if context is None:
+    context = _context_of(config)
+    if context is None or self._parallel_config is not None:  # which diffusers refuses
         return ModelMixin.enable_parallelism(self, config=config, cp_plan=cp_plan)
     if context.ulysses_anything or context.ring_anything:
         raise ValueError("any length is taken without ulysses_anything or ring_anything")
@@ -138,6 +134,11 @@ def _enable_parallelism(self, *, config, cp_plan=None) -> None:
         elif len(blocks):
             _add(GatherTokens(tokens, is_block=True), blocks[-1])
     _add(ShareControls(parallel), self)
+
+
+def _context_of(config) -> ContextParallelConfig | None:
+    is_context = isinstance(config, ContextParallelConfig)
+    return config if is_context else getattr(config, "context_parallel_config", None)
 
 
 def _check_processor(processor, family) -> None:

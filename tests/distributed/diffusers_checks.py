@@ -125,12 +125,13 @@ def ltx():
     }
 
 
-def enabled(mesh, make, **options):
+def enabled(mesh, make, checkpointed=False, **options):
     """The output, and the mean over the ranks of all gradients, as on one process."""
     model, inputs = make(**options)
     with torch.no_grad():
         for x in model.parameters():  # some begin as zeros, and some with whatever was there
             x.copy_(torch.ones_like(x) if x.ndim == 1 else x).add_(0.1 * randn(x.shape))
+    model.enable_gradient_checkpointing() if checkpointed else None
     has_plan = make in (flux, ltx)
     single = results(model, inputs)
     model.set_attention_backend("lumina") if has_plan else None
@@ -190,6 +191,9 @@ def refused(mesh):
     found["any length"] = refuses(ValueError, "without", model.enable_parallelism, config=anything)
     model.enable_parallelism(config=config(mesh))
     model.set_attention_backend("native")
+    found["twice"] = refuses(
+        RuntimeError, "called twice", model.enable_parallelism, config=config(mesh)
+    )
     found["backend, later"] = refuses(ValueError, 'must be "lumina"', model, **inputs)
     model, inputs = z_image(controlled=True)
     model.enable_parallelism(config=config(mesh))

@@ -20,6 +20,7 @@ CHECKS = {
 CHECKS |= {
     "Z-Image from images": (enabled, (2, 2), {"make": z_image, "omni": True}),
     "Z-Image with controls": (enabled, (2, 2), {"make": z_image, "controlled": True}),
+    "checkpointed": (enabled, (2, 1), {"make": lumina2, "checkpointed": True}),
     "28 heads on 7": (enabled, (1, 2), {"make": lumina_next, "heads": (28, 7), "size": 224}),
     "Flux": (enabled, (2, 2), {"make": flux}),
     "LTX": (enabled, (2, 2), {"make": ltx}),
