@@ -38,12 +38,12 @@ def captions(ragged):
     return randn(2, 7, 16), torch.arange(7) < lengths
 
 
-def lumina_next(ragged=True, heads=(4, 1), size=32):
+def lumina_next(heads=(4, 1), size=32):
     model = diffusers.LuminaNextDiT2DModel(
         sample_size=16, hidden_size=size, num_layers=2, num_attention_heads=heads[0],
         num_kv_heads=heads[1], multiple_of=16, cross_attention_dim=16,
     )  # fmt: skip
-    text, mask = captions(ragged)
+    text, mask = captions(ragged=True)
     return model, {
         "hidden_states": randn(2, 4, 10, 6),  # 15 tokens
         "timestep": torch.rand(2),

@@ -7,17 +7,14 @@ from processes import run
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 MESHES = ((2, 1), (1, 2), (2, 2), (1, 4))  # ring, Ulysses
-MODELS = {
-    f"{make.__name__}{', one length' if not ragged else ''}": {"make": make, "ragged": ragged}
-    for make in (lumina_next, lumina2, z_image)
-    for ragged in (True, False)
-}
 CHECKS = {
-    f"{name}, ring {mesh[0]}, Ulysses {mesh[1]}": (enabled, mesh, options)
+    f"{make.__name__}, ring {mesh[0]}, Ulysses {mesh[1]}": (enabled, mesh, {"make": make})
+    for make in (lumina_next, lumina2, z_image)
     for mesh in MESHES
-    for name, options in MODELS.items()
 }
 CHECKS |= {
+    "Lumina 2, one length": (enabled, (2, 2), {"make": lumina2, "ragged": False}),
+    "Z-Image, one length": (enabled, (2, 2), {"make": z_image, "ragged": False}),
     "Z-Image from images": (enabled, (2, 2), {"make": z_image, "omni": True}),
     "Z-Image with controls": (enabled, (2, 2), {"make": z_image, "controlled": True}),
     "checkpointed": (enabled, (2, 1), {"make": lumina2, "checkpointed": True}),
@@ -30,7 +27,7 @@ CHECKS |= {
 
 @pytest.fixture(scope="module")
 def found():
-    return run(4, CHECKS, preload=["diffusers_checks"])
+    return run(4, CHECKS, preload=["lumina.distributed.diffusers"])
 
 
 @pytest.mark.parametrize("name", CHECKS)
