@@ -15,16 +15,19 @@ SLOW = (
 )  # fmt: skip
 
 
-def run(world, checks):
+def run(world, checks, preload=()):
     """Name -> what each rank found: a dict of errors, or the text of an exception.
 
     Args:
         world: processes.
         checks: name -> (function, its argument, its keyword arguments); it returns name -> error.
+        preload: more modules that take long to import.
     """
     with tempfile.TemporaryDirectory() as folder:
         # Forked from a process that imported what takes long, and did nothing else.
-        multiprocessing.set_forkserver_preload(["pytest", "torch.distributed.device_mesh", *SLOW])
+        multiprocessing.set_forkserver_preload(
+            ["pytest", "torch.distributed.device_mesh", *SLOW, *preload]
+        )
         arguments = (world, folder, checks)
         mp.start_processes(_main, arguments, nprocs=world, start_method="forkserver")
         each = [torch.load(f"{folder}/{rank}", weights_only=False) for rank in range(world)]
