@@ -87,10 +87,15 @@ def compared(model, mesh, arguments, keys, settings):
     return errors
 
 
-def drawn_in_parts(mesh):
+def drawn_in_parts(mesh, family="next_dit"):
     """`lumina.sample` with all there is, and prepared captions."""
-    model = network(EIGHT_ON_TWO)
-    _, _, feats, mask = cast(inputs(3, 8, 8), torch.float32)
+    if family == "next_dit":
+        model = network(EIGHT_ON_TWO)
+        _, _, feats, mask = cast(inputs(3, 8, 8), torch.float32)
+    else:
+        model = joint_network(family)
+        _, _, feats, mask = joint_networks.inputs((8, 8))
+        feats = feats.float()
     settings = dict(
         size=(14, 10), steps=2, guidance=Guidance(3.0), context_drop=ContextDrop(),
         rope_scaling=RopeScaling("time_aware", base_size=2), base_seqlen=9,

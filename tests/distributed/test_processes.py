@@ -78,6 +78,7 @@ CHECKS = {
         (attention_in_16_bits, IN_16_BITS),
         (network_in_parts, NETWORKS if mesh not in ((1, 2), (4, 1)) else {}),
         (drawn_in_parts, {"drawn": {}}),
+        (drawn_in_parts, {"Z-Image, drawn": {"family": "z_image"}} if mesh == (2, 2) else {}),
         (joint_in_parts, JOINT if mesh not in ((1, 2), (4, 1)) else {}),
         (keeps_its_share, {"memory": {}, "memory, Lumina 2": {"family": "lumina2"}}),
     )
