@@ -30,8 +30,10 @@ MAX_GAP = 16 << 20  # bytes
 # cycle through copies of the inputs that have COLD bytes together. (On a GPU the L2 cache is
 # overwritten instead.) The code of an op stays cached, as in a program that calls it repeatedly:
 # before each timed call there is another one of the same variant, on other inputs. Otherwise what
-# ran before a variant would count, up to 0.15 ms for code that a slow peer had driven out.
+# ran before a variant would count, up to 0.15 ms for code that a slow peer had driven out; where a
+# round takes longer than SHORT that is nothing.
 COLD, MAX_COPIES = 96 << 20, 48
+SHORT = 0.2  # seconds
 CLONE, MATMUL = "clone", "matmul"
 SCRATCH = 256 << 20  # bytes, more than any L2 cache has
 
@@ -52,8 +54,7 @@ def time_variants(
         seconds: what all rounds should take together.
         min_batches: as many batches there are at least, however long they take.
     """
-    warm = device == "cpu" and not case.model
-    time_calls = cuda_rounds if device == "cuda" else partial(cpu_rounds, warm=warm)
+    time_calls = cuda_rounds if device == "cuda" else cpu_rounds
     batches, done, count, rounds = {}, 0, min_batches, 1
     while done < count:
         gap = torch.ones(random.randrange(MAX_GAP), dtype=torch.uint8, device=device)
@@ -68,7 +69,9 @@ def time_variants(
         if done > 0:
             time_calls(calls, 1)  # warm up: the first call allocates
         else:
-            once = (1 + warm) * sum(times[-1] for times in time_calls(calls, 2).values())
+            once = sum(times[-1] for times in time_calls(calls, 2).values())
+            if device == "cpu" and once < SHORT:
+                time_calls, once = partial(cpu_rounds, warm=True), 2 * once
             count = min(MAX_BATCHES[device], max(min_batches, round(seconds / once)))
             rounds = min(MAX_ROUNDS[device], max(1, round(seconds / once / count)))
         for name, times in time_calls(calls, rounds).items():
