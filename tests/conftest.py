@@ -30,7 +30,7 @@ def pytest_configure(config):
     # A worker of pytest-xdist ignores Ctrl-C, and so would the programs that tests start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # Workers share the processor, and threads of one that wait for each other keep the others
-    # waiting. NumPy's, which compute the products of Triton's interpreter, read it when they start:
+    # waiting. NumPy's, which compute the products of Triton's interpreter, read it in the workers:
     # a product of two tiles of 64 x 128 takes 3.4 ms of two busy cores, of one 0.08.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))

@@ -11,7 +11,6 @@ import random
 import statistics
 import time
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,12 +27,12 @@ MAX_ROUNDS = {"cpu": 5, "cuda": 20}  # per batch
 MAX_GAP = 16 << 20  # bytes
 # On a CPU every call finds its inputs in memory, not in caches that neighbours may share: the calls
 # cycle through copies of the inputs that have COLD bytes together. (On a GPU the L2 cache is
-# overwritten instead.) The code of an op stays cached, as in a program that calls it repeatedly:
-# before each timed call there is another one of the same variant, on other inputs. Otherwise what
-# ran before a variant would count, up to 0.15 ms for code that a slow peer had driven out; where a
-# round takes longer than SHORT that is nothing.
+# overwritten instead.) The code of an op stays cached, as in a program that calls it repeatedly: a
+# call shorter than SHORT is timed when it is made a second time, on other inputs where there are
+# several copies. Otherwise what ran before would count, up to 0.15 ms for code that a slow peer had
+# driven out.
 COLD, MAX_COPIES = 96 << 20, 48
-SHORT = 0.2  # seconds
+SHORT = 0.02  # seconds
 CLONE, MATMUL = "clone", "matmul"
 SCRATCH = 256 << 20  # bytes, more than any L2 cache has
 
@@ -70,8 +69,6 @@ def time_variants(
             time_calls(calls, 1)  # warm up: the first call allocates
         else:
             once = sum(times[-1] for times in time_calls(calls, 2).values())
-            if device == "cpu" and once < SHORT:
-                time_calls, once = partial(cpu_rounds, warm=True), 2 * once
             count = min(MAX_BATCHES[device], max(min_batches, round(seconds / once)))
             rounds = min(MAX_ROUNDS[device], max(1, round(seconds / once / count)))
         for name, times in time_calls(calls, rounds).items():
@@ -114,21 +111,20 @@ def matmul_size(device: str) -> int:
     return 8192 if device == "cuda" else 2048
 
 
-def cpu_rounds(
-    calls: dict[str, list[Callable]], rounds: int, warm: bool = False
-) -> dict[str, list[float]]:
+def cpu_rounds(calls: dict[str, list[Callable]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each call by variant. `calls` has the same call on several copies of the inputs,
-    and successive calls, whatever their variant, take successive copies; with `warm` there are two
-    of a variant, of which the second one is timed."""
+    and successive calls, whatever their variant, take successive copies."""
     times, done = {name: [] for name in calls}, 0
     for _ in range(rounds):
         for name, same in calls.items():
-            for _ in range(1 + warm):
+            for _ in range(2):
                 call = same[done % len(same)]
                 done += 1
                 start = time.perf_counter()
                 call()
                 seconds = time.perf_counter() - start
+                if seconds >= SHORT:
+                    break
             times[name].append(seconds)
     return times
 

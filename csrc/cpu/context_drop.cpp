@@ -53,7 +53,7 @@ void context_drop_fwd(const ContextDropFwd& op, int64_t b, int64_t first, int64_
       for (int64_t n = 0; n < counts[window - first]; ++n)
         if (its[n] + ahead < op.windows.tokens())
           prefetch(heads_at(x, b, its[n] + ahead, op.G, op.K));
-      prefetch(heads_at(out, b, window + 1, op.G, op.K));
+      if (window + 1 < end) prefetch(heads_at(out, b, window + 1, op.G, op.K));
       window_mean(x, b, its, counts[window - first], height, op.G, op.K, out(b, window), sums);
     }
   }

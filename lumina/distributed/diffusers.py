@@ -66,7 +66,8 @@ FAMILIES = {
 
 def register() -> None:
     """Make `enable_parallelism(config=ContextParallelConfig(...))` work for the three models, and
-    `set_attention_backend("lumina")` for all models of diffusers, with or without parallelism.
+    `set_attention_backend("lumina")` for all models whose attention goes through diffusers'
+    dispatch, with or without parallelism (that of Lumina-Next and Lumina 2 does not without).
 
     A call of the three then takes the same arguments on every rank and gives each the whole
     result. The mean over the ranks of each gradient is that of one process.
@@ -111,7 +112,10 @@ def _enable_parallelism(self, *, config, cp_plan=None) -> None:
     family = FAMILIES[next(kind.__name__ for kind in type(self).mro() if kind.__name__ in FAMILIES)]
     stages = [(getattr(self, blocks), end) for blocks, end in family.stages]
     for block in (block for blocks, _ in stages for block in blocks):
-        _check_processor(getattr(block, family.attention).processor, family)
+        processor = getattr(block, family.attention).processor
+        _check_processor(processor, family)
+        if hasattr(processor, "_attention_backend"):  # else diffusers asks for the process's own
+            processor._attention_backend = BACKEND
     ModelMixin.enable_parallelism(self, config=config, cp_plan=None)
 
     for attention in (m for m in self.modules() if isinstance(m, Attention)):

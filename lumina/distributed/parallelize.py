@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed import DeviceMesh
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -102,5 +103,9 @@ def _check(model, mesh, fsdp, param_dtype) -> None:
         raise ValueError(f"mesh must have dimensions among {DIMENSIONS}, got {names}")
     if "replicate" in names and (names[0] != "replicate" or len(names) == 1):
         raise ValueError(f'"replicate" must be the first of several dimensions, got {names}')
+    if len(names) > 2 and names[0] == "replicate" and mesh.size() != dist.get_world_size():
+        raise ValueError(
+            f"a mesh of these three or more dimensions must have all processes, got {mesh.size()}"
+        )
     if param_dtype is not None and not fsdp:
         raise ValueError("param_dtype needs fsdp")

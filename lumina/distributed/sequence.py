@@ -89,12 +89,14 @@ class SequenceParallel:
         """Have a network share its tokens among these processes, where they are several.
 
         Raises:
-            ValueError: the network cannot.
+            ValueError: the network cannot, or U does not divide its query heads.
         """
+        if self.size == 1:
+            return
         if not hasattr(network, "sequence_parallel"):
-            name = type(network).__name__
-            raise ValueError(f"a {name} cannot share its tokens: leave out ulysses and ring")
-        network.sequence_parallel = self if self.size > 1 else None
+            raise ValueError(f"a {type(network).__name__} cannot share its tokens among processes")
+        _check_heads(network.config.n_heads, _size(self.ulysses), "the network")
+        network.sequence_parallel = self
 
     @property
     def size(self) -> int:
@@ -238,13 +240,15 @@ class SequenceParallel:
         check_same_dtype(q=q, k=k, v=v)
         if G == 0 or H % G:
             raise ValueError(f"k must have a number of heads that divides the {H} of q, got {G}")
-        if H % U:
-            raise ValueError(
-                f"the {U} ranks of a Ulysses group must divide the heads of q, got {H}"
-            )
+        _check_heads(H, U, "q")
         check_mask("key_mask", key_mask, device, (B, C))
         if bias is not None:
             check_shape("bias", bias, device, (B, 1, 1, C), (1, 1, 1, C))
+
+
+def _check_heads(H: int, U: int, of: str) -> None:
+    if H % U:
+        raise ValueError(f"the {U} ranks of a Ulysses group must divide the heads of {of}, got {H}")
 
 
 def _size(group: ProcessGroup | None) -> int:

@@ -84,9 +84,7 @@ class World:
         """
         if self.mesh is None:
             return
-        tokens = SequenceParallel.from_mesh(self.mesh)
-        if tokens.size > 1:
-            tokens.share(network)
+        SequenceParallel.from_mesh(self.mesh).share(network)
         if self.mesh["guidance"].size() > 1:
             network.guidance_parallel = GuidanceParallel.from_mesh(self.mesh)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import benchmarks
+from benchmarks.harness import timing
 from benchmarks.harness.case import Case, Unavailable, difference
 from benchmarks.harness.measure import Row, columns, measure
 from benchmarks.harness.memory import peak_bytes
@@ -55,15 +56,24 @@ def test_rounds_are_interleaved_and_every_batch_has_inputs_at_new_addresses():
     for row in rows.values():
         assert [len(batch) for batch in row.batches] == [1] * MIN_BATCHES
     # Each variant is called for its result and for its memory. Then the first batch has three
-    # rounds, two of them to warm up, and the other batches have two. After the first two a variant
-    # is called twice, on other inputs: once for its code to be cached, and once to be timed.
+    # rounds, two of them to warm up, and the other batches have two. In a round a short call is
+    # made twice, on other inputs: once for its code to be cached, and once to be timed.
     rounds = calls[2 * len(names) :]
     twice = [name for name in names for _ in range(2)]
-    assert [name for name, _ in rounds] == 2 * names + twice * (1 + 2 * (MIN_BATCHES - 1))
+    assert [name for name, _ in rounds] == twice * (3 + 2 * (MIN_BATCHES - 1))
     addresses = [address for _, address in rounds]
-    first, second, third = (set(addresses[i : i + 6]) for i in (6, 12, 24))
+    first, second, third = (set(addresses[i : i + 6]) for i in (12, 24, 36))
     assert len(first) == len(second) == len(third) == 6
     assert not first & second and not second & third
+
+
+def test_only_short_calls_are_made_twice(monkeypatch):
+    calls, clock = [], iter(range(100))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock) * 0.6 * timing.SHORT)
+    functions = {"short": [lambda: calls.append("short")], "long": [lambda: next(clock)]}
+    times = timing.cpu_rounds(functions, 3)
+    assert calls == 6 * ["short"] and times["short"] == pytest.approx(3 * [0.6 * timing.SHORT])
+    assert times["long"] == pytest.approx(3 * [1.2 * timing.SHORT])
 
 
 def test_copies_of_the_inputs_do_not_fit_into_a_cache():

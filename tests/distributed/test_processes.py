@@ -68,7 +68,12 @@ JOINT = {
         "base_seqlen": 5,
     },
     "Z-Image, list": {"family": "z_image", "sizes": ((8, 6), (4, 10), (6, 6))},
-    "Z-Image, drop": {"family": "z_image", "sizes": ((8, 6),), "context_drop": DROP},
+    "Z-Image, drop, list, captions": {
+        "family": "z_image",
+        "sizes": ((8, 6), (4, 10), (6, 6)),
+        "context_drop": DROP,
+        "captions": 2,
+    },
 }
 CHECKS = {
     f"{name}, ring {mesh[0]}, Ulysses {mesh[1]}": (check, mesh, changes)

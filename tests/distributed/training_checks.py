@@ -97,11 +97,14 @@ def refused_by_parallelize(_):
     other = init_device_mesh("cpu", (4,), mesh_dim_names=("tensor",))
     late = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "replicate"))
     with torch.device("meta"):
-        model = NextDiT(config())
+        model, two = NextDiT(config()), NextDiT(config(dim=48, n_heads=2, n_kv_heads=1))
     return {
         "mesh": refuses(ValueError, "got ('tensor',)", parallelize, model, other),
         "network": refuses(
             ValueError, "a Linear cannot share", parallelize, torch.nn.Linear(1, 1), shared
+        ),
+        "heads": refuses(
+            ValueError, "must divide the heads of the network, got 2", parallelize, two, shared
         ),
         "replicas": refuses(ValueError, "must be the first", parallelize, model, late),
         "dtype": refuses(

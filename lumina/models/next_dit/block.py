@@ -112,8 +112,7 @@ class Attention(nn.Module):
                 q, k = rope3d(q, k, *rope, backend=backend)
             if parallel is None and windows is not None:
                 k, v, key_mask, bias = pool(k, v, windows, backend)
-        if geometry.key_scale is not None:
-            k = (k * geometry.key_scale).to(k.dtype)
+        k = geometry.scaled(k)
         text = dict(text_k=text[0], text_v=text[1], text_mask=text_mask, text_gate=self.gate)
         if parallel is None:
             out = gqa_attention(q, k, v, key_mask, **text, bias=bias, backend=backend)

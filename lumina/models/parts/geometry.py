@@ -27,6 +27,10 @@ class Geometry:
     image_tokens: int = 0
     whole_mask: Tensor | None = None  # `key_mask` of the tokens of all ranks
 
+    def scaled(self, k: Tensor) -> Tensor:
+        """Keys (B, L, G, K), for proportional attention."""
+        return k if self.key_scale is None else (k * self.key_scale).to(k.dtype)
+
 
 def key_scale(grids: list[Grid], base_seqlen: int | None, like: Tensor) -> Tensor | None:
     """Proportional attention's factor, one of all images or one of each, (B or 1, 1, 1, 1).

@@ -133,15 +133,14 @@ class JointAttention(nn.Module):
             q, k = self.q_norm(q).to(q.dtype), self.k_norm(k).to(k.dtype)
             weights = None
         q, k = rotated(q, k, weights, geometry.rope, eps, backend)
-        if geometry.key_scale is not None:
-            k = (k * geometry.key_scale).to(k.dtype)
         means = windows and partial(pooled, geometry=geometry, windows=windows, backend=backend)
         if geometry.parallel is not None:
-            parallel = geometry.parallel
+            k, parallel = geometry.scaled(k), geometry.parallel
             out = parallel.attention(q, k, v, key_mask, pool=means, backend=backend)
         else:
             if means is not None:
                 k, v, key_mask, bias = means(k, v)
+            k = geometry.scaled(k)
             out = gqa_attention(q[:, :keep], k, v, key_mask, bias=bias, backend=backend)
         return self.out(out.flatten(2))
 

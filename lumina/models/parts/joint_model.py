@@ -251,7 +251,7 @@ class JointTransformer(nn.Module):
         keep = L if self.sequence_parallel is None else None
         own = self._run(self.layers, own, images.c, geometry, windows, keep)
         out = self._whole(self.final_layer(own, images.final_c), h.shape[1])
-        return out if keep else out[:, :L]
+        return out if self.sequence_parallel is None else out[:, :L]
 
     def _own(self, h: Tensor, where: Tensor, mask: Tensor | None, inv_freq: Tensor):
         """This process's tokens of (B, L, D), all of them or its share, and their geometry."""
