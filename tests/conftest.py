@@ -52,6 +52,11 @@ def pytest_collection_finish():
     gc.set_threshold(50_000, 20, 50)
 
 
+def pytest_sessionfinish():
+    # Else nanobind calls what was not collected at the end a leak, behind the last line of pytest.
+    gc.unfreeze()
+
+
 def pytest_collection_modifyitems(items):
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
