@@ -9,8 +9,7 @@ FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 def check_axes(name: str, tensor: Tensor, axes: str) -> None:
     """`tensor` is floating with as many dimensions as `axes`, as in "B, L, D"."""
-    if not isinstance(tensor, Tensor) or tensor.dtype not in FLOATS:
-        check_floating(name, tensor)
+    check_floating(name, tensor)
     if tensor.ndim != axes.count(",") + 1:
         raise ValueError(f"{name} must have shape ({axes}), got {tuple(tensor.shape)}")
 
@@ -95,7 +94,8 @@ def check_same_dtype(**tensors: Tensor) -> None:
 
 def check_floating(name: str, tensor: Tensor) -> None:
     """`tensor` is a tensor of a dtype that the ops compute with."""
-    _check_is_tensor(name, tensor)
+    if not isinstance(tensor, Tensor):
+        _check_is_tensor(name, tensor)
     if tensor.dtype not in FLOATS:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
 

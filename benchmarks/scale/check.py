@@ -30,7 +30,6 @@ from benchmarks.scale.plan import Plan, Work, batch, exchanges
 from benchmarks.scale.steps import seconds as predicted_seconds
 from lumina import NextDiT, NextDiTConfig
 from lumina.distributed.exchange import all_to_all
-from lumina.distributed.guidance import GuidanceParallel
 from lumina.distributed.parallelize import parallelize
 from lumina.distributed.world import World
 from lumina_kernels import gqa_attention
@@ -107,7 +106,7 @@ def run_of(
     if not training:
         world.share(model.to(dtype))
         caption = model.encode_caption(*text)
-        guidance = None if plan.guidance == 1 else GuidanceParallel.from_mesh(mesh)
+        guidance = model.guidance_parallel
 
         def evaluate():
             with torch.inference_mode():

@@ -128,7 +128,6 @@ def _enable_parallelism(self, *, config, cp_plan=None) -> None:
             attention = getattr(block, family.attention)
             if family.own is not None:
                 attention.processor = family.own(tokens)
-            attention.processor._attention_backend = BACKEND
             attention.processor._parallel_config = self._parallel_config
             _add(ShareTokens(tokens, attention, is_first=i == 0), block)
         if end:

@@ -86,14 +86,17 @@ class SequenceParallel:
         return self  # process groups have no copies
 
     def share(self, network: nn.Module) -> None:
-        """Have a network share its tokens among these processes, where they are several.
+        """Have a network share its tokens among these processes, or where there is one keep them.
 
         Raises:
             ValueError: the network cannot, or U does not divide its query heads.
         """
+        able = hasattr(network, "sequence_parallel")
         if self.size == 1:
+            if able:
+                network.sequence_parallel = None
             return
-        if not hasattr(network, "sequence_parallel"):
+        if not able:
             raise ValueError(f"a {type(network).__name__} cannot share its tokens among processes")
         _check_heads(network.config.n_heads, _size(self.ulysses), "the network")
         network.sequence_parallel = self

@@ -131,11 +131,13 @@ def enabled(mesh, make, checkpointed=False, **options):
     with torch.no_grad():
         for x in model.parameters():  # some begin as zeros, and some with whatever was there
             x.copy_(torch.ones_like(x) if x.ndim == 1 else x).add_(0.1 * randn(x.shape))
-    model.enable_gradient_checkpointing() if checkpointed else None
+    if checkpointed:
+        model.enable_gradient_checkpointing()
     has_plan = make in (flux, ltx)
     single = results(model, inputs)
-    model.set_attention_backend("lumina") if has_plan else None
-    again = results(model, inputs) if has_plan else single
+    if has_plan:
+        model.set_attention_backend("lumina")
+        again = results(model, inputs)
     torch.accelerator.device_count = lambda: int(has_plan)  # diffusers divides by it
     model.enable_parallelism(config=config(mesh))
     out, grads = results(model, inputs)

@@ -18,6 +18,7 @@ from sequence_checks import over
 from torch.distributed.device_mesh import init_device_mesh
 
 import lumina
+from benchmarks.scale.counted import kept_bytes
 from lumina import ContextDrop, Guidance, NextDiT, RopeScaling, sample
 from lumina.distributed.guidance import GuidanceParallel
 
@@ -52,10 +53,16 @@ def results(model, x, t, feats, mask, weights, **settings):
     return flat.detach(), grads
 
 
-def network_in_parts(mesh, size, heads=EIGHT_ON_TWO, regions=False, captions=1, **settings):
-    x, t, feats, mask = cast(inputs(*size), torch.float32)
+def with_captions(arguments, captions):
+    """In float32, with one or two captions for each picture."""
+    x, t, feats, mask = cast(arguments, torch.float32)
     if captions > 1:
         feats, mask = torch.cat([feats, feats.flip(0)]), torch.cat([mask, mask.flip(0)])
+    return x, t, feats, mask
+
+
+def network_in_parts(mesh, size, heads=EIGHT_ON_TWO, regions=False, captions=1, **settings):
+    x, t, feats, mask = with_captions(inputs(*size), captions)
     if regions:
         tokens = size[1] // 2 * (size[2] // 2)
         mask = torch.rand(mask.shape[0], tokens, mask.shape[1]) < 0.6
@@ -63,11 +70,7 @@ def network_in_parts(mesh, size, heads=EIGHT_ON_TWO, regions=False, captions=1, 
 
 
 def joint_in_parts(mesh, family, sizes, captions=1, **settings):
-    x, t, feats, mask = joint_networks.inputs(*sizes)
-    if captions > 1:
-        feats, mask = torch.cat([feats, feats.flip(0)]), torch.cat([mask, mask.flip(0)])
-    x = [z.float() for z in x] if isinstance(x, list) else x.float()
-    arguments = x, t.float(), feats.float(), mask
+    arguments = with_captions(joint_networks.inputs(*sizes), captions)
     return compared(joint_network(family), mesh, arguments, "qkv", settings)
 
 
@@ -94,8 +97,7 @@ def drawn_in_parts(mesh, family="next_dit"):
         _, _, feats, mask = cast(inputs(3, 8, 8), torch.float32)
     else:
         model = joint_network(family)
-        _, _, feats, mask = joint_networks.inputs((8, 8))
-        feats = feats.float()
+        _, _, feats, mask = cast(joint_networks.inputs((8, 8)), torch.float32)
     settings = dict(
         size=(14, 10), steps=2, guidance=Guidance(3.0), context_drop=ContextDrop(),
         rope_scaling=RopeScaling("time_aware", base_size=2), base_seqlen=9,
@@ -149,29 +151,18 @@ def keeps_its_share(mesh, family="next_dit"):
     if family == "next_dit":
         model, arguments = network(EIGHT_ON_TWO), cast(inputs(3, 32, 30), torch.float32)
     else:
-        x, t, feats, mask = joint_networks.inputs((48, 40))
-        # The text's refiner, which every rank runs, is a third of these few blocks.
-        arguments = x.float(), t.float(), feats[:, :5].float(), mask[:, :5]
         model = joint_network(family)
+        x, t, feats, mask = cast(joint_networks.inputs((48, 40)), torch.float32)
+        # The text's refiner, which every rank runs, is a third of these few blocks.
+        arguments = x, t, feats[:, :5], mask[:, :5]
     parallel = over(*mesh)
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
-    def kept():
-        sizes = {}
+    def forward():
+        assert model(*arguments).requires_grad
 
-        def pack(x):
-            storage = x.untyped_storage()
-            sizes[storage.data_ptr()] = storage.nbytes()
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            out = model(*arguments)
-        assert out.requires_grad  # and so what is kept is still there
-        return sum(size for place, size in sizes.items() if place not in own)
-
-    whole = kept()
+    whole = kept_bytes(model, forward)
     model.sequence_parallel = parallel
-    share = kept() / whole
+    share = kept_bytes(model, forward) / whole
     assert share > 0.9 / parallel.size
     return {"kept": max(0.0, share * parallel.size - 1.15)}
 

@@ -58,19 +58,20 @@ NETWORKS = {
     "network, drop": {"size": (3, 6, 10), "context_drop": DROP, "base_seqlen": 5},
     "network, drop, list": {"size": LIST, "context_drop": DROP},
 }
+SIZES = tuple(size[1:] for size in LIST)
 JOINT = {
     "Lumina 2": {"family": "lumina2", "sizes": ((8, 8),), "captions": 2},
     "Lumina 2, drop": {"family": "lumina2", "sizes": ((6, 10),), "context_drop": DROP},
     "Lumina 2, drop, list": {
         "family": "lumina2",
-        "sizes": ((8, 6), (4, 10), (6, 6)),
+        "sizes": SIZES,
         "context_drop": DROP,
         "base_seqlen": 5,
     },
-    "Z-Image, list": {"family": "z_image", "sizes": ((8, 6), (4, 10), (6, 6))},
+    "Z-Image, list": {"family": "z_image", "sizes": SIZES},
     "Z-Image, drop, list, captions": {
         "family": "z_image",
-        "sizes": ((8, 6), (4, 10), (6, 6)),
+        "sizes": SIZES,
         "context_drop": DROP,
         "captions": 2,
     },

@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from lumina import Lumina2, Lumina2Config, NextDiT
 from lumina.distributed.parallelize import parallelize
+from lumina.distributed.sequence import SequenceParallel
 
 
 def pictures():
@@ -97,8 +98,14 @@ def refused_by_parallelize(_):
     other = init_device_mesh("cpu", (4,), mesh_dim_names=("tensor",))
     late = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "replicate"))
     with torch.device("meta"):
+        alone = NextDiT(config())
+        alone.sequence_parallel = SequenceParallel.from_mesh(shared)
+        parallelize(
+            alone, init_device_mesh("cpu", (4, 1), mesh_dim_names=("data", "ring")), fsdp=False
+        )
         model, two = NextDiT(config()), NextDiT(config(dim=48, n_heads=2, n_kv_heads=1))
     return {
+        "one rank": float(alone.sequence_parallel is not None),
         "mesh": refuses(ValueError, "got ('tensor',)", parallelize, model, other),
         "network": refuses(
             ValueError, "a Linear cannot share", parallelize, torch.nn.Linear(1, 1), shared

@@ -257,10 +257,10 @@ class JointTransformer(nn.Module):
         """This process's tokens of (B, L, D), all of them or its share, and their geometry."""
         parallel, own_mask = self.sequence_parallel, mask
         if parallel is not None:
-            own_mask = parallel.key_mask(mask, h)
-            if mask is not None or own_mask is not None:
-                mask = _all_true(mask, h.shape[:2], h.device)
-                mask = F.pad(mask, (0, -h.shape[1] % parallel.size))
+            beyond = -h.shape[1] % parallel.size
+            if mask is not None or beyond:
+                mask = F.pad(_all_true(mask, h.shape[:2], h.device), (0, beyond))
+                own_mask = parallel.shard(mask, 1)
             h, where = parallel.shard(h, 1), parallel.shard(where, 1)
         rope = self._rope(where, inv_freq)
         return h, Geometry(rope, own_mask, None, parallel=parallel, whole_mask=mask)

@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as wrappers
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.scale.counted import kept_bytes
 from lumina import NextDiT, sample
 from lumina.models.next_dit.block import TransformerBlock
 
@@ -122,24 +123,6 @@ def test_checkpointing_by_block(kind, backend):
     assert_same(unwrapped(gradients(checkpointed(copy.deepcopy(model), kind))), expected)
 
 
-def kept(model, x, t, feats, mask):
-    """Bytes that the forward keeps for the backward, parameters aside."""
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    storages = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            storages[storage.data_ptr()] = tensor, storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = model(x, t, feats, mask)
-    bytes_kept = sum(nbytes for _, nbytes in storages.values())
-    out.sum().backward()
-    return bytes_kept
-
-
 @pytest.mark.parametrize("kind", ["non-reentrant", "reentrant"])
 def test_checkpointing_by_block_saves_memory(kind):
     """A block keeps two rows of (B, L, D), its carry; without checkpointing it is over twenty."""
@@ -148,8 +131,11 @@ def test_checkpointing_by_block_saves_memory(kind):
     given = cast(inputs(*size), torch.float32)
     row = 3 * 12 * 12 * 48 * 4  # bytes
     model = network(n_layers=layers)
-    plain = kept(model, *given)
-    saved = kept(checkpointed(model, kind), *given)
+
+    def kept(network):
+        return kept_bytes(network, lambda: network(*given).sum().backward())
+
+    plain, saved = kept(model), kept(checkpointed(model, kind))
     assert plain > 20 * layers * row
     if kind == "non-reentrant":  # the inputs of a block are not among what the hooks see
         assert saved < plain / 8
