@@ -15,9 +15,6 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from lumina.distributed.diffusers import register
 
-register()
-transformer_z_image.SEQ_MULTI_OF = 5  # in place of 32, which two and four ranks always divide
-
 
 @functools.cache
 def mesh_of(ring, ulysses):
@@ -70,6 +67,7 @@ def lumina2(ragged=True):
 
 
 def z_image(ragged=True, omni=False, controlled=False):
+    transformer_z_image.SEQ_MULTI_OF = 5  # in place of 32, which two and four ranks always divide
     model = diffusers.ZImageTransformer2DModel(
         in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=4, n_kv_heads=4,
         cap_feat_dim=16, axes_dims=(4, 2, 2), siglip_feat_dim=16 if omni else None,
@@ -127,6 +125,7 @@ def ltx():
 
 def enabled(mesh, make, checkpointed=False, **options):
     """The output, and the mean over the ranks of all gradients, as on one process."""
+    register()
     model, inputs = make(**options)
     with torch.no_grad():
         for x in model.parameters():  # some begin as zeros, and some with whatever was there
@@ -160,6 +159,7 @@ def results(model, inputs):
 
 def refused(mesh):
     """What would draw another picture, said before or in the call."""
+    register()
     found = {}
 
     def check(name, kind, text, make, change, call="enable_parallelism", **options):
