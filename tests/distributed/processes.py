@@ -1,6 +1,10 @@
-"""Checks that run in several processes, all in the same ones: starting them takes seconds."""
+"""Processes forked from one that imported what takes long: checks, and commands as of `torchrun`."""
 
+import contextlib
 import multiprocessing
+import os
+import socket
+import sys
 import tempfile
 import traceback
 from datetime import timedelta
@@ -9,25 +13,61 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-SLOW = (
-    "torch._dynamo.testing", "torch._dynamo.backends.inductor", "torch.distributed.fsdp", "triton",
-    "hypothesis",
-)  # fmt: skip
+# The process that is forked imports these, and does nothing else.
+multiprocessing.set_forkserver_preload([
+    "pytest", "hypothesis", "triton", "matplotlib.pyplot", "torch._dynamo.testing",
+    "torch._dynamo.backends.inductor", "torch.distributed.device_mesh", "torch.distributed.fsdp",
+    "lumina.cli", "lumina.emoji.trainer", "lumina.distributed.diffusers",
+])  # fmt: skip
 
 
-def run(world, checks, preload=()):
+def launch(world, folder, function, *arguments):
+    """Call it in so many processes with the environment of `torchrun`.
+
+    Returns what each of them returned to the system, and all that they wrote.
+    """
+    folder.mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    each = [
+        context.Process(target=_ranked, args=(rank, world, port, folder, function, arguments))
+        for rank in range(world)
+    ]
+    for process in each:
+        process.start()
+    for process in each:
+        process.join(120)
+        process.kill()  # where it hangs
+        process.join()
+    said = [(folder / str(rank)).read_text() for rank in range(world)]
+    return [process.exitcode for process in each], "".join(said)
+
+
+def _ranked(rank, world, port, folder, function, arguments):
+    if world > 1:
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+        rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in (place | rendezvous).items()})
+    torch.set_num_threads(1)
+    with open(folder / str(rank), "w", buffering=1) as file:
+        with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+            try:
+                code = function(*arguments)
+            except BaseException:
+                traceback.print_exc()
+                raise
+    sys.exit(code)
+
+
+def run(world, checks):
     """Name -> what each rank found: a dict of errors, or the text of an exception.
 
     Args:
         world: processes.
         checks: name -> (function, its argument, its keyword arguments); it returns name -> error.
-        preload: more modules that take long to import.
     """
     with tempfile.TemporaryDirectory() as folder:
-        # Forked from a process that imported what takes long, and did nothing else.
-        multiprocessing.set_forkserver_preload(
-            ["pytest", "torch.distributed.device_mesh", *SLOW, *preload]
-        )
         arguments = (world, folder, checks)
         mp.start_processes(_main, arguments, nprocs=world, start_method="forkserver")
         each = [torch.load(f"{folder}/{rank}", weights_only=False) for rank in range(world)]

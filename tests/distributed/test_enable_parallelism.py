@@ -27,7 +27,7 @@ CHECKS |= {
 
 @pytest.fixture(scope="module")
 def found():
-    return run(4, CHECKS, preload=["lumina.distributed.diffusers"])
+    return run(4, CHECKS)
 
 
 @pytest.mark.parametrize("name", CHECKS)

@@ -11,30 +11,31 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import trained_run
 from PIL import Image
+from processes import launch
 
 import lumina
 from lumina.cli import main
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = Path(__file__).with_name("trained_run.py")
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-
-def launched(processes, *arguments):
-    """The finished process of a script or module on so many processes."""
-    start = [sys.executable]
-    if processes > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-    command = [str(part) for part in (*start, *arguments)]
-    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=400)
 
 
 def train(processes, run, steps, save_every, *options, dies=False):
-    done = launched(processes, SCRIPT, run, steps, save_every, *options)
-    assert (done.returncode != 0) == dies, done.stderr
-    return done.stderr
+    said = run.with_name(f"{run.name} {processes} {steps} {'-'.join(options)}")
+    codes, text = launch(processes, said, trained_run.main, run, steps, save_every, *options)
+    assert any(codes) == dies, text
+
+
+def train_by_torchrun(*arguments):
+    """The finished run, in which a process dies, and what the others wrote."""
+    start = "-m torch.distributed.run --standalone --nproc-per-node 4".split()
+    return subprocess.run(
+        [sys.executable, *start, trained_run.__file__, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
 
 
 def losses(run):
@@ -61,9 +62,9 @@ def assert_same_run(run, alone):
 
 
 def test_a_killed_process_ends_the_run_and_other_numbers_of_processes_go_on(tmp_path, alone):
-    said = train(4, tmp_path, 12, 3, "fsdp", "die=5", dies=True)
-    assert time.time() - float((tmp_path / "died").read_text()) < 60
-    assert "cannot reach another one, which has ended" in said
+    done = train_by_torchrun(tmp_path, 12, 3, "fsdp", "die=5")
+    assert time.time() - float((tmp_path / "died").read_text()) < 60 and done.returncode
+    assert "cannot reach another one, which has ended" in done.stderr
     assert len(losses(tmp_path)) == 3
     train(2, tmp_path, 12, 3, "fsdp", "ulysses", "die_saving=6", dies=True)
     hidden = [path.name for path in (tmp_path / "state").iterdir() if path.name.startswith(".")]
@@ -98,9 +99,10 @@ def test_many_processes_draw_what_one_does(tmp_path):
     }
     for name, (processes, more) in each.items():
         out = tmp_path / f"{name}.png"
-        done = launched(processes, "-m", "lumina", "sample", *prompts, *more, *options, out)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("3 pictures") == 1 and "NFE 4" in done.stdout
+        command = ["sample", *prompts, *more, *options, str(out)]
+        codes, said = launch(processes, tmp_path / name, main, command)
+        assert not any(codes), said
+        assert said.count("3 pictures") == 1 and "NFE 4" in said
         difference = np.abs(pixels(out) - pixels(tmp_path / "alone.png"))
         assert difference.shape == (32, 3 * 48, 3) and difference.max() <= 1
 

@@ -1,4 +1,4 @@
-"""A run of a tiny network, by `torchrun` or alone: trained_run.py RUN STEPS SAVE_EVERY [OPTION...].
+"""A run of a tiny network: trained_run.py RUN STEPS SAVE_EVERY [OPTION...].
 
 Options: fsdp; ulysses; die=N, where process 1 is killed in step N; die_saving=N, killed while the
 state of step N is written.
@@ -29,8 +29,8 @@ def data():
     return test_train.pictures()
 
 
-def kill():
-    (Path(sys.argv[1]) / "died").write_text(str(time.time()))
+def kill(run):
+    (Path(run) / "died").write_text(str(time.time()))
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -43,11 +43,11 @@ def main(run, steps, save_every, *options):
 
     def maybe_last(self):
         if dying and self.done == die:
-            kill()
+            kill(run)
         if dying and self.done == die_saving - 1:
             import torch.distributed.checkpoint as dcp
 
-            dcp.FileSystemWriter.write_data = lambda *_: kill()
+            dcp.FileSystemWriter.write_data = lambda *_: kill(run)
         return step(self)
 
     Trainer.step = maybe_last
