@@ -1,4 +1,4 @@
-"""Processes forked from one that imported what takes long: checks, and commands as of `torchrun`."""
+"""Processes forked from one that imported what takes long: checks, and commands of torchrun."""
 
 import contextlib
 import multiprocessing
