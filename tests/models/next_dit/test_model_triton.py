@@ -81,10 +81,10 @@ def test_trains_as_torch():
         torch.manual_seed(0)
         model = NextDiT(config(**SMALL, n_layers=1), backend=backend).to(DEVICE)
         randomise(model, torch.float32).float()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
         x, t, feats, mask = cast(inputs(3, 4, 6), torch.float32)
         noise, losses[backend] = torch.randn_like(x), []
-        for step in range(10):
+        for step in range(6):
             time = (t + step / 20) % 1
             mix = time[:, None, None, None]
             loss = (
@@ -105,7 +105,7 @@ def test_compiles_into_one_graph():
     _, triton = both(**SMALL)
     graphs = []
     fast = compiled(triton, graphs)
-    for size in ((3, 4, 6), (3, 8, 14)):
+    for size in ((3, 4, 6), (3, 6, 8)):
         arguments = cast(inputs(*size), torch.float32)
         assert torch.equal(fast(*arguments), triton(*arguments))
     assert len(graphs) == 1
