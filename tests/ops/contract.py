@@ -24,8 +24,8 @@ from lumina_kernels.ops import OPS
 SIZES = Sizes(grid=(1, 2, 3), device=DEVICE)
 # Several chunks of rows, windows and tiles of keys, for several threads.
 LARGE = Sizes(grid=(2, 9, 9), T=70, H=20, G=5, K=52, F=1040, device=DEVICE)
-# One graph must serve all. The dimensions of the first differ, also from pairs and positions, of two
-# and three numbers: torch.compile takes equal ones to be the same.
+# One graph must serve all. The dimensions of the first differ, also from pairs and positions, which
+# are two and three numbers: torch.compile takes equal ones to be the same.
 COMPILED = (
     Sizes(B=5, grid=(1, 1, 6), T=9, H=8, G=4, K=22, F=26, device=DEVICE),
     Sizes(B=2, grid=(1, 1, 3), T=7, H=4, G=2, K=22, F=40, device=DEVICE),
