@@ -60,14 +60,17 @@ LUMINA_INLINE HalfVec narrow(IntVec bits) {
 
 LUMINA_INLINE Vec from_bfloat16(HalfVec bits) { return as_float(widen(bits) << 16); }
 
+// Its upper 16 bits are those of the bfloat16.
+LUMINA_INLINE IntVec bfloat16_bits(Vec value) {
+  const IntVec bits = as_int(value);
+  return value == value ? bits + 0x7fff + ((bits >> 16) & 1) : bits | 0x400000;
+}
+
 LUMINA_INLINE HalfVec to_bfloat16(Vec value) {
 #ifdef LUMINA_BF16_DOT
   return (HalfVec)_mm512_cvtneps_pbh((__m512)value);
 #else
-  const IntVec bits = as_int(value);
-  const IntVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const IntVec nan = (bits >> 16) | 0x40;
-  return narrow(value == value ? rounded : nan);
+  return narrow(bfloat16_bits(value) >> 16);
 #endif
 }
 
@@ -154,6 +157,27 @@ LUMINA_INLINE void store(Row row, int64_t i, Vec value, int64_t count = kWidth) 
   if (row.dtype == Dtype::kFloat) return store_bits(row.data + 4 * i, value, count);
   store_bits(row.data + 2 * i, row.dtype == Dtype::kHalf ? to_half(value) : to_bfloat16(value),
              count);
+}
+
+// Values next to each other, 2 * kWidth of them, in an order that `store` of a pair undoes:
+// bfloat16 at even places and those at odd ones, which come apart and together without a shuffle.
+struct Pair {
+  Vec first, second;
+};
+
+LUMINA_INLINE Pair load_pair(Row row, int64_t i) {
+  if (row.dtype != Dtype::kBFloat16) return {load(row, i), load(row, i + kWidth)};
+  const IntVec bits = load_bits<IntVec>(row.data + 2 * i, kWidth);
+  return {as_float(bits << 16), as_float(bits & ~0xffff)};
+}
+
+LUMINA_INLINE void store(Row row, int64_t i, Pair pair) {
+  if (row.dtype != Dtype::kBFloat16) {
+    store(row, i, pair.first);
+    return store(row, i + kWidth, pair.second);
+  }
+  const IntVec even = (bfloat16_bits(pair.first) >> 16) & 0xffff;
+  store_bits(row.data + 2 * i, even | (bfloat16_bits(pair.second) & ~0xffff), kWidth);
 }
 
 // Calls f(dtype) so that the compiler knows which one it is: loops in f are compiled for each.

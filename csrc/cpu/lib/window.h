@@ -89,28 +89,50 @@ struct TokenGroup {
   int64_t step;
   const int64_t *begin, *end;
   bool first, last;
-  float* sums;
+  Row sums;  // float32
+
+  // Rows are read only, but the type that loads take has no const.
+  Row row(int64_t token, Dtype dtype) const {
+    return {const_cast<char*>(rows) + token * step, dtype};
+  }
 };
 
-// Adds kVectors vectors of the group's rows, from i on and of `count` values, to the sums, or the
-// last of them, times or divided by `size`, to `to`.
-template <int kVectors>
-LUMINA_INLINE void add_group(const TokenGroup& group, Row to, Vec size, bool exact, int64_t i,
-                             int64_t count) {
-  Vec total[kVectors] = {};
+// Adds kPairs pairs of vectors of the group's rows, from i on, to the sums, or the last of them,
+// times or divided by `size`, to `to`.
+template <int kPairs>
+LUMINA_INLINE void add_group(const TokenGroup& group, Row to, Vec size, bool exact, int64_t i) {
+  constexpr int64_t kStep = 2 * kWidth;
+  Pair total[kPairs] = {};
   if (!group.first)
-    for (int n = 0; n < kVectors; ++n) total[n] = load(group.sums + i + n * kWidth, count);
+    for (int n = 0; n < kPairs; ++n) total[n] = load_pair(group.sums, i + n * kStep);
   for (const int64_t* token = group.begin; token < group.end; ++token) {
-    // Rows are read only, but the type that loads take has no const.
-    const Row row{const_cast<char*>(group.rows) + *token * group.step, to.dtype};
-    for (int n = 0; n < kVectors; ++n) total[n] += load(row, i + n * kWidth, count);
+    const Row row = group.row(*token, to.dtype);
+    for (int n = 0; n < kPairs; ++n) {
+      const Pair x = load_pair(row, i + n * kStep);
+      total[n].first += x.first, total[n].second += x.second;
+    }
   }
-  for (int n = 0; n < kVectors; ++n) {
-    if (group.last)
-      store(to, i + n * kWidth, exact ? total[n] * size : total[n] / size, count);
+  for (int n = 0; n < kPairs; ++n) {
+    auto& [first, second] = total[n];
+    if (!group.last)
+      store(group.sums, i + n * kStep, total[n]);
+    else if (exact)
+      store(to, i + n * kStep, Pair{first * size, second * size});
     else
-      store(group.sums + i + n * kWidth, total[n], count);
+      store(to, i + n * kStep, Pair{first / size, second / size});
   }
+}
+
+// The same for `count` values, a vector at most.
+LUMINA_INLINE void add_rest(const TokenGroup& group, Row to, Vec size, bool exact, int64_t i,
+                            int64_t count) {
+  Vec total = group.first ? Vec{} : load(group.sums, i, count);
+  for (const int64_t* token = group.begin; token < group.end; ++token)
+    total += load(group.row(*token, to.dtype), i, count);
+  if (group.last)
+    store(to, i, exact ? total * size : total / size, count);
+  else
+    store(group.sums, i, total, count);
 }
 
 // The mean over `number` tokens of sample b, for all heads; 0 if there are none. Those of a column
@@ -134,13 +156,17 @@ LUMINA_INLINE void window_mean(const Rows& x, int64_t b, const int64_t* tokens, 
                              tokens + end,
                              first == 0,
                              end == number,
-                             sums};
+                             Row{reinterpret_cast<char*>(sums)}};
       int64_t i = 0;
       for (; i + 4 * kWidth <= heads.length; i += 4 * kWidth)
-        add_group<4>(group, to, factor, exact, i, kWidth);
-      for (; i + kWidth <= heads.length; i += kWidth)
-        add_group<1>(group, to, factor, exact, i, kWidth);
-      if (i < heads.length) add_group<1>(group, to, factor, exact, i, heads.length - i);
+        add_group<2>(group, to, factor, exact, i);
+      for (; i + 2 * kWidth <= heads.length; i += 2 * kWidth)
+        add_group<1>(group, to, factor, exact, i);
+      if (i + kWidth <= heads.length) {
+        add_rest(group, to, factor, exact, i, kWidth);
+        i += kWidth;
+      }
+      if (i < heads.length) add_rest(group, to, factor, exact, i, heads.length - i);
     }
   };
   for (int64_t n = 0; n < heads.count; ++n)
