@@ -14,36 +14,49 @@ SECOND_STAGES = {
     "sandwich_norm_gate_kernel",
     "qk_norm_rope3d_parameters_kernel",
 }
-ALL_OPS = ("--arch", "90", "--dtype", "bf16", "--head-dim", "72")
-# Attention elsewhere: text has what plain has, and a bias of pairs what any bias has.
-ATTENTION = (
-    (80, 72, "bf16"), (120, 72, "bf16"), (90, 96, "bf16"), (90, 96, "fp32"), (100, 72, "fp16"),
-    (90, 128, "bf16"),
-)  # fmt: skip
-# One process for all of them, which forks: to import what they need takes as long as two kernels.
-# Without the forward that no gradient follows: the other one is the same and keeps more.
+# The backward of the example that a model calls an op with; of attention, that of three, as a plain
+# one is a part of that with text, and a bias of pairs has what any bias has.
+TASKS = [
+    ("gqa_attention", 90, 72, "bf16", None, ["text", "regions", "bias of pairs"]),
+    *((op, 90, 72, "bf16", None, None) for op in aot.OPS if op != "gqa_attention"),
+    *(
+        ("gqa_attention", *variant, names, names)
+        for *variant, names in (
+            (80, 72, "bf16", ["text"]), (120, 72, "bf16", ["text"]),
+            (90, 96, "bf16", ["text", "bias"]), (90, 96, "fp32", ["text"]),
+            (100, 72, "fp16", ["bias of pairs"]), (90, 128, "bf16", ["text", "bias of pairs"]),
+        )
+    ),
+]  # fmt: skip
+# One process that forks: to import what they need takes as long as two kernels.
 INSPECT = """
 import json, multiprocessing, os, sys
 from lumina_kernels import aot
 
-variants, path = json.loads(sys.argv[1]), sys.argv[2]
+tasks, path = json.loads(sys.argv[1]), sys.argv[2]
 examples, steps = aot.examples, aot._steps
 
-def training(op, arguments):
-    return {name: step for name, step in steps(op, arguments).items() if name != "fwd"}
-
 def rows(task):
-    name, arch, head_dim, dtype = task
-    aot.examples = lambda *given: {name: examples(*given)[name]}
-    aot._steps = training
-    return aot.inspect("gqa_attention", arch, head_dim, dtype)
+    op, arch, head_dim, dtype, names, gradients = task
+    order = []
 
-tasks = []
-for arch, head_dim, dtype in variants:
-    hopper = arch == 90 and dtype == "bf16"
-    names = ["text", "bias of pairs"] + ["regions"] * hopper
-    names += ["bias"] * (hopper and head_dim == 96)
-    tasks += [(name, arch, head_dim, dtype) for name in names]
+    def chosen(*given):
+        found = examples(*given)
+        order.extend(names or found)
+        return {name: found[name] for name in order}
+
+    def wanted(op, arguments):
+        name = order.pop(0)
+        if name in (gradients or [FIRST[op]]):
+            left_out = ["fwd"] if names else []  # the one that keeps more is compiled
+        else:
+            left_out = ["bwd"] if op == "gqa_attention" else ["fwd training", "bwd"]
+        return {k: step for k, step in steps(op, arguments).items() if k not in left_out}
+
+    aot.examples, aot._steps = chosen, wanted
+    return aot.inspect(op, arch, head_dim, dtype)
+
+FIRST = {op: next(iter(examples(op, aot.Sizes()))) for op in aot.OPS}
 with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
     found = pool.map(rows, tasks, chunksize=1)
 open(path, "w").write(json.dumps(sum(found, [])))
@@ -53,16 +66,10 @@ open(path, "w").write(json.dumps(sum(found, [])))
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     """Figures of a part of all variants, from processes without the interpreter."""
-    folder, found = tmp_path_factory.mktemp("aot"), []
-    commands = {
-        folder / "all.json": ("-m", "lumina_kernels.aot", *ALL_OPS, "--json"),
-        folder / "attention.json": ("-c", INSPECT, json.dumps(ATTENTION)),
-    }
-    for path, command in commands.items():
-        done = run_compiling(*command, str(path))
-        assert done.returncode == 0, done.stdout + done.stderr
-        found += json.loads(path.read_text())
-    return found
+    path = tmp_path_factory.mktemp("aot") / "rows.json"
+    done = run_compiling("-c", INSPECT, json.dumps(TASKS), str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(path.read_text())
 
 
 def test_every_op_has_kernels(rows):

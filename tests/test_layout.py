@@ -86,3 +86,19 @@ def test_no_type_of_csrc_is_defined_twice():
             names.update(definition.findall(path.read_text()))
     assert len(names) > 100
     assert not {name: n for name, n in names.items() if n > 1}
+
+
+def test_no_file_of_tests_changes_another_module_when_imported():
+    """All tests of that process would see it."""
+    found = []
+    for path in (ROOT / "tests").rglob("*.py"):
+        body = ast.parse(path.read_text()).body
+        imports = [x for x in body if isinstance(x, ast.Import | ast.ImportFrom)]
+        names = {alias.asname or alias.name.split(".")[0] for x in imports for alias in x.names}
+        for line in body:
+            targets = getattr(line, "targets", [getattr(line, "target", None)])
+            owners = [x.value for x in targets if isinstance(x, ast.Attribute | ast.Subscript)]
+            if any(ast.unparse(x).split(".")[0] in names for x in owners):
+                found.append(f"{path.name}: {ast.unparse(line)}")
+    # It is a program's own, which imitates a GPU.
+    assert not [line for line in found if not line.startswith("sitecustomize.py")]

@@ -20,7 +20,6 @@ from lumina.distributed.world import world
 from lumina.emoji.trainer import Trainer
 from lumina.models.next_dit.config import PRESETS
 
-PRESETS["compact"] = replace(test_train.TINY, n_heads=4, n_kv_heads=2, dim=32)
 CONFIG = replace(test_train.CONFIG, batch=9, naming_batch=8, steps=12)
 
 
@@ -36,6 +35,7 @@ def kill(run):
 
 def main(run, steps, save_every, *options):
     torch.set_num_threads(1)
+    PRESETS["compact"] = replace(test_train.TINY, n_heads=4, n_kv_heads=2, dim=32)
     values = dict(option.split("=") for option in options if "=" in option)
     die, die_saving = (int(values.get(name, -1)) for name in ("die", "die_saving"))
     step = Trainer.step

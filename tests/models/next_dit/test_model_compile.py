@@ -21,11 +21,9 @@ SIZES = {
 SCALING = RopeScaling("time_aware", base_size=2)
 SETTINGS = {
     "plain": {},
-    "proportional": dict(base_seqlen=5),
-    "rope": dict(rope_scaling=SCALING),
-    "drop": dict(context_drop=ContextDrop().at(0.0, 2)),
+    "drop": dict(context_drop=ContextDrop().at(0.0, 1)),
     "all": dict(
-        base_seqlen=5, rope_scaling=SCALING, context_drop=ContextDrop(log_count=False).at(0.5, 2)
+        base_seqlen=5, rope_scaling=SCALING, context_drop=ContextDrop(log_count=False).at(0.5, 1)
     ),
 }
 
@@ -37,15 +35,10 @@ def assert_same(outs, expected):
 
 @pytest.mark.parametrize(
     "sizes, settings",
-    [
-        *(("one size", settings) for settings in SETTINGS),
-        ("with a remainder", "drop"),
-        ("lists", "proportional"),
-        ("lists", "all"),
-    ],
+    [("one size", "plain"), ("one size", "all"), ("with a remainder", "drop"), ("lists", "all")],
 )
 def test_one_graph_serves_many_sizes(sizes, settings):
-    ours, graphs = pair(dim=48, multiple_of=64)[0].float(), []
+    ours, graphs = pair(dim=48, multiple_of=64, n_layers=1)[0].float(), []
     fast = compiled(ours, graphs)
     for size in SIZES[sizes]:
         arguments = cast(inputs(*size), torch.float32)
