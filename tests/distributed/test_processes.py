@@ -102,11 +102,7 @@ CHECKS |= {
         ),
         ("Ulysses", {"data": 2, "ulysses": 2}, {"steps": 5}),
         ("ring of Ulysses", {"ring": 2, "ulysses": 2}, {"checkpoint_activations": True}),
-        (
-            "Lumina 2, shared, compiled",
-            {"ring": 2, "ulysses": 2},
-            {"family": "lumina2", "steps": 3, "compile": "eager"},
-        ),
+        ("Lumina 2, shared", {"ring": 2, "ulysses": 2}, {"family": "lumina2", "steps": 3}),
         ("replicas", {"replicate": 2, "data": 2}, {"steps": 3}),
         ("replicas of shares", {"replicate": 2, "data": 1, "ring": 2}, {"steps": 3}),
         ("compiled", {"data": 2, "ring": 2}, {"compile": "eager", "steps": 2, "n_layers": 1}),
