@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
@@ -80,7 +81,9 @@ def load(
     """
     state = _state(model, optimizer, averages)
     try:
-        dcp.load(state, checkpoint_id=path)
+        with warnings.catch_warnings():  # one process may read what several wrote
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            dcp.load(state, checkpoint_id=path)
     except (dcp.api.CheckpointException, RuntimeError, KeyError, ValueError, OSError) as error:
         raise ValueError(f"{path} is not the state of this run: {error}") from error
     set_state_dict(
