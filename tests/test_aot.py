@@ -18,7 +18,7 @@ SECOND_STAGES = {
 # one is a part of that with text, and a bias of pairs has what any bias has.
 TASKS = [
     ("gqa_attention", 90, 72, "bf16", None, ["text", "regions", "bias of pairs"]),
-    *((op, 90, 72, "bf16", None, None) for op in aot.OPS if op != "gqa_attention"),
+    *((op, 90, 72, "bf16", None, None) for op in aot.OPS if op not in ("gqa_attention", "swiglu")),
     *(
         ("gqa_attention", *variant, names, names)
         for *variant, names in (
@@ -66,10 +66,17 @@ open(path, "w").write(json.dumps(sum(found, [])))
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     """Figures of a part of all variants, from processes without the interpreter."""
-    path = tmp_path_factory.mktemp("aot") / "rows.json"
-    done = run_compiling("-c", INSPECT, json.dumps(TASKS), str(path))
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(path.read_text())
+    folder, found = tmp_path_factory.mktemp("aot"), []
+    swiglu = "--op swiglu --arch 90 --head-dim 72 --dtype bf16 --json".split()
+    commands = {
+        folder / "swiglu.json": ("-m", "lumina_kernels.aot", *swiglu),
+        folder / "others.json": ("-c", INSPECT, json.dumps(TASKS)),
+    }
+    for path, command in commands.items():
+        done = run_compiling(*command, str(path))
+        assert done.returncode == 0, done.stdout + done.stderr
+        found += json.loads(path.read_text())
+    return found
 
 
 def test_every_op_has_kernels(rows):

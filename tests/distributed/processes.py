@@ -1,6 +1,5 @@
 """Processes forked from one that imported what takes long: checks, and commands of torchrun."""
 
-import contextlib
 import multiprocessing
 import os
 import socket
@@ -38,10 +37,13 @@ def launch(world, folder, function, *arguments):
         process.start()
     for process in each:
         process.join(120)
-        process.kill()  # where it hangs
+    hung = [rank for rank, process in enumerate(each) if process.is_alive()]
+    for process in each:
+        process.kill()
         process.join()
-    said = [(folder / str(rank)).read_text() for rank in range(world)]
-    return [process.exitcode for process in each], "".join(said)
+    said = "".join((folder / str(rank)).read_text() for rank in range(world))
+    assert not hung, f"processes {hung} did not end: {said}"
+    return [process.exitcode for process in each], said
 
 
 def _ranked(rank, world, port, folder, function, arguments):
@@ -50,14 +52,10 @@ def _ranked(rank, world, port, folder, function, arguments):
         rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in (place | rendezvous).items()})
     torch.set_num_threads(1)
-    with open(folder / str(rank), "w", buffering=1) as file:
-        with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-            try:
-                code = function(*arguments)
-            except BaseException:
-                traceback.print_exc()
-                raise
-    sys.exit(code)
+    with open(folder / str(rank), "w") as file:
+        for stream in (1, 2):  # also what C++ says, and the exception that ends the process
+            os.dup2(file.fileno(), stream)
+    sys.exit(function(*arguments))
 
 
 def run(world, checks):
