@@ -2,7 +2,9 @@
 
 ROWS is what `python -m benchmarks.gpu.sweep` wrote, on any number of GPUs; a last line that is cut
 off does no harm. What the table has already stays where the rows do not show something faster by
-2 %, so that noise changes nothing. Writes lumina_kernels/measured.json and prints what changed.
+2 %, so that noise changes nothing. GPUs of one architecture share its entries, so times are
+compared on each by itself, and the gains averaged. Writes lumina_kernels/measured.json and prints
+what changed.
 """
 
 import argparse
@@ -26,42 +28,63 @@ def main() -> int:
     parser.add_argument("--table", type=Path, default=TABLE, help="default: %(default)s")
     args = parser.parse_args()
     table = json.loads(args.table.read_text()) if args.table.exists() else {}
-    rows = [row for path in args.rows for row in read(path)]
-    machines = {row["arch"]: row["machine"] for row in rows if "machine" in row}
-    measured_rows = [row for row in rows if "seconds" in row]
-    for arch, machine in machines.items():
-        here = [row for row in measured_rows if row["arch"] == arch]
+    machines, measured_rows = {}, []
+    for path in args.rows:
+        for row in read(path):
+            if "machine" in row:
+                machine = row["machine"]
+                machines.setdefault(row["arch"], {})[machine.get("gpu")] = machine
+            if "seconds" in row:
+                measured_rows.append(row | {"gpu": machine.get("gpu")})
+    for arch, gpus in machines.items():
         entry = table.setdefault(f"sm_{arch}", {"measured": ""})
-        changes = configurations(here)
-        for name, (configuration, gain) in changes.items():
-            print(f"sm_{arch}  {name}: {configuration}, {gain:.2f} times as fast")
-        entry["configurations"] = entry.get("configurations", {}) | {
-            name: configuration for name, (configuration, _) in changes.items()
-        }
-        bounds = triton_bounds(here)
-        for op, bound in bounds.items():
-            print(f"sm_{arch}  {op}: Triton from {bound} values on")
-        entry["triton_from"] = entry.get("triton_from", {}) | bounds
-        if changes or bounds:
-            names = (machine.get("gpu"), *(f"{x} {machine.get(x)}" for x in ("triton", "torch")))
-            told = f"{', '.join(map(str, names))}, commit {machine.get('commit')}"
-            entry["measured"] = "; ".join(filter(None, (entry["measured"], told)))
+        changes = update(entry, [row for row in measured_rows if row["arch"] == arch])
+        for change in changes:
+            print(f"sm_{arch}  {change}")
+        if changes:
+            told = [*entry["measured"].split("; "), *map(about, gpus.values())]
+            entry["measured"] = "; ".join(dict.fromkeys(filter(None, told)))
     replace(args.table, lambda file: file.write_text(text_of(table)))
     print(f"{args.table}: from {len(measured_rows)} rows")
     return 0
 
 
+def update(entry: dict, rows: list[dict]) -> list[str]:
+    """Put what was fastest into the table's entry of an architecture; what changed, in words."""
+    known, changes = entry.setdefault("configurations", {}), []
+    for name, (configuration, gain) in configurations(rows).items():
+        if known.get(name) != configuration:
+            known[name] = configuration
+            changes.append(f"{name}: {configuration}, {gain:.2f} times as fast")
+    known = entry.setdefault("triton_from", {})
+    for op, bound in triton_bounds(rows, known).items():
+        if bound == backend.LARGE:  # the rule, which no entry has to say
+            del known[op]
+        else:
+            known[op] = None if bound == math.inf else bound
+        changes.append(f"{op}: Triton from {bound} values on")
+    return changes
+
+
+def about(machine: dict) -> str:
+    names = (machine.get("gpu"), *(f"{x} {machine.get(x)}" for x in ("triton", "torch")))
+    return f"{', '.join(map(str, names))}, commit {machine.get('commit')}"
+
+
 def configurations(rows: list[dict]) -> dict[str, tuple[dict, float]]:
-    """Entry of the table -> what is faster than what it has now, and how many times."""
+    """Entry of the table -> what is faster than what it has now, and how many times; of what was
+    measured at every shape on every GPU on which anything was compared with the present one."""
     found = {}
     for row in rows:
         if row.get("kernel"):
             key = measured.name_of(row["kernel"], row["size"], row["bits"] // 8)
-            text = json.dumps(row["configuration"])
-            found.setdefault(key, {}).setdefault(text, {})[row["shape"]] = row["seconds"]
+            text, place = json.dumps(row["configuration"]), (row.get("gpu"), row["shape"])
+            found.setdefault(key, {}).setdefault(text, {})[place] = row["seconds"]
     chosen = {}
     for key, tried in found.items():
         now = tried.pop("{}", {})
+        compared = {gpu for times in tried.values() for gpu, _ in times}
+        now = {place: seconds for place, seconds in now.items() if place[0] in compared}
         gains = {
             text: mean_gain(now, times)
             for text, times in tried.items()
@@ -73,29 +96,34 @@ def configurations(rows: list[dict]) -> dict[str, tuple[dict, float]]:
     return chosen
 
 
-def mean_gain(before: dict[str, float], after: dict[str, float]) -> float:
-    """How many times as fast, as the geometric mean over the shapes."""
-    logs = [math.log(before[shape] / after[shape]) for shape in before]
+def mean_gain(before: dict[tuple, float], after: dict[tuple, float]) -> float:
+    """How many times as fast, as the geometric mean over GPUs and shapes."""
+    logs = [math.log(before[place] / after[place]) for place in before]
     return math.exp(sum(logs) / len(logs)) if logs else 0.0
 
 
-def triton_bounds(rows: list[dict]) -> dict[str, int | None]:
-    """Op -> values from which Triton is faster in a row of calls, None for never; without the ops
-    for which the rule of `lumina_kernels.backend` says the same at all sizes that were measured."""
+def triton_bounds(rows: list[dict], known: dict[str, int | None]) -> dict[str, float]:
+    """Op -> values from which Triton is faster in a row of calls, infinite for never, LARGE for the
+    rule of `lumina_kernels.backend`; of the ops for which that is faster than what is `known`."""
     times = {}
     for row in rows:
         if not row["backward"] and not row.get("kernel") and "steady" in row:
             if "-valid" not in row["shape"] and "-text" not in row["shape"]:
-                sizes = times.setdefault(row["op"], {}).setdefault(row["values"], {})
+                place = row["values"], row.get("gpu")
+                sizes = times.setdefault(row["op"], {}).setdefault(place, {})
                 sizes[row["variant"]] = row["steady"]
     found = {}
     for op, sizes in times.items():
-        both = {n: z for n, z in sorted(sizes.items()) if TRITON in z and CUDA in z}
-        if len(both) < 2:
+        both = {place: z for place, z in sizes.items() if TRITON in z and CUDA in z}
+        values = sorted({n for n, _ in both})
+        if len(values) < 2:
             continue
-        best = min(bounds_between(list(both)), key=lambda bound: (cost(bound, both), bound))
-        if cost(backend.LARGE, both) > cost(best, both) + math.log(LEAST_GAIN):
-            found[op] = None if best == math.inf else best
+        best = min(bounds_between(values), key=lambda bound: (cost(bound, both), bound))
+        enough = cost(best, both) + math.log(LEAST_GAIN)
+        best = backend.LARGE if cost(backend.LARGE, both) <= enough else best
+        now = known.get(op, backend.LARGE)
+        if cost(math.inf if now is None else now, both) > enough:
+            found[op] = best
     return found
 
 
@@ -105,9 +133,9 @@ def bounds_between(sizes: list[int]) -> list[float]:
     return [1, *(round(math.sqrt(a * b)) for a, b in pairs), math.inf]
 
 
-def cost(bound: float, sizes: dict[int, dict[str, float]]) -> float:
-    """The sum of log time with Triton from `bound` on."""
-    return sum(math.log(z[TRITON if n >= bound else CUDA]) for n, z in sizes.items())
+def cost(bound: float, sizes: dict[tuple, dict[str, float]]) -> float:
+    """The sum of log time with Triton from `bound` values on, over sizes and GPUs."""
+    return sum(math.log(z[TRITON if n >= bound else CUDA]) for (n, _), z in sizes.items())
 
 
 def text_of(table: dict) -> str:

@@ -10,7 +10,6 @@ of them (`benchmarks/harness/measure.py`), and pytest-benchmark reads the times 
 replays them.
 """
 
-import json
 import time
 from dataclasses import asdict
 
@@ -21,6 +20,7 @@ from benchmarks.harness.case import Unavailable, variant_names
 from benchmarks.harness.machine import describe
 from benchmarks.harness.measure import columns, measure
 from benchmarks.harness.memory import keep_freed_memory
+from benchmarks.harness.rows import append
 from benchmarks.harness.timing import MIN_BATCHES
 
 
@@ -184,5 +184,4 @@ def pytest_runtest_makereport(item, call):
 
 def _append(config, line) -> None:
     if config.option.rows:
-        with open(config.option.rows, "a") as file:
-            file.write(json.dumps(line, default=str) + "\n")
+        append(config.option.rows, line)

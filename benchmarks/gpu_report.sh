@@ -8,8 +8,8 @@
 # (520); SMALL=1, tiny sizes that only try this script; CHOSEN, of pytest's -k for the tests.
 # Needs a GPU, torch, triton and pytest, for networks pytest-benchmark and diffusers; no network.
 #
-# DIR gets at most six files, which are good whenever the command is killed: rows are appended to
-# them as they are measured, and logs are packed after every step. A step that fails does not stop
+# DIR gets at most eight files, all commands together, which are good whenever one is killed: rows are
+# appended to them as they are measured, and logs are packed after every step. A step that fails does not stop
 # the later ones; the exit code is 1 if one failed.
 set -uo pipefail
 usage() { echo "usage: benchmarks/gpu_report.sh build|ops|networks DIR" >&2; exit 2; }
@@ -22,11 +22,13 @@ python=${PYTHON:-python3}
 budget=${BUDGET:-520}
 small=()
 files=(tests/ops/test_*.py)
+attention=(tests/ops/test_gqa_attention*.py)
 checked=(tests/ops/test_swiglu.py tests/ops/test_gqa_attention_kernels.py) # by compute-sanitizer
 if [ -n "${SMALL:-}" ]; then
     small=(--small --seconds 0.001)
     files=(tests/ops/test_swiglu.py)
     checked=("${files[@]}")
+    attention=("${files[@]}")
 fi
 logs=$(mktemp -d)
 failed=()
@@ -99,11 +101,21 @@ prove() {
             "${checked[@]}" -x -v -k "$chosen and cuda and accura" -p no:cacheprovider \
             >"$logs/sanitizer.txt" 2>&1 &
         jobs+=($!) names+=(compute-sanitizer)
+        if [ "$arch" = 9.0 ]; then
+            LUMINA_KERNELS_HOPPER=1 timeout -k 5 "$(left)" compute-sanitizer --error-exitcode 9 \
+                "$python" -m pytest "${checked[@]: -1}" -x -v -k "$chosen and cuda and accura" \
+                -p no:cacheprovider >"$logs/sanitizer-hopper.txt" 2>&1 &
+            jobs+=($!) names+=("compute-sanitizer, hopper")
+        fi
     fi
     for file in "${files[@]}"; do
         job "$(basename "$file" .py)" "$file" &
         jobs+=($!) names+=("$(basename "$file" .py)")
     done
+    if [ "$arch" = 9.0 ]; then # attention's forward by wgmma, which has to be asked for
+        LUMINA_KERNELS_HOPPER=1 job hopper "${attention[@]}" &
+        jobs+=($!) names+=(hopper)
+    fi
     local i code
     for i in "${!jobs[@]}"; do
         wait "${jobs[$i]}"
@@ -137,7 +149,7 @@ measure() { # name, seconds at most, arguments...
     [ "$seconds" -lt "$(left)" ] || seconds=$(left)
     timeout -k 5 "$seconds" "$python" -m pytest "$@" --benchmark-only -q -p no:cacheprovider \
         --device cuda --seconds 0.5 --budget "$((seconds > 25 ? seconds - 25 : seconds))" \
-        --rows "$out/$name.jsonl" >"$logs/$name.txt" 2>&1
+        --rows "$out/networks.jsonl" >"$logs/$name.txt" 2>&1
     local code=$?
     case $code in
     0 | 5) ;; # 5: nothing was selected
@@ -148,15 +160,13 @@ measure() { # name, seconds at most, arguments...
 }
 
 networks() {
-    local models=benchmarks/models
-    if [ -n "${SMALL:-}" ]; then
-        measure compile 150 benchmarks/ops/bench_swiglu.py -k compact
-        return
-    fi
-    measure forward 200 $models/bench_forward.py $models/bench_block.py -k "not max-autotune"
-    measure patched 250 $models/bench_patched.py $models/bench_patched_block.py -k bfloat16
-    measure compile 150 benchmarks/ops -k "quick and not max-autotune"
-    [ "$(left)" -lt 60 ] || measure sample 120 $models/bench_sample.py
+    local models=benchmarks/models quick=${SMALL:+ and quick}
+    local patched=($models/bench_patched.py $models/bench_patched_block.py) ops=benchmarks/ops
+    [ -z "$quick" ] || patched=(${patched[1]}) ops=benchmarks/ops/bench_swiglu.py
+    measure forward 200 $models/bench_forward.py $models/bench_block.py -k "not max-autotune$quick"
+    measure patched 250 "${patched[@]}" -k "bfloat16$quick"
+    measure compile 150 $ops -k "quick and not max-autotune"
+    [ "$(left)" -lt 60 ] || measure sample 120 $models/bench_sample.py -k "sample$quick"
 }
 
 case $command in

@@ -159,9 +159,16 @@ def run(arguments: list[str], out: Path, budget: float = math.inf) -> dict:
 
 def of_rows(lines: list[dict]) -> dict:
     """The report of rows that one or several runs of pytest wrote, of which some may have ended
-    early."""
+    early. Rows of other programs are left out.
+
+    Raises:
+        SystemExit: there are no others.
+    """
     progress = Progress()
+    lines = [line for line in lines if "tests" in line or "test" in line]
     heads = [line for line in lines if "tests" in line]
+    if not heads:
+        sys.exit("none of the rows is of pytest's --rows")
     tests = [test for head in heads for test in head["tests"]]
     progress.add(heads[0] | {"tests": tests})
     for line in lines:

@@ -123,11 +123,7 @@ def inspect(
     what `prediction.Prediction` has, but the times; these are in predicted: GPU -> microseconds,
     share of the rate of a copy or of the tensor cores, and what limits it.
     """
-    useful = 1.0
-    if op == "gqa_attention":
-        cuts = import_module("lumina_kernels.triton.gqa_attention_tiles").head_cuts(head_dim)
-        useful = head_dim / sum(width for _, width in cuts)
-    rows = []
+    useful, rows = useful_share(op, head_dim), []
     sizes = Sizes(
         grid=(1, side, side), T=64, H=32, G=8, K=head_dim, F=96 * head_dim, dtype=DTYPES[dtype]
     )
@@ -144,9 +140,17 @@ def inspect(
     return rows
 
 
+def useful_share(op: str, head_dim: int) -> float:
+    """Of the products of an op, what the padding of the head dimension leaves."""
+    if op != "gqa_attention":
+        return 1.0
+    cuts = import_module("lumina_kernels.triton.gqa_attention_tiles").head_cuts(head_dim)
+    return head_dim / sum(width for _, width in cuts)
+
+
 def figures(compiled: list, launches: list, arch: int, useful: float = 1.0) -> list[dict]:
-    """The figures of the kernels that `offline` has compiled, as launched first. `useful`: share of
-    their products that padding of the head dimension leaves."""
+    """The figures of the kernels that `offline` has compiled, as launched first. `useful`: as
+    `useful_share`."""
     rows = []
     for files in compiled:
         paths = {Path(file).suffix: Path(path) for file, path in files.items()}

@@ -76,6 +76,7 @@ def others(shape: Shape):
     yield Candidates("swiglu", "swiglu_fwd", 1, shape, FLAT)
     yield Candidates("gelu", "gelu_fwd", 1, shape, FLAT)
     yield Candidates("rope3d", "rope3d", heads, shape, WARPS)
+    yield Candidates("rope_table", "rope_table", heads, shape, WARPS)
     pooled = shape.but(drop=2)
     pool = "qk_norm_rope3d_pool"
     yield Candidates(pool, f"{pool}_fwd", heads, pooled, REGISTERS)
@@ -83,6 +84,9 @@ def others(shape: Shape):
     for op in NORMS:
         yield Candidates(op, f"{op}_bwd", D, back, REGISTERS)
     yield Candidates("qk_norm_rope3d", "qk_norm_rope3d_bwd", heads, back, REGISTERS)
+    yield Candidates("qk_norm_rope_table", "qk_norm_rope_table_bwd", heads, back, REGISTERS)
+    of_keys, back_pooled = shape.G * shape.K, back.but(drop=2)
+    yield Candidates("context_drop", "context_drop_bwd", of_keys, back_pooled, REGISTERS)
     yield Candidates("swiglu", "swiglu_bwd", 1, back, FLAT)
     yield Candidates("gelu", "gelu_bwd", 1, back, FLAT)
 

@@ -10,6 +10,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import lumina_kernels as lk
 from benchmarks.harness.case import Case, Unavailable, as_tuple, ours
+from benchmarks.harness.hopper import is_there, on_hopper
 from benchmarks.harness.shapes import BACKWARD_SHAPES, CPU, CUDA, LUMINA_NEXT, OP_SHAPES, QUARTER
 from lumina_kernels.ops.gqa_attention import gqa_attention_flops
 
@@ -37,7 +38,8 @@ FLASH_ATTN = {
     "flash-attn-3": "flash_attn_interface",
     "flash-attn-4": "flash_attn.cute",
 }
-PEERS = (*SDPA, "flex", *FLASH_ATTN, "sage")
+HOPPER = "lumina-cuda-hopper"  # ours, which has to be asked for
+PEERS = (HOPPER, *SDPA, "flex", *FLASH_ATTN, "sage")
 MAX_SCORE_BYTES = 2**31  # of the score matrix that sdpa-math allocates
 
 
@@ -62,6 +64,7 @@ def case(shape, device) -> Case:
         # With a mask, not every GPU kernel takes grouped heads, and the math fallback is slow.
         eager=with_text(sdpa_of_repeated if device == "cuda" and keys < L else sdpa),
         peers={
+            HOPPER: hopper,
             **{name: peer(sdpa_on, backend, shape) for name, backend in SDPA.items()},
             "flex": peer(flex, key_mask),
             **{name: peer(flash_attn, module, device) for name, module in FLASH_ATTN.items()},
@@ -79,6 +82,18 @@ def gqa_attention(**arguments):
         return lk.gqa_attention(**arguments)
     except NotImplementedError as error:  # its tiles do not fit this GPU
         raise Unavailable(str(error)) from None
+
+
+def hopper():
+    """Our forward for Hopper by wgmma; the gradient is that of the CUDA backend."""
+    if not is_there():
+        raise Unavailable("this is no Hopper GPU")
+
+    def call(**arguments):
+        with on_hopper():
+            return gqa_attention(**arguments, backend="cuda")
+
+    return call
 
 
 def with_text(attend):

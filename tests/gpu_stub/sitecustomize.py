@@ -2,7 +2,9 @@
 compute capability 9.0, whose tensors are on the CPU. Triton's kernels run in its interpreter, those
 of CUDA are the C++ ones, a graph is the call itself, and whatever events time takes a millisecond.
 
-For trying out programs that need a GPU, every line of them but what the GPU itself does.
+For trying out programs that need a GPU, every line of them but what the GPU itself does. The model
+that they measure is a small one in float16, as the interpreter has no bfloat16. Where CUDA_ERROR
+names a file, it is deleted, and the next synchronisation fails, once.
 """
 
 import os
@@ -55,6 +57,13 @@ class Stream:
         pass
 
 
+def synchronize(device=None):
+    path = os.environ.get("CUDA_ERROR", "")
+    if os.path.exists(path):
+        os.remove(path)
+        raise RuntimeError("CUDA error: of the stub")
+
+
 PROPERTIES = SimpleNamespace(
     name="a stub", major=9, minor=0, total_memory=80 << 30, multi_processor_count=132
 )
@@ -65,7 +74,7 @@ FAKES = {
     "get_device_capability": lambda device=None: (9, 0),
     "get_device_name": lambda device=None: PROPERTIES.name,
     "get_device_properties": lambda device=None: PROPERTIES,
-    "synchronize": lambda device=None: None,
+    "synchronize": synchronize,
     "empty_cache": lambda: None,
     "current_stream": lambda device=None: Stream(),
     "stream": lambda stream: nullcontext(),
@@ -83,12 +92,17 @@ OnCpu().__enter__()
 
 import interpreter  # noqa: E402
 
-from benchmarks.harness import timing  # noqa: E402
+from benchmarks.harness import shapes, timing  # noqa: E402
 from lumina_kernels import backend  # noqa: E402
 
 timing.matmul_size, timing.SCRATCH, timing.MAX_GAP = lambda device: 16, 16, 16
 timing.MAX_BATCHES["cuda"] = 1
 interpreter.hasten()
+shapes.LUMINA_NEXT = shapes.COMPACT.but(model="lumina-next", dtype="float16")
+change = shapes.Shape.but
+shapes.Shape.but = lambda self, **changes: change(
+    self, **changes | ({"layers": 1} if "layers" in changes else {})
+)
 
 backend.MISSING.pop("cuda", None)
 backend.DEVICES |= {"cuda": "cpu", "triton": "cpu"}
