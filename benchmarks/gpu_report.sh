@@ -21,11 +21,13 @@ cd "$(dirname "$0")/.." || exit 2
 python=${PYTHON:-python3}
 budget=${BUDGET:-520}
 small=()
+seconds_each=0.5 # of a benchmark
 files=(tests/ops/test_*.py)
 attention=(tests/ops/test_gqa_attention*.py)
 checked=(tests/ops/test_swiglu.py tests/ops/test_gqa_attention_kernels.py) # by compute-sanitizer
 if [ -n "${SMALL:-}" ]; then
     small=(--small --seconds 0.001)
+    seconds_each=0.001
     files=(tests/ops/test_swiglu.py)
     checked=("${files[@]}")
     attention=("${files[@]}")
@@ -148,7 +150,7 @@ measure() { # name, seconds at most, arguments...
     shift 2
     [ "$seconds" -lt "$(left)" ] || seconds=$(left)
     timeout -k 5 "$seconds" "$python" -m pytest "$@" --benchmark-only -q -p no:cacheprovider \
-        --device cuda --seconds 0.5 --budget "$((seconds > 25 ? seconds - 25 : seconds))" \
+        --device cuda --seconds "$seconds_each" --budget "$((seconds > 25 ? seconds - 25 : seconds))" \
         --rows "$out/networks.jsonl" >"$logs/$name.txt" 2>&1
     local code=$?
     case $code in
@@ -160,13 +162,18 @@ measure() { # name, seconds at most, arguments...
 }
 
 networks() {
-    local models=benchmarks/models quick=${SMALL:+ and quick}
-    local patched=($models/bench_patched.py $models/bench_patched_block.py) ops=benchmarks/ops
-    [ -z "$quick" ] || patched=(${patched[1]}) ops=benchmarks/ops/bench_swiglu.py
-    measure forward 200 $models/bench_forward.py $models/bench_block.py -k "not max-autotune$quick"
-    measure patched 250 "${patched[@]}" -k "bfloat16$quick"
-    measure compile 150 $ops -k "quick and not max-autotune"
-    [ "$(left)" -lt 60 ] || measure sample 120 $models/bench_sample.py -k "sample$quick"
+    local models=benchmarks/models
+    local patched=($models/bench_patched.py $models/bench_patched_block.py)
+    if [ -n "${SMALL:-}" ]; then
+        measure forward 200 $models/bench_block.py -k quick
+        measure patched 250 "${patched[1]}" -k "bfloat16 and quick"
+        measure compile 150 benchmarks/ops/bench_swiglu.py -k compact
+        return
+    fi
+    measure forward 200 $models/bench_forward.py $models/bench_block.py -k "not max-autotune"
+    measure patched 250 "${patched[@]}" -k bfloat16
+    measure compile 150 benchmarks/ops -k "quick and not max-autotune"
+    [ "$(left)" -lt 60 ] || measure sample 120 $models/bench_sample.py
 }
 
 case $command in

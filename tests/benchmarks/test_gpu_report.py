@@ -124,7 +124,7 @@ def test_networks_write_rows_that_make_a_report(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", given)
     assert report.main() == 0
     text = (out / "report.md").read_text()
-    for title in ("forward", "block", "patched_block", "swiglu", "sample"):
+    for title in ("block", "patched_block", "swiglu"):
         assert f"## {title}\n" in text
     assert "| lumina-next-L16-float16 | lumina-triton |" in text
     monkeypatch.setattr(sys, "argv", ["report", "--rows", str(others), "--out", str(out)])
