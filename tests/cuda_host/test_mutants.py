@@ -5,7 +5,9 @@ import pytest
 from cuda_host import mutants
 from cuda_host.build import CSRC
 
-# Header -> name -> (text, another text). Kinds of kernels are those of mutants_*.cu.
+# Kind, of mutants_*.cu -> header -> name -> (text, another text). Not among them are changes that
+# leave the kernel right: keys freed before their product has ended are not copied over until values
+# are freed, which comes after it.
 MUTANTS = {
     "hopper": {
         "hopper": {
@@ -35,12 +37,6 @@ MUTANTS = {
                 "    free_stage(Tile::kKeysFree, 0);\n    scores", "    scores",
             ),
             "keys freed by all lanes": ("if (lane_index() == 0) mbarrier", "mbarrier"),
-            "keys freed before they are read": (
-                "      wgmma_wait<1>();  // the scores are there\n"
-                "      free_stage(Tile::kKeysFree, 1);\n",
-                "      free_stage(Tile::kKeysFree, 1);\n"
-                "      wgmma_wait<1>();  // the scores are there\n",
-            ),
             "no wait for the scores": ("wgmma_wait<1>();", ""),
             "no wait for the values' product": (
                 "      wgmma_wait<0>();\n      free_stage(Tile::kValuesFree, 0);\n      after",
@@ -90,7 +86,7 @@ MUTANTS = {
             "wrong rows": ("first_row + 16 * m + 8 * i", "first_row + 16 * m + 4 * i"),
             "no mask": ("          warp.mask(bits);\n", ""),
             "masks of other keys": ("tile_bits >> step", "tile_bits >> 0"),
-            "no scale of the text": ("if (pass == DqPass::kText) weight", "if (false) weight"),
+            "the image's scale for the text": ("*= p.fwd.keys[1].scale", "*= p.fwd.keys[0].scale"),
             "no scale of the image": ("warp.sums, keys.scale / p.before[0]", "warp.sums, 1.0f"),
             "wrong sign of the text's part": ("*image - p.before", "*image + p.before"),
             "no e": ("fmaf(x, before, -e[m][i / 2])", "x * before"),
@@ -139,7 +135,7 @@ MUTANTS = {
     },
 }  # fmt: skip
 MUTATIONS = {
-    f"{kind}: {name}": (kind, f"gqa_attention_{header}.cuh", *texts)
+    f"{header}: {name}": (kind, f"gqa_attention_{header}.cuh", *texts)
     for kind, headers in MUTANTS.items()
     for header, found in headers.items()
     for name, texts in found.items()
@@ -176,7 +172,6 @@ def test_a_mutant_is_caught(name, tmp_path):
     text = (CSRC / "cuda" / header).read_text()
     (tmp_path / "cuda" / header).write_text(text.replace(old, new))
     library = mutants.library(kind, tmp_path)
-    with pytest.raises((RuntimeError, AssertionError)) as caught:
+    with pytest.raises((RuntimeError, AssertionError)):
         for _ in range(2):
             mutants.assert_right(kind, mutants.compute(library, kind))
-    print(caught.value)
