@@ -68,7 +68,7 @@ def test_every_kernel_that_is_predicted_is_there(rows):
     from benchmarks.cuda_launches import launches
     from benchmarks.harness.shapes import LUMINA_NEXT
 
-    (arch, *_) = sorted({row["arch"] for row in rows})
+    arch = min(row["arch"].removesuffix("a") for row in rows)
     wanted = {x.names for x in launches(LUMINA_NEXT) if "_hopper_" not in x.kernel}
     found = predictions(library(), arch)
     assert {(row["kernel"], row["arguments"]) for row in found} >= wanted
