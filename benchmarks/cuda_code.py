@@ -4,10 +4,10 @@ Read from the machine code in lumina_kernels._C_cuda with cuobjdump, which trito
 needed. Shared memory is the static part. A stack of 32 bytes belongs to the slow path of sincosf
 for huge angles; for spilled registers nvcc warns when the library is built (-warn-spills).
 
-The forward kernels of Lumina-Next at 1024 pixels (2 x 4096 tokens, bfloat16) come with the time
-that `lumina_kernels.prediction` has for them, the share of the rate of a copy or of the tensor
-cores, and what limits them. So do the kernels over rows, forward and backward, at several widths;
-their share is that of a copy that is launched, too.
+The kernels of Lumina-Next at 1024 pixels (2 x 4096 tokens, bfloat16) come with the time that
+`lumina_kernels.prediction` has for them, the share of the rate of a copy or of the tensor cores,
+and what limits them. So do the kernels over rows at several widths; their share is that of a copy
+that is launched, too.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+from benchmarks.cuda_launches import launches
 from benchmarks.harness.shapes import LUMINA_NEXT, Shape
 from lumina_kernels import sass
 from lumina_kernels.aot import tool
@@ -26,48 +27,25 @@ from lumina_kernels.prediction import Launch, predict, predicted, resident_block
 _FUNCTION = re.compile(r"_ZN14lumina_kernels4cuda\d+(\w+?_kernel)(I\w+?EE)?")
 
 
-def launches(shape: Shape) -> dict[tuple[str, str], tuple[int, int, int, int, int]]:
-    """Forward kernel and template arguments -> blocks, threads, bytes of dynamic shared memory,
-    bytes that it must move and FLOPs of its products, as the launchers have it for heads of 72
-    channels and context drop by 2 x 2."""
-    B, L, H, G, K = shape.B, shape.L, shape.H, shape.G, shape.K
-    rows = B * L
-    numbers, windows = rows * (H + G) * K, rows // 4
-    pieces = -(-K // 8) * -(-(H + G) // 2)  # of two heads a thread
-    token = 32 * -(-pieces // 32)
-    flat = rows * shape.F * 2
-    attention = 4 * rows * L * H * K
-    return {
-        ("swiglu_fwd_kernel", ""): (flat // 4096, 256, 0, 3 * flat, 0),
-        ("gelu_fwd_kernel", "1"): (flat // 4096, 256, 0, 2 * flat, 0),
-        ("rope3d_kernel", ""): (rows, token, 32 * 9, 4 * numbers, 0),
-        ("rope_table_kernel", "1, 0"): (rows, token, 0, 4 * numbers + 8 * L * K, 0),
-        ("qk_norm_rope3d_kernel", "2"): (rows, token, 576, 4 * numbers, 0),
-        ("qk_norm_rope_table_kernel", "2"): (rows, token, 8192, 4 * numbers + 8 * L * K, 0),
-        ("qk_norm_rope3d_pool_kernel", "2"): (
-            windows, token, 576, 2 * rows * K * (2 * H + 2 * G) + 4 * windows * G * K, 0,
-        ),
-        ("context_drop_kernel", ""): (windows, 160, 0, 4 * (rows + windows) * G * K, 0),
-        ("gqa_attention_fwd_kernel", "72, 2, 0"): (
-            B * G * -(-L * (H // G) // 128), 128, 36864, 4 * numbers, attention,
-        ),
-    }  # fmt: skip
-
-
-def predictions(path: str, arch: str = "90") -> list[dict]:
-    """What `prediction.predicted` says of these kernels, by `kernel` and `arguments`."""
-    wanted, rows = launches(LUMINA_NEXT), []
-    usage = {(r["kernel"], r["arguments"]): r for r in kernels(path) if r["arch"] == arch}
-    for name, function in _functions(path, arch).items():
-        if name not in wanted:
+def predictions(path: str, arch: str = "90", shape: Shape = LUMINA_NEXT) -> list[dict]:
+    """What `prediction.predicted` says of the kernels of `cuda_launches` that the library has for
+    an architecture, beside `kernels`' figures; those for Hopper alone are among those of 90."""
+    built = [row for row in kernels(path) if row["arch"] in (arch, f"{arch}a")]
+    usage = {(row["kernel"], row["arguments"]): row for row in built}
+    archs = sorted({row["arch"] for row in built})
+    codes = {name: code for z in archs for name, code in functions(path, z).items()}
+    found = []
+    for x in launches(shape):
+        if x.names not in codes:
             continue
-        grid, threads, dynamic, size, flops = wanted[name]
-        registers, shared = usage[name]["registers"], usage[name]["shared"] + dynamic
-        useful = useful_fraction(LUMINA_NEXT.K) if flops else 1.0
-        launch = Launch(function, grid, threads // 32, registers, shared, size, flops / useful)
-        figures = predicted(launch, int(arch), useful)
-        rows.append({"arch": arch, "kernel": name[0], "arguments": name[1]} | figures)
-    return rows
+        row = usage[x.names]
+        launch = Launch(
+            codes[x.names], x.grid, x.threads // 32, row["registers"], row["shared"] + x.shared,
+            x.bytes, x.flops / x.useful,
+        )  # fmt: skip
+        figures = predicted(launch, int(arch), x.useful)
+        found.append(row | {"note": x.note, "arch": arch} | figures)
+    return found
 
 
 WIDTHS = (1152, 2304, 3072, 3840)
@@ -89,7 +67,7 @@ def row_predictions(path: str, arch: str, shape: Shape = LUMINA_NEXT) -> list[di
     the second stage of its sums, which is not in its figures."""
     usage = {(r["kernel"], r["arguments"]): r for r in kernels(path) if r["arch"] == arch}
     found = []
-    for name, function in sorted(_functions(path, arch).items(), key=lambda item: item[0]):
+    for name, function in sorted(functions(path, arch).items(), key=lambda item: item[0]):
         op, way = re.fullmatch(r"(\w+?)(?:_(fwd|bwd))?_kernel", name[0]).groups()
         known = {"fwd": _FORWARDS, "bwd": _BACKWARDS}.get(way, {})
         if op not in known or name[1] not in ("0", "0, 1"):
@@ -123,7 +101,8 @@ def _chunks(shape: Shape, at_once: int) -> int:
     return shape.B * -(-shape.L // max(4, rows + rows % 2))
 
 
-def _functions(path: str, arch: str) -> dict[tuple[str, str], sass.Function]:
+def functions(path: str, arch: str) -> dict[tuple[str, str], sass.Function]:
+    """The kernels of a library or an object, by name and template arguments."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         tool("cuobjdump", "-xelf", f"sm_{arch}.cubin", Path(path).absolute(), cwd=folder)
@@ -168,16 +147,6 @@ def kernels(path: str | None = None) -> list[dict]:
     return rows
 
 
-def useful_fraction(head_dim: int) -> float:
-    """Fraction of the multiply-adds of attention's tensor-core instructions that is not padding.
-
-    The head dimension is padded to a multiple of 16 in products with keys, and to a multiple of 8
-    in products with values.
-    """
-    steps = -(-head_dim // 16) * 16, -(-head_dim // 8) * 8
-    return 2 * head_dim / sum(steps)
-
-
 def main() -> None:
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     built = sorted(kernels(), key=lambda row: (row["kernel"], row["arguments"], row["arch"]))
@@ -187,7 +156,8 @@ def main() -> None:
         for row in predictions(library(), arch):
             for gpu, found in row["predicted"].items():
                 print(
-                    "{kernel:38}{arguments:10} ".format(**row)
+                    "{kernel:32}{arguments:12}{note:6}{registers:4} registers{resident:3} blocks"
+                    "{in_flight:8} B in flight ".format(**row)
                     + f"{gpu:13}"
                     + "{us:8.1f} us{share:6.2f} {limit}".format(**found)
                 )
@@ -196,7 +166,6 @@ def main() -> None:
                 "{kernel:32}{gpu:13}{D:5}{registers:4} registers{resident:3} blocks".format(**row)
                 + "{us:8.1f} us{share:6.2f} {limit}".format(**row)
             )
-    print("attention, useful:", {K: round(useful_fraction(K), 3) for K in (64, 72, 96, 128)})
 
 
 if __name__ == "__main__":

@@ -24,13 +24,15 @@ constexpr SplitScale kUnscaled = {1.f, kLog2E};
 
 // log2(e) * scale as the product of a power of 2, with the sign and about half of the exponent, and
 // a positive number. Neither a product nor the difference of two of opposite signs is then infinite
-// where the scores are not: for that the power of 2 is half as large as it might be.
+// where the scores are not: for that the power of 2 is half as large as it might be. `inner` is
+// negative exactly if the scale is below 0 as a float: kernels decide by either.
 inline SplitScale split_scale(double scale) {
   if (!(std::abs(scale) <= std::numeric_limits<float>::max())) return {NAN, NAN};
   // A scale of 0 makes all scores equal. So does a number this small, and it keeps -inf.
   const double size = std::max(std::abs(scale), 0x1p-149);
   const double inner = std::exp2(std::floor(std::ilogb(size) / 2.0) - 1);
-  return {static_cast<float>(std::copysign(inner, scale)),
+  const bool negative = static_cast<float>(scale) < 0.0f;  // and not -0, nor what rounds to it
+  return {static_cast<float>(negative ? -inner : inner),
           static_cast<float>(size / inner * 1.4426950408889634)};
 }
 

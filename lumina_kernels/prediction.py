@@ -172,9 +172,12 @@ def waits_per_product(code: Function) -> float | None:
 
 def hot_loop(code: Function, tensor: bool) -> Loop | None:
     """The loop whose passes do most of the work: products on tensor cores, or else accesses of
-    global memory."""
+    global memory. Of two loops with the same the inner one: what comes before and after it, for
+    its first and its last pass, may be as much as a pass."""
     amounts = {id(z): _work(code, z, tensor) for z in code.loops()}
     best = max(code.loops(), key=lambda z: amounts[id(z)], default=None)
+    while best and (same := [z for z in best.loops if amounts[id(z)] == amounts[id(best)]]):
+        best = same[0]
     return best if best and amounts[id(best)] else None
 
 

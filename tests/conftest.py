@@ -25,7 +25,12 @@ settings.register_profile(
 settings.load_profile("any machine")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also the tests that take minutes")
+
+
 def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes minutes, runs with --slow")
     config.addinivalue_line("markers", "cpu_level(name): instruction set of the C++ kernels")
     # A worker of pytest-xdist ignores Ctrl-C, and so would the programs that tests start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -57,7 +62,12 @@ def pytest_sessionfinish():
     gc.unfreeze()
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        config.hook.pytest_deselected(
+            items=[item for item in items if item.get_closest_marker("slow")]
+        )
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
 

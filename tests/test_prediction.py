@@ -137,6 +137,15 @@ def test_trips_follow_from_the_work():
     given = launch(code, flops=132 * of_a_pass * 25)
     loop = hot_loop(code, tensor=True)
     assert loop_trips(given)(loop) == 25
+    # A loop around it, with as many products before and after it, for another branch of the keys.
+    product = ("HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24", {})
+    both = function(
+        ".L1:", product, ".L2:", product, product, ("@P0 BRA `(.L2)", {}), product,
+        ("@P1 BRA `(.L1)", {}), ("EXIT", {}),
+    )  # fmt: skip
+    inner = hot_loop(both, tensor=True)
+    assert not inner.loops and len(both.straight(inner)) == 3
+    assert loop_trips(launch(both, flops=132 * 20 * of_a_pass / 4))(inner) == 9
     rows = function(".L1:", load(0), use(0), ("STG.E.128 [R2], R4", {}), ("@P0 BRA `(.L1)", {}),
                     ("EXIT", {}))  # fmt: skip
     moved = launch(rows, bytes=132 * 4 * 32 * (16 + 16) * 7)
@@ -204,3 +213,7 @@ def test_measured_times_are_predicted(tmp_path):
         assert 1 / (1 + error) <= ratio <= 1 + error, (op, ratio)
     assert found["swiglu"]["predicted"]["H200"]["limit"] == "copy"
     assert found["norm_modulate"]["in_flight"] > 32 << 10
+    for op in ("norm_modulate", "swiglu"):  # of the rate of a copy that is launched as well
+        for gpu, figures in found[op]["predicted"].items():
+            share = figures["share"] + MACHINES[gpu].launch * 1e6 / figures["us"]
+            assert share >= 0.9, (op, gpu, share)

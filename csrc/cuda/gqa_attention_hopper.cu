@@ -124,7 +124,7 @@ void launch(const Tensor& q, const AttentionFwdParams<uint16_t>& p, Dtype dtype)
 // this kernel knows broadcast keys, or a negative scale, for which the queries would change.
 bool takes(const AttentionKeys<uint16_t>& keys) {
   constexpr int64_t kMostStep = int64_t{1} << 38;
-  bool fits = keys.vectors && keys.count > 0 && !(keys.scale < 0.0f);
+  bool fits = keys.vectors && keys.count > 0 && !(keys.split.inner < 0.0f);
   for (const AttentionHeads<uint16_t>* x : {&keys.k, &keys.v}) {
     fits &= keys.count == 1 || x->step_l != 0;
     for (int64_t step : {x->step_b, x->step_l, x->step_h}) fits &= step >= 0 && step < kMostStep;

@@ -59,7 +59,7 @@ def gqa_attention_fwd(
     )  # fmt: skip
     _launch(
         "fwd", gqa_attention_fwd_kernel, L * H // G, arguments, options, out, L_kv,
-        R=H // G, UNIT=unit, NEGATIVE=scale < 0,
+        R=H // G, UNIT=unit, NEGATIVE=_is_negative(scale),
     )  # fmt: skip
     return out, error, stats, text_stats
 
@@ -169,13 +169,19 @@ def _scales(scale: float, half: bool, biased: bool) -> tuple[float, float, float
 def split_scale(scale: float) -> tuple[float, float]:
     """log2(e) * scale as the product of a power of 2, with the sign and about half of the exponent,
     and a positive number. Neither a product nor the difference of two of opposite signs is then
-    infinite where the scores are not: for that the power of 2 is half as large as it might be."""
+    infinite where the scores are not: for that the power of 2 is half as large as it might be.
+    What float32 rounds to -0 has no sign."""
     if not abs(scale) <= torch.finfo(torch.float32).max:
         return math.nan, math.nan
     # A scale of 0 makes all scores equal. So does a number this small, and it keeps -inf.
     size = max(abs(scale), 2.0**-149)
     inner = 2.0 ** ((math.frexp(size)[1] - 1) // 2 - 1)
-    return math.copysign(inner, scale), size / inner * LOG2E
+    return -inner if _is_negative(scale) else inner, size / inner * LOG2E
+
+
+def _is_negative(scale: float) -> bool:
+    """As a float32, of which the least is 2^-149."""
+    return scale < -(2.0**-150)
 
 
 def _has_two_layouts(branch: tuple) -> bool:

@@ -57,6 +57,15 @@ def assert_forward(inputs, dtype):
     assert_lse(text_lse, *given)
 
 
+def useful_fraction(cuda_host, run, rows, keys, K, products):
+    """The share of what tensor cores could do in the time of the instructions of run(inputs), for
+    rows and keys that fill their tiles, that its `products` need."""
+    inputs = make_inputs(B=1, L=rows, L_kv=keys, H=1, G=1, K=K, text=False) | {"key_mask": None}
+    before = cuda_host.count("multiply_adds")
+    run(cast(inputs, torch.float16))
+    return products * rows * keys * K / (cuda_host.count("multiply_adds") - before)
+
+
 def assert_masked_tiles_are_not_read(cuda_host, run, L, L_kv, valid):
     """A prefix of valid keys costs what those keys alone cost, but for the masks."""
     inputs = make_inputs(B=1, L=L, L_kv=L_kv, H=4, G=1, K=72, text=False)

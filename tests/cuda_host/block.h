@@ -71,7 +71,7 @@ struct Block {
 };
 
 extern Block block;
-extern uint64_t bytes_read, bytes_written, bank_conflicts;
+extern uint64_t bytes_read, bytes_written, bank_conflicts, multiply_adds;
 
 std::string show(uint3 index);
 void forget(size_t offset, size_t bytes);  // back to the state in which a block finds it

@@ -26,7 +26,7 @@ FLAGS = [
     "-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas",
     "-DLUMINA_CUDA_HOST", "-DTORCH_TARGET_VERSION=0x020a000000000000",
 ]  # fmt: skip
-COUNTERS = ("launches", "bytes_read", "bytes_written", "bank_conflicts")
+COUNTERS = ("launches", "bytes_read", "bytes_written", "bank_conflicts", "multiply_adds")
 
 
 class Host:
@@ -78,18 +78,19 @@ def load() -> Host:
     return Host(build(sources, CSRC))
 
 
-def build(sources, csrc: Path) -> Path:
-    """The shared library of some .cu files, with the headers of `csrc`; kept for the next time."""
+def build(sources, *folders: Path) -> Path:
+    """The shared library of some .cu files, with the headers of `folders`: csrc, and what comes
+    before it. Kept for the next time, as is the object of every file until a text that it includes
+    changes."""
     cache = Path(tempfile.gettempdir()) / f"lumina_kernels_cuda_host-{Path.home().name}"
     cache.mkdir(exist_ok=True)
-    headers = sorted((*csrc.glob("*.h"), *(csrc / "cuda").rglob("*h"), *HERE.glob("*.h")))
-    common = "".join((*FLAGS, torch.__version__, *(path.read_text() for path in headers)))
+    common = (*FLAGS, torch.__version__, *_texts(HERE / "cuda_host.h", folders).values())
     paths = {
-        source: cache / f"{source.stem}-{_digest(common, source.read_text())}.o"
-        for source in (*RUNTIME, *sources)
+        path: cache / f"{path.stem}-{_digest(*common, *_texts(path, folders).values())}.o"
+        for path in (*RUNTIME, *sources)
     }
     with ThreadPoolExecutor(2) as pool, tempfile.TemporaryDirectory() as folder:
-        includes = [f"-I{path}" for path in (folder, HERE, csrc)]
+        includes = [f"-I{path}" for path in (folder, *folders, HERE)]
         includes += [f"-isystem{path}" for path in include_paths()]
         compiler, first = ["g++", *FLAGS, *includes], "cuda_host.h"
         if sum(not path.exists() for path in paths.values()) > 6:  # for fewer it takes longer
@@ -121,6 +122,19 @@ def _run(path, command):
             Path(part.name).unlink(missing_ok=True)
             raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
         Path(part.name).rename(path)
+
+
+def _texts(path, folders):
+    """Of a file, and of all that it includes from its own folder, `folders` and this one."""
+    found, left = {}, [path]
+    while left:
+        path = left.pop()
+        if path not in found:
+            found[path] = path.read_text()
+            for name in re.findall(r'^#include "(.+)"', found[path], re.MULTILINE):
+                places = (folder / name for folder in (path.parent, *folders, HERE))
+                left += [place for place in places if place.is_file()][:1]
+    return found
 
 
 def _digest(*parts):

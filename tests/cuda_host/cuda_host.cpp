@@ -321,5 +321,6 @@ uint64_t cuda_host_launches() { return cuda_host::launches; }
 uint64_t cuda_host_bytes_read() { return cuda_host::bytes_read; }
 uint64_t cuda_host_bytes_written() { return cuda_host::bytes_written; }
 uint64_t cuda_host_bank_conflicts() { return cuda_host::bank_conflicts; }
+uint64_t cuda_host_multiply_adds() { return cuda_host::multiply_adds; }
 }
 #pragma GCC visibility pop

@@ -105,6 +105,7 @@ void copy_async(void* to, const void* begin, const void* end, const void* from, 
 void copy_async_commit();
 void copy_async_wait(int pending);
 void count_bank_conflicts(const void* const* rows, int count);  // of 16-byte rows read at once
+void count_multiply_adds(int count);  // what tensor cores could do in the time of an instruction
 
 void check_global(const void* at, size_t bytes, const void* begin, const void* end, size_t align,
                   bool write);

@@ -3,7 +3,7 @@
 
 namespace cuda_host {
 
-uint64_t bytes_read = 0, bytes_written = 0, bank_conflicts = 0;
+uint64_t bytes_read = 0, bytes_written = 0, bank_conflicts = 0, multiply_adds = 0;
 
 void check_global(const void* at, size_t bytes, const void* begin, const void* end, size_t align,
                   bool write) {
@@ -160,6 +160,8 @@ void copy_async_wait(int pending) {
     copies.erase(copies.begin());
   }
 }
+
+void count_multiply_adds(int count) { multiply_adds += static_cast<uint64_t>(count); }
 
 void count_bank_conflicts(const void* const* rows, int count) {
   int used[8] = {};

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from common import DTYPES, assert_accurate, cast, randn, run
-from cuda_host.attention import assert_masked_tiles_are_not_read, op
+from cuda_host.attention import assert_masked_tiles_are_not_read, op, useful_fraction
 from cuda_host.build import CSRC, build
 from ops.attention import eager, make_inputs, mask_of_ranges
 
@@ -109,8 +109,9 @@ def test_masked_tiles_are_not_read(cuda_host):
     assert_masked_tiles_are_not_read(cuda_host, partial(run, op), L=16, L_kv=512, valid=128)
 
 
-def test_useful_fraction(tmp_path):
-    """Of 7 products 4 have 80 columns for 72, and 3 have 72."""
+def test_useful_fraction(cuda_host, tmp_path):
+    """Of 7 products 4 have 80 columns for 72, and 3 have 72: of what runs. For 256 columns the
+    blocks of dk and dv, of which each has a half, compute scores and dP twice."""
     source = tmp_path / "probe.cu"
     source.write_text("""
         #include "cuda/gqa_attention_bwd_mma.cuh"
@@ -123,4 +124,8 @@ def test_useful_fraction(tmp_path):
     library.useful_fraction.restype = ctypes.c_double
     assert library.useful_fraction(72) == 7 * 72 / (4 * 80 + 3 * 72) > 0.94
     for K in HEAD_DIMS:
-        assert library.useful_fraction(K) == (1 if K % 16 == 0 else 7 * K / (7 * K + 32))
+        forward = useful_fraction(cuda_host, lambda x: op(**x), 128, 128, K, products=2)
+        # Of the forward and the backward, which run one after the other.
+        both = useful_fraction(cuda_host, partial(run, op), 128, 128, K, products=9)
+        found = 7 / (9 / both - 2 / forward)
+        assert found == pytest.approx(library.useful_fraction(K) * (7 / 9 if K == 256 else 1)), K

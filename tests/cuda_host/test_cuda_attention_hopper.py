@@ -8,6 +8,7 @@ from cuda_host.attention import (
     assert_masked_tiles_are_not_read,
     op,
     saved,
+    useful_fraction,
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -111,6 +112,15 @@ def test_scores_that_rise_tile_by_tile(dtype, ran):
 
 
 @both
+@pytest.mark.parametrize("scale", (0.0, -0.0, -1e-50, 1e-310, 1e-45))
+def test_scales_of_nothing(scale, dtype, ran):
+    """A key that is masked, or beyond the last one, has a score of -inf with any of them."""
+    assert_hopper(
+        ran, make_inputs(B=2, L=5, L_kv=140, T=9, H=2, G=1, K=72) | {"scale": scale}, dtype
+    )
+
+
+@both
 def test_rows_without_keys_give_zero(dtype, ran):
     inputs = cast(make_inputs(B=2, L=5, L_kv=140, T=9, H=4, G=2, K=72), dtype)
     inputs |= {"key_mask": torch.zeros(2, 140, dtype=torch.bool)}
@@ -191,3 +201,13 @@ def test_the_rest_is_left_to_the_other_kernel(ran, monkeypatch):
 
 def test_masked_tiles_are_not_read(cuda_host):
     assert_masked_tiles_are_not_read(cuda_host, lambda x: op(**x), L=16, L_kv=1024, valid=512)
+
+
+@pytest.mark.parametrize(
+    "K, expected", ((64, 1), (72, 144 / 152), (96, 1), (120, 240 / 256), (128, 1))
+)
+def test_useful_fraction(K, expected, cuda_host, ran):
+    """Of what runs. Products for 120 columns are those for 128."""
+    rows = 192 if K <= 72 else 128
+    found = useful_fraction(cuda_host, lambda x: op(**x), rows, 128, K, products=2)
+    assert found == pytest.approx(expected) and ran() == KERNEL

@@ -106,6 +106,7 @@ void start(WarpProducts& state, int warp, Product product) {
     check_readable(offset);
     ++granules_of(block.shared + offset)->reading[warp];
   });
+  count_multiply_adds(16 * product.of.n * 16);
   Sums& sums = state.sums[product.d[0]];
   if (sums.products++ == 0) {
     for (int lane = 0; lane < 32; ++lane) {

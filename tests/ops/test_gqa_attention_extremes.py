@@ -100,6 +100,20 @@ def test_scales(backend, scale, dtype):
 
 
 @every_implementation
+@pytest.mark.parametrize("scale", (0.0, -0.0, -1e-50, 1e-310, -1e-45))
+def test_scales_of_nothing(backend, scale, dtype):
+    """Zeros of both signs, and what is one in float32 or hardly more: a row is the mean of the
+    valid values, whatever the sign, and a mask hides what it hid."""
+    inputs = make_inputs(B=2, L=5, L_kv=37, T=7, H=4, G=2, K=24) | {"scale": scale}
+    assert_attention(backend, inputs, dtype, {"q", "v", "text_k", "text_v"})
+    closed = cast(inputs | {"text_gate": torch.zeros(4, device=DEVICE)}, dtype)
+    out = gqa_attention(**closed, backend=backend).double()
+    mean = closed["v"][0, inputs["key_mask"][0]].double().mean(0).repeat_interleave(2, 0)
+    assert (out[0] - mean).abs().max() <= torch.finfo(dtype).eps * mean.abs().max() + 1e-6
+    assert out[1].eq(0).all()
+
+
+@every_implementation
 @pytest.mark.parametrize("bias_dtype", (torch.float32, torch.bfloat16, torch.float16))
 def test_biases_of_finfo(backend, bias_dtype, dtype):
     """finfo.min stands for a mask: a row of it alone is the mean. finfo.max takes all weight."""

@@ -25,6 +25,7 @@ struct Mma {
 // D += A B for the 32 lanes, summed in float64 and rounded once.
 template <int kK, float (*kToFloat)(uint16_t)>
 void mma(void** lanes) {
+  cuda_host::count_multiply_adds(16 * 8 * 16);  // with 8 rows of B it takes as long
   float A[16][kK], B[kK][8];
   for (int lane = 0; lane < 32; ++lane) {
     const auto* mine = static_cast<const Mma*>(lanes[lane]);
