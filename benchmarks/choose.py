@@ -13,7 +13,7 @@ import math
 import sys
 from pathlib import Path
 
-from benchmarks.harness.rows import read
+from benchmarks.harness.rows import with_machines
 from lumina_kernels import backend, measured
 from lumina_kernels.output import replace
 
@@ -30,12 +30,11 @@ def main() -> int:
     table = json.loads(args.table.read_text()) if args.table.exists() else {}
     machines, measured_rows = {}, []
     for path in args.rows:
-        for row in read(path):
-            if "machine" in row:
-                machine = row["machine"]
-                machines.setdefault(row["arch"], {})[machine.get("gpu")] = machine
+        for row in with_machines(path):
+            gpu = row["machine"].get("gpu")
+            machines.setdefault(row["arch"], {})[gpu] = row["machine"]
             if "seconds" in row:
-                measured_rows.append(row | {"gpu": machine.get("gpu")})
+                measured_rows.append(row | {"gpu": gpu})
     for arch, gpus in machines.items():
         entry = table.setdefault(f"sm_{arch}", {"measured": ""})
         changes = update(entry, [row for row in measured_rows if row["arch"] == arch])

@@ -72,17 +72,17 @@ def attention(shape: Shape, queries: int, keys: int) -> list[Launched]:
     row_blocks, forward = B * G * ceil(L * (H // G) / 128), 2 * queries + 2 * keys
     stats, terms = 8 * B * L * H, 16 * B * L * H
     backward = queries * 3 + 2 * keys + terms  # of dq
-    few, parts = 256, 4
+    few, parts, padded = 256, 4, 2 * 72 / (80 + 72)  # of a forward
     sums = 4 * parts * few * H * K
     return [
         Launched(
             "gqa_attention_fwd", f"{K}, 2, 0, 0", row_blocks, 128, 36864, forward, 2 * product,
-            2 * 72 / (80 + 72),
+            padded,
         ),
         # Three warp groups multiply; what the fourth one's copies cost is not predicted.
         Launched(
             "gqa_attention_hopper_fwd", f"{K}, 2", B * G * ceil(L * (H // G) / 192), 384, 163840,
-            forward, 2 * product, 2 * 72 / (80 + 72),
+            forward, 2 * product, padded,
         ),
         Launched(
             "gqa_attention_terms", "", B * L * H // 32, 128, 0,
@@ -98,7 +98,7 @@ def attention(shape: Shape, queries: int, keys: int) -> list[Launched]:
         ),
         Launched(
             "gqa_attention_split", f"{K}, 2", parts * G * ceil(few * (H // G) / 128), 128, 36864,
-            2 * few * H * K + 2 * keys // B + sums, 4 * few * L * H * K, 2 * 72 / (80 + 72),
+            2 * few * H * K + 2 * keys // B + sums, 4 * few * L * H * K, padded,
         ),
         Launched(
             "gqa_attention_combine", "", few * H * ceil(K / 8) // 128, 128, 0,

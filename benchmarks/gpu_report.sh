@@ -92,6 +92,13 @@ job() { # name, file...
     return $code
 }
 
+sanitize() { # name, file...
+    local name=$1
+    shift
+    timeout -k 5 "$(left)" compute-sanitizer --error-exitcode 9 "$python" -m pytest "$@" -x -v \
+        -k "$chosen and cuda and accura" -p no:cacheprovider >"$logs/$name.txt" 2>&1
+}
+
 prove() {
     step "accuracy, tests and compute-sanitizer"
     local jobs=() names=() file
@@ -99,14 +106,10 @@ prove() {
         --budget "$(($(left) - 15))" "${small[@]:0:1}" >"$logs/accuracy.txt" 2>&1 &
     jobs+=($!) names+=(accuracy)
     if command -v compute-sanitizer >/dev/null; then
-        timeout -k 5 "$(left)" compute-sanitizer --error-exitcode 9 "$python" -m pytest \
-            "${checked[@]}" -x -v -k "$chosen and cuda and accura" -p no:cacheprovider \
-            >"$logs/sanitizer.txt" 2>&1 &
+        sanitize sanitizer "${checked[@]}" &
         jobs+=($!) names+=(compute-sanitizer)
         if [ "$arch" = 9.0 ]; then
-            LUMINA_KERNELS_HOPPER=1 timeout -k 5 "$(left)" compute-sanitizer --error-exitcode 9 \
-                "$python" -m pytest "${checked[@]: -1}" -x -v -k "$chosen and cuda and accura" \
-                -p no:cacheprovider >"$logs/sanitizer-hopper.txt" 2>&1 &
+            LUMINA_KERNELS_HOPPER=1 sanitize sanitizer-hopper "${checked[@]: -1}" &
             jobs+=($!) names+=("compute-sanitizer, hopper")
         fi
     fi
@@ -163,15 +166,14 @@ measure() { # name, seconds at most, arguments...
 
 networks() {
     local models=benchmarks/models
-    local patched=($models/bench_patched.py $models/bench_patched_block.py)
     if [ -n "${SMALL:-}" ]; then
         measure forward 200 $models/bench_block.py -k quick
-        measure patched 250 "${patched[1]}" -k "bfloat16 and quick"
+        measure patched 250 $models/bench_patched_block.py -k "bfloat16 and quick"
         measure compile 150 benchmarks/ops/bench_swiglu.py -k compact
         return
     fi
     measure forward 200 $models/bench_forward.py $models/bench_block.py -k "not max-autotune"
-    measure patched 250 "${patched[@]}" -k bfloat16
+    measure patched 250 $models/bench_patched.py $models/bench_patched_block.py -k bfloat16
     measure compile 150 benchmarks/ops -k "quick and not max-autotune"
     [ "$(left)" -lt 60 ] || measure sample 120 $models/bench_sample.py
 }

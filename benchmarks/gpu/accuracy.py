@@ -44,6 +44,7 @@ def main() -> int:
     sizes = Sizes(**(SMALL if args.small else MODEL), device="cuda")
     end, failed, late = time.monotonic() + args.budget, 0, 0
     backends = [name for name in ("triton", "cuda") if name not in MISSING]
+    hopper = [HOPPER] if "cuda" in backends and is_there() else []
     # Attention first: it is what may be wrong, and what takes long.
     for op in sorted(OPS, key=lambda op: op != "gqa_attention"):
         torch.manual_seed(0)
@@ -51,8 +52,7 @@ def main() -> int:
             if time.monotonic() > end:
                 late += 1
                 continue
-            hopper = [HOPPER] if op == "gqa_attention" and "cuda" in backends and is_there() else []
-            for row in rows_of(op, name, inputs, backends + hopper):
+            for row in rows_of(op, name, inputs, backends + hopper * (op == "gqa_attention")):
                 append(args.rows, row)
                 failed += not row["ok"]
                 print(line(row), flush=True)

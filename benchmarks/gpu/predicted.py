@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from benchmarks.gpu.sweep import SMALL, TRITON, all_tasks, case_of
 from benchmarks.harness import case as cases
-from benchmarks.harness.rows import read
+from benchmarks.harness.rows import with_machines
 from benchmarks.harness.shapes import Shape
 from lumina_kernels import aot
 from lumina_kernels.machine import MACHINES, Machine
@@ -33,10 +33,9 @@ def main() -> int:
     args = parser.parse_args()
     tasks, found = list(all_tasks(SMALL if args.small else None)), {}
     for path in args.rows:
-        for row in read(path):
-            if "machine" in row:
+        for row in with_machines(path):
+            if row.get("variant") == TRITON and "seconds" in row and not row.get("kernel"):
                 gpu = machine_of(row["machine"].get("gpu"))
-            elif row["variant"] == TRITON and "seconds" in row and not row.get("kernel"):
                 found[gpu, row["task"]] = row["seconds"] * 1e6
     for gpu in dict.fromkeys(gpu for gpu, _ in found):
         measured = {number: us for (of, number), us in found.items() if of is gpu}

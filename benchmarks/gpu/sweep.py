@@ -26,6 +26,7 @@ import torch
 from benchmarks.gpu.candidates import Candidates, all_candidates
 from benchmarks.harness import case as cases
 from benchmarks.harness.case import Case, Unavailable, caller
+from benchmarks.harness.hopper import HOPPER
 from benchmarks.harness.machine import describe
 from benchmarks.harness.measure import Row, measure_variants
 from benchmarks.harness.rows import append, read
@@ -35,7 +36,7 @@ from lumina_kernels import aot, measured
 from lumina_kernels.ops import OPS
 
 TRITON, CUDA = "lumina-triton", "lumina-cuda"
-PEERS = ("lumina-cuda-hopper", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "liger")
+PEERS = (HOPPER, "sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "liger")
 COMPILED_PEERS = ("flex",)
 SIDES = (16, 32, 128)  # besides the model's 64
 MAX_CALLS = 30  # of a row of them

@@ -5,6 +5,8 @@ from unittest import mock
 
 import torch
 
+HOPPER = "lumina-cuda-hopper"  # the variant of benchmarks
+
 
 def is_there() -> bool:
     """Whether this GPU has it."""

@@ -20,10 +20,20 @@ def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
+def with_machines(path: Path) -> list[dict]:
+    """The rows, each with the "machine" that the last row before it with one names."""
+    rows, machine = [], {}
+    for row in read(path):
+        machine = row.get("machine", machine)
+        rows.append(row | {"machine": machine})
+    return rows
+
+
 def _end(file) -> int:
     """Where the last whole row ends."""
     size = file.seek(0, os.SEEK_END)
-    if size == 0 or (file.seek(-1, os.SEEK_END), file.read(1))[1] == b"\n":
+    file.seek(max(0, size - 1))
+    if file.read() in (b"", b"\n"):
         return size
     file.seek(0)
     return file.read().rfind(b"\n") + 1

@@ -10,7 +10,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import lumina_kernels as lk
 from benchmarks.harness.case import Case, Unavailable, as_tuple, ours
-from benchmarks.harness.hopper import is_there, on_hopper
+from benchmarks.harness.hopper import HOPPER, is_there, on_hopper
 from benchmarks.harness.shapes import BACKWARD_SHAPES, CPU, CUDA, LUMINA_NEXT, OP_SHAPES, QUARTER
 from lumina_kernels.ops.gqa_attention import gqa_attention_flops
 
@@ -38,7 +38,6 @@ FLASH_ATTN = {
     "flash-attn-3": "flash_attn_interface",
     "flash-attn-4": "flash_attn.cute",
 }
-HOPPER = "lumina-cuda-hopper"  # ours, which has to be asked for
 PEERS = (HOPPER, *SDPA, "flex", *FLASH_ATTN, "sage")
 MAX_SCORE_BYTES = 2**31  # of the score matrix that sdpa-math allocates
 
